@@ -1,0 +1,5 @@
+"""Build script. Everything there is to build is declared in pyproject.toml."""
+
+from setuptools import setup
+
+setup()

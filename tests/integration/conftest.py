@@ -1,0 +1,59 @@
+"""Fixtures for tests that start an engine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import Oracle, make_tiny_model, start_engine, write_random_adapter
+
+Engine = Callable[..., contextlib.AbstractContextManager[Any]]
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    return start_engine
+
+
+@pytest.fixture(scope="session")
+def smol() -> Path:
+    """The real model: SmolLM2-135M-Instruct."""
+    from vllm_pedro.fetch import fetch_model
+
+    return fetch_model(progress=False)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny: Path) -> Engine:
+    def start(**settings: Any) -> contextlib.AbstractContextManager[Any]:
+        return start_engine(tiny, **{"skip_tokenizer_init": True, "block_size": 32, **settings})
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def write_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write a random adapter for a model; the folder. Same arguments, same content."""
+
+    def write(model: Path, folder: Path | None = None, **config: Any) -> Path:
+        return write_random_adapter(model, folder or tmp_path_factory.mktemp("adapter"), **config)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def smol_oracle(smol: Path) -> Oracle:
+    return Oracle(smol)
+
+
+@pytest.fixture(scope="session")
+def tiny_oracle(tiny: Path) -> Oracle:
+    return Oracle(tiny, keep=64)

@@ -1,0 +1,216 @@
+"""Options, and what an engine with PEDRO refuses at start-up; no engine is started."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import vllm_pedro  # noqa: F401  (teaches EngineArgs its keywords)
+
+# isort: split
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+from vllm_pedro.integration import keywords
+from vllm_pedro.integration.checks import check_engine
+from vllm_pedro.integration.options import PedroOptions, options_of
+from vllm_pedro.integration.processor import longest_prompt
+
+
+def config(model, **settings):
+    arguments = {"skip_tokenizer_init": True, "enable_pedro": True, "max_model_len": 256}
+    return EngineArgs(model=str(model), **{**arguments, **settings}).create_engine_config()
+
+
+def test_options_travel_in_the_configuration(tiny):
+    found = config(tiny, max_pedros=3, max_cpu_pedros=9, max_pedro_rank=24)
+    assert options_of(found) == PedroOptions(3, 9, 24)
+    assert json.dumps(found.additional_config)  # it is hashed as JSON
+    assert found.scheduler_config.scheduler_cls == (
+        "vllm_pedro.integration.scheduler.PedroScheduler"
+    )
+
+
+def test_additional_config_of_ones_own_is_kept(tiny):
+    mine = {"mine": 1}
+    found = config(tiny, additional_config=mine)
+    assert found.additional_config["mine"] == 1
+    assert mine == {"mine": 1}
+
+
+def test_both_argument_classes_know_the_keywords(tiny):
+    for cls in (EngineArgs, AsyncEngineArgs):
+        on = cls(model=str(tiny), enable_pedro=True, max_pedros=2)
+        assert options_of(on).max_pedros == 2
+        off = cls(model=str(tiny), enable_pedro=False, max_pedros=2)
+        assert options_of(off) is None
+        assert options_of(cls(model=str(tiny))) is None
+
+
+def test_the_compile_cache_tells_the_two_apart(tiny):
+    on, off = config(tiny), config(tiny, enable_pedro=False)
+    assert on.compute_hash() != off.compute_hash()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_pedros": 0}, "max_pedros must be an integer of at least 1, got 0"),
+        ({"max_pedros": True}, "max_pedros must be an integer"),
+        ({"max_pedro_rank": "12"}, "max_pedro_rank must be an integer"),
+        ({"max_pedros": 4, "max_cpu_pedros": 3}, r"max_cpu_pedros \(3\) must be at least"),
+        ({"pedro_target_modules": ["q_proj", "o_proj"]}, "must name some of q_proj"),
+        ({"pedro_target_modules": "q_proj"}, "must be a list"),
+        ({"pedro_target_modules": []}, "must name some of q_proj"),
+        ({"enable_pedro": "yes"}, "enable_pedro must be True or False"),
+    ],
+)
+def test_bad_options_are_named(tiny, settings, message):
+    with pytest.raises(ValueError, match=message):
+        EngineArgs(model=str(tiny), **{"enable_pedro": True, **settings})
+
+
+def test_default_budget_takes_a_whole_prompt(tiny):
+    assert config(tiny, max_model_len=512).scheduler_config.max_num_batched_tokens >= 512
+    assert config(tiny, max_num_batched_tokens=64).scheduler_config.max_num_batched_tokens == 64
+
+
+def test_longest_prompt_names_the_option_that_limits_it(tiny):
+    assert longest_prompt(config(tiny, max_num_batched_tokens=64)) == (64, "max_num_batched_tokens")
+    found = config(tiny, max_num_batched_tokens=64, long_prefill_token_threshold=20)
+    assert longest_prompt(found) == (20, "long_prefill_token_threshold")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"enable_prompt_embeds": True}, "enable_prompt_embeds"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is not supported yet"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not supported yet"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "unset kv_transfer_config",
+        ),
+        (
+            {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
+            "brings its own scheduler class",
+        ),
+    ],
+)
+def test_what_cannot_be_exact_is_refused(tiny, settings, message):
+    if "kv_transfer_config" in settings:
+        from vllm.config.kv_transfer import KVTransferConfig
+
+        settings = {"kv_transfer_config": KVTransferConfig(**settings["kv_transfer_config"])}
+    with pytest.raises(ValueError, match=message):
+        config(tiny, **settings)
+
+
+def other_model(name, folder):
+    import transformers
+
+    small = {
+        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256,
+    }  # fmt: skip
+    extra = {"MixtralForCausalLM": {"num_local_experts": 2}}.get(name, {})
+    cls = getattr(transformers, name)
+    torch.manual_seed(0)
+    cls(cls.config_class(**{**small, **extra})).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("MixtralForCausalLM", "mixture-of-experts models are not supported"),
+        ("GPT2LMHeadModel", "architecture GPT2LMHeadModel is not among"),
+        ("OPTForCausalLM", "architecture OPTForCausalLM is not among"),
+    ],
+)
+def test_unknown_models_are_refused(name, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        config(other_model(name, tmp_path), max_model_len=128)
+
+
+def test_the_v2_runner_is_refused_by_name(tiny, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="unset VLLM_USE_V2_MODEL_RUNNER"):
+        config(tiny)
+
+
+def test_an_unsupported_vllm_is_refused_by_version(tiny, monkeypatch):
+    monkeypatch.setattr("vllm.__version__", "0.33.1")
+    with pytest.raises(RuntimeError, match=r"supports vLLM ==0\.32\.0 and found 0\.33\.1"):
+        EngineArgs(model=str(tiny), enable_pedro=True)
+
+
+def test_a_filtered_plugin_is_noticed(monkeypatch):
+    fake = SimpleNamespace(VLLM_PLUGINS=["something_else"])
+    monkeypatch.setattr("vllm.envs", fake)
+    with pytest.raises(ValueError, match="VLLM_PLUGINS leaves its plugin out"):
+        keywords._check_plugin_loads()
+
+
+def fake_config(**changes):
+    """A configuration that passes, changed in one place, for what this machine cannot load."""
+    tree = {
+        "model_config": {
+            "runner_type": "generate", "is_encoder_decoder": False, "is_moe": False,
+            "is_hybrid": False, "is_attention_free": False, "use_mla": False,
+            "is_multimodal_model": False, "architecture": "LlamaForCausalLM",
+            "enable_prompt_embeds": False,
+        },
+        "parallel_config": {
+            "tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1,
+            "prefill_context_parallel_size": 1, "decode_context_parallel_size": 1,
+            "use_ubatching": False,
+        },
+        "cache_config": {"kv_sharing_fast_prefill": False},
+        "kv_transfer_config": None,
+        "speculative_config": None,
+    }  # fmt: skip
+    for path, value in changes.items():
+        group, _, name = path.partition("__")
+        if name:
+            tree[group][name] = value
+        else:
+            tree[group] = value
+    spaces = {k: SimpleNamespace(**v) if isinstance(v, dict) else v for k, v in tree.items()}
+    passes = SimpleNamespace(enable_sp=False)
+    return SimpleNamespace(**spaces, compilation_config=SimpleNamespace(pass_config=passes))
+
+
+def test_the_fake_configuration_passes():
+    check_engine(fake_config(), PedroOptions())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_config__runner_type": "pooling"}, "runner='generate'"),
+        ({"model_config__is_encoder_decoder": True}, "encoder-decoder models"),
+        ({"model_config__is_hybrid": True}, "hybrid .* models"),
+        ({"model_config__is_attention_free": True}, "attention-free models"),
+        ({"model_config__use_mla": True}, "multi-head latent attention models"),
+        ({"model_config__is_multimodal_model": True}, "multimodal models"),
+        ({"parallel_config__data_parallel_size": 2}, "data_parallel_size=2"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size=2"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size=2"),
+        ({"parallel_config__use_ubatching": True}, "turn enable_dbo off"),
+        ({"cache_config__kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
+        ({"speculative_config": SimpleNamespace(method="eagle")}, "'eagle' is not supported yet"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
+)
+def test_each_obstacle_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_engine(fake_config(**changes), PedroOptions())
+
+
+def test_all_obstacles_are_named_at_once():
+    found = fake_config(model_config__is_moe=True, parallel_config__tensor_parallel_size=4)
+    with pytest.raises(ValueError, match=r"mixture-of-experts.*; tensor_parallel_size=4"):
+        check_engine(found, PedroOptions())

@@ -1,0 +1,103 @@
+"""The schedule fuzzer: a fixed sample that has to pass, and proof that it would notice."""
+
+from __future__ import annotations
+
+import pytest
+import schedule_fuzz
+from schedule_fuzz import ADAPTERS, Workshop, format_report, run
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def test_sample(folder):
+    report = run(folder, cases=100)
+    assert not report.failures, format_report(report)
+    assert not report.blind_spots, format_report(report)
+    assert report.near_ties < report.checked_tokens / 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_larger_sample(folder):
+    report = run(folder, cases=1000, seed=1)
+    assert not report.failures, format_report(report)
+    assert not report.blind_spots, format_report(report)
+
+
+def test_a_case_is_drawn_from_its_number_alone():
+    settings = schedule_fuzz.draw_settings(3, 4)
+    families = schedule_fuzz.draw_families(3, 4)
+    draws = [schedule_fuzz.draw_case(3, 41, settings, families) for _ in range(2)]
+    assert draws[0] == draws[1] != schedule_fuzz.draw_case(3, 42, settings, families)
+
+
+def test_adapters_depend_on_the_pooled_prompt(folder):
+    """Else vectors of the wrong prompt would go unnoticed."""
+    judge = Workshop(folder).judge
+    for name, config in ADAPTERS.items():
+        if config["r"] == 0:
+            continue
+        changed = 0
+        for family in range(3):
+            for text in schedule_fuzz.draw_families(9, family)[:2]:
+                right, wrong = (judge.logits(name, text[:60], p)[39:].argmax(-1) for p in (40, 39))
+                changed += bool((right != wrong).any())
+        assert changed >= 4, f"{name}: another pooled token changed {changed} of 6 answers"
+
+
+def without_prompt_in_salt(patch):
+    patch.setattr("vllm_pedro.integration.processor.cache_salt", lambda salt, spec: spec.digest)
+
+
+def without_hit_limit(patch):
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from vllm_pedro.integration.scheduler import PedroSchedulerMixin
+
+    patch.setattr(
+        PedroSchedulerMixin, "_get_local_prefix_cache_hit", Scheduler._get_local_prefix_cache_hit
+    )
+
+
+def without_whole_prompts(patch):
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from vllm_pedro.integration.scheduler import PedroSchedulerMixin
+
+    patch.setattr(
+        PedroSchedulerMixin, "_reserve_prefill_lookahead", Scheduler._reserve_prefill_lookahead
+    )
+
+
+def with_vectors_shared_by_adapter_alone(patch):
+    from vllm_pedro.serving.spec import RequestSpec
+
+    patch.setattr(RequestSpec, "vector_key", property(lambda self: (self.digest, "")))
+
+
+def with_rows_never_returned(patch):
+    from vllm_pedro.serving.slots import VectorSlots
+
+    patch.setattr(VectorSlots, "release", lambda self, request_id: None)
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [
+        without_prompt_in_salt,
+        without_hit_limit,
+        without_whole_prompts,
+        with_vectors_shared_by_adapter_alone,
+        with_rows_never_returned,
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_a_missing_protection_is_noticed(mutate, folder, monkeypatch):
+    mutate(monkeypatch)
+    report = run(folder, cases=100, stop_at_failure=True)
+    assert report.failures, format_report(report)

@@ -1,0 +1,48 @@
+"""Schedules that once went wrong, each reduced to the fewest requests that show it."""
+
+from __future__ import annotations
+
+import pytest
+import schedule_fuzz
+
+pytestmark = pytest.mark.engine
+
+
+def test_abort_in_the_step_that_fails_leaves_nothing_behind(
+    tiny, tiny_engine, tiny_oracle, write_adapter
+):
+    """A prompt whose adapter could not be had, aborted before its step's output is processed.
+
+    Its KV blocks and its row of the vector store were never right, so neither may serve the next
+    request with this adapter and prompt. A server takes aborts in during every step: they wait in
+    the engine core's queue, which is emptied between the forward pass and the scheduler's update.
+    """
+    from vllm import SamplingParams
+
+    from vllm_pedro import PedroRequest
+
+    adapter = write_adapter(tiny, seed=5, scale=0.2, down_scale=15.0)
+    away = adapter.with_name(adapter.name + "-away")
+    prompt = {"prompt_token_ids": [(7 * i * i + 3) % 128 for i in range(70)]}
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
+    request = PedroRequest("a", 1, str(adapter))
+    with tiny_engine(enable_prefix_caching=True) as llm:
+        engine = llm.llm_engine
+        request_id = engine.add_request("0", prompt, params, lora_request=request)
+        adapter.rename(away)
+        engine.output_processor.abort_requests([request_id], internal=True)
+        engine.engine_core.engine_core.aborts_queue.put_nowait([request_id])
+        engine.step()
+        away.rename(adapter)
+        (output,) = llm.generate(prompt, params, lora_request=request, use_tqdm=False)
+    tiny_oracle.check(output, adapter)
+
+
+@pytest.mark.parametrize("first", [1550, 1660])
+def test_blocks_of_a_step_that_never_ran_are_not_found(first, tmp_path):
+    """Priority scheduling preempts a request in the step that has already scheduled it.
+
+    vLLM 0.32 leaves its new blocks in the prefix cache, though nothing was computed into them.
+    """
+    report = schedule_fuzz.run(tmp_path, 10, first=first)
+    assert not report.failures, schedule_fuzz.format_report(report)

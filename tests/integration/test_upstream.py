@@ -1,0 +1,99 @@
+"""Fails when a function of vLLM that is wrapped or overridden is no longer the one it was.
+
+Then read the new one, adapt the patch or the override if need be, and write the new value here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.generate.beam_search.utils import BeamSearchInstance
+from vllm.lora.request import LoRARequest
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from vllm_pedro.integration.patches import become, wrap
+
+KNOWN = {
+    # wrapped
+    (EngineArgs, "create_engine_config"): "b9b94288f46d",
+    (EngineArgs, "_set_default_max_num_seqs_and_batched_tokens_args"): "058d17be96fe",
+    (InputProcessor, "__init__"): "5137c92ffb92",
+    (InputProcessor, "_validate_lora"): "14d8474923a7",
+    (EngineCore, "preprocess_add_request"): "a8b386db3f85",
+    (BeamSearchInstance, "__init__"): "a5587f260df0",
+    (GPUModelRunner, "load_model"): "9508e8f41530",
+    (CPUModelRunner, "load_model"): "270bdfc6670d",
+    # overridden
+    (InputProcessor, "process_inputs"): "e22b5f772979",
+    (Scheduler, "schedule"): "da4f2cf2fc39",
+    (Scheduler, "add_request"): "fa2b51cd04a9",
+    (Scheduler, "update_from_output"): "85b29db96051",
+    (Scheduler, "_get_local_prefix_cache_hit"): "3495ddb7de46",
+    (Scheduler, "_reserve_prefill_lookahead"): "c214e49d7610",
+    (GPUModelRunner, "_update_states"): "326599f31b27",
+    (GPUModelRunner, "_prepare_inputs"): "c31a77c123a0",
+    (GPUModelRunner, "_determine_batch_execution_and_padding"): "8a0228128517",
+    (GPUModelRunner, "_dummy_run"): "47b96b71fc65",
+    (GPUModelRunner, "sample_tokens"): "047e6a4738de",
+    # relied on
+    (LoRARequest, "__eq__"): "bba566415278",
+    (NewRequestData, "from_request"): "e6258e939d81",
+}
+
+
+def digest(owner: type, name: str) -> str:
+    function = getattr(owner, name)
+    function = getattr(function, "_vllm_pedro_original", function)
+    return hashlib.sha256(inspect.getsource(inspect.unwrap(function)).encode()).hexdigest()[:12]
+
+
+@pytest.mark.parametrize(("owner", "name"), KNOWN, ids=lambda v: getattr(v, "__name__", v))
+def test_function_is_the_known_one(owner, name):
+    assert digest(owner, name) == KNOWN[owner, name]
+
+
+class Upstream:
+    def method(self, x):
+        return x
+
+
+def test_wrapping_is_done_once_and_calls_the_original():
+    def twice(original):
+        return lambda self, x: 2 * original(self, x)
+
+    class Target(Upstream):
+        def method(self, x):
+            return x + 1
+
+    wrap(Target, "method", twice)
+    wrap(Target, "method", twice)
+    assert Target().method(1) == 4
+
+
+def test_a_moved_function_is_noticed():
+    class Child(Upstream):
+        pass
+
+    with pytest.raises(RuntimeError, match=r"cannot find .*Child\.method"):
+        wrap(Child, "method", lambda original: original)
+
+
+def test_an_instance_changes_class_once():
+    class Mixin:
+        def method(self, x):
+            return -super().method(x)
+
+    thing = Upstream()
+    become(thing, Mixin)
+    become(thing, Mixin)
+    assert thing.method(3) == -3
+    assert type(thing).__name__ == "PedroUpstream"
+    assert Upstream().method(3) == 3

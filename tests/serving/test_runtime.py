@@ -1,0 +1,213 @@
+import itertools
+
+import pytest
+import torch
+
+from vllm_pedro.adapter import init_adapter, save_adapter
+from vllm_pedro.config import TARGET_MODULES, BackboneShape, PedroConfig
+from vllm_pedro.generator import VectorGenerator
+from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, HostCache
+from vllm_pedro.serving.plan import ScheduledRow
+from vllm_pedro.serving.runtime import PedroRuntime
+from vllm_pedro.serving.slots import VectorSlots
+from vllm_pedro.serving.spec import RequestSpec
+from vllm_pedro.serving.vectors import VectorStore
+
+SHAPE = BackboneShape(3, 8, {"q_proj": 8, "k_proj": 4, "v_proj": 4, "gate_proj": 16, "up_proj": 16})
+LIMITS = AdapterLimits(SHAPE, 6)
+VARIANTS = [
+    {"pooling": pooling, "activation": activation, "input_norm": norm, "r": r}
+    for pooling, activation, norm, r in itertools.product(
+        ("last", "mean", "max"),
+        ("rational", "gelu", ["relu", "rational", "gelu"]),
+        (None, "rms"),
+        (0, 2, 6),
+    )
+]
+
+
+class Harness(PedroRuntime):
+    """A runtime with the scheduler's part of the work."""
+
+    def __init__(self, *args, sequences):
+        super().__init__(*args)
+        self.slots = VectorSlots(sequences)
+
+    def enter(self, name, spec):
+        self.admit(name, spec)
+        self.resume(name)
+
+    def resume(self, name):
+        assignment = self.slots.acquire(name, self._specs[name].vector_key)
+        self.assign({name: assignment})
+        self.slots.confirm(assignment)
+
+    def leave(self, *names):
+        for name in names:
+            self.slots.release(name)
+        self.finish(names)
+
+    def row(self, name):
+        return self._readers[name].slot
+
+
+def request(folder, digest, length, prompt="p"):
+    return RequestSpec(folder.name, str(folder), digest, length, prompt)
+
+
+def runtime(max_pedros=4, sequences=4, dtype=torch.float32):
+    cpu = torch.device("cpu")
+    store = VectorStore(SHAPE, TARGET_MODULES, sequences, 64, dtype, cpu)
+    host = HostCache(8, LIMITS)
+    bank = AdapterBank(max_pedros, LIMITS, store.columns, cpu)
+    return Harness(host, bank, store, sequences=sequences)
+
+
+def write(folder, seed=0, **config):
+    adapter = init_adapter(PedroConfig(**{"r": 4, **config}), SHAPE, seed=seed, scale=0.3)
+    digest = save_adapter(folder, adapter.config, adapter.tensors)
+    return adapter, digest
+
+
+def expected(adapter, layer, prompt):
+    """What the training module makes of the same prompt, one as untargeted columns."""
+    generator = VectorGenerator(adapter.config, SHAPE, layer)
+    prefix = f"base_model.model.model.layers.{layer}.vector_generator."
+    generator.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in adapter.tensors.items() if k.startswith(prefix)}
+    )
+    parts = generator(prompt)
+    return torch.cat([parts.get(m, torch.ones(SHAPE.widths[m])) for m in TARGET_MODULES]).detach()
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("modules", [["q_proj", "v_proj", "up_proj"], ["gate_proj", "k_proj"]])
+def test_vectors_equal_the_training_module(tmp_path, variant, modules):
+    adapter, digest = write(tmp_path / "x", target_modules=modules, **variant)
+    rt = runtime()
+    rt.enter("a", request(tmp_path / "x", digest, 5))
+    rt.prepare_step([ScheduledRow("base", 0, 3, 0), ScheduledRow("a", 3, 7, 0)])
+    assert rt.makes_vectors
+    hidden = torch.randn(10, 8, generator=torch.Generator().manual_seed(1)) * 3
+    slot = rt.row("a")
+    for layer in range(3):
+        rt.write_vectors(layer, hidden)
+        torch.testing.assert_close(
+            rt.store.vectors[layer][slot], expected(adapter, layer, hidden[3:8])
+        )
+        others = [i for i in range(5) if i != slot]
+        assert bool((rt.store.vectors[layer][others] == 1).all())
+
+
+def test_rows_of_several_adapters_in_one_step(tmp_path):
+    rt = runtime()
+    made = {}
+    for name, seed, length in (("a", 0, 2), ("b", 1, 4), ("c", 0, 1)):
+        adapter, digest = write(tmp_path / name, seed=seed, pooling="mean")
+        rt.enter(name, request(tmp_path / name, digest, length, prompt=name))
+        made[name] = adapter
+    rt.prepare_step(
+        [ScheduledRow("a", 0, 2, 0), ScheduledRow("b", 2, 4, 0), ScheduledRow("c", 6, 1, 0)]
+    )
+    assert len(rt._groups) == 2  # a and c have the same content
+    hidden = torch.randn(7, 8, generator=torch.Generator().manual_seed(2))
+    rt.write_vectors(0, hidden)
+    for name, rows in (("a", slice(0, 2)), ("b", slice(2, 6)), ("c", slice(6, 7))):
+        torch.testing.assert_close(
+            rt.store.vectors[0][rt.row(name)], expected(made[name], 0, hidden[rows])
+        )
+
+
+def test_decode_steps_and_dummy_runs_make_nothing(tmp_path):
+    _, digest = write(tmp_path / "x")
+    rt = runtime()
+    rt.enter("a", request(tmp_path / "x", digest, 2))
+    rt.prepare_step([ScheduledRow("a", 0, 2, 0)])
+    rt.write_vectors(0, torch.randn(2, 8))
+    kept = rt.store.vectors[0].clone()
+    rt.prepare_step([ScheduledRow("a", 0, 1, 2)])
+    assert not rt.makes_vectors
+    assert rt.store.token_slots[0] == rt.row("a")
+    rt.clear_step()
+    assert bool((rt.store.token_slots == 0).all())
+    rt.write_vectors(0, torch.randn(2, 8))
+    assert torch.equal(rt.store.vectors[0], kept)
+
+
+def test_kept_vectors_are_not_made_again(tmp_path):
+    adapter, digest = write(tmp_path / "x")
+    rt = runtime(sequences=2)
+    spec = request(tmp_path / "x", digest, 2)
+    rt.enter("a", spec)
+    rt.prepare_step([ScheduledRow("a", 0, 2, 0)])
+    hidden = torch.full((2, 8), 2.0)
+    rt.write_vectors(0, hidden)
+    rt.leave("a")
+    rt.enter("b", spec)
+    rt.prepare_step([ScheduledRow("b", 0, 1, 1)])
+    assert not rt.makes_vectors
+    torch.testing.assert_close(rt.store.vectors[0][rt.row("b")], expected(adapter, 0, hidden))
+
+
+def test_preempted_requests_resume(tmp_path):
+    _, digest = write(tmp_path / "x")
+    rt = runtime(sequences=1)
+    rt.enter("a", request(tmp_path / "x", digest, 2, prompt="one"))
+    rt.prepare_step([ScheduledRow("a", 0, 2, 0)])
+    rt.slots.release("a")
+    rt.enter("b", request(tmp_path / "x", digest, 2, prompt="two"))
+    rt.prepare_step([ScheduledRow("b", 0, 2, 0)])
+    rt.leave("b", "unknown")
+    rt.resume("a")
+    rt.prepare_step([ScheduledRow("a", 0, 4, 0)])
+    assert rt.makes_vectors
+    assert rt.row("a") == 1
+
+
+def test_more_tenants_than_device_slots(tmp_path):
+    rt = runtime(max_pedros=1, sequences=3)
+    adapters = {}
+    for i, name in enumerate("abc"):
+        adapters[name], digest = write(tmp_path / name, seed=i)
+        rt.enter(name, request(tmp_path / name, digest, 2, prompt=name))
+        rt.prepare_step([ScheduledRow(name, 0, 2, 0)])
+        rt.write_vectors(0, torch.full((2, 8), float(i + 1)))
+    rt.prepare_step([ScheduledRow(name, i, 1, 2) for i, name in enumerate("abc")])
+    assert len(rt.plan.segments) == 3
+    for i, name in enumerate("abc"):
+        torch.testing.assert_close(
+            rt.store.vectors[0][rt.row(name)],
+            expected(adapters[name], 0, torch.full((2, 8), float(i + 1))),
+        )
+
+
+def test_an_adapter_that_went_away_fails_its_own_request_only(tmp_path):
+    _, good = write(tmp_path / "good")
+    _, gone = write(tmp_path / "gone", seed=1)
+    rt = runtime()
+    rt.enter("a", request(tmp_path / "gone", gone, 2))
+    rt.enter("b", request(tmp_path / "good", good, 2))
+    (tmp_path / "gone" / "adapter_model.safetensors").unlink()
+    rows = [ScheduledRow("a", 0, 2, 0), ScheduledRow("b", 2, 2, 0)]
+    rt.prepare_step(rows)
+    rt.write_vectors(0, torch.randn(4, 8))
+    failed = rt.take_failed()
+    assert list(failed) == ["a"]
+    assert "adapter_model.safetensors" in failed["a"]
+    assert rt.take_failed() == {}
+    assert rt.store.token_slots[:4].tolist() == [0, 0, rt.row("b"), rt.row("b")]
+    # A step that was scheduled before the scheduler heard of it runs the row as a base row.
+    rt.prepare_step([ScheduledRow("a", 0, 1, 2), ScheduledRow("b", 1, 1, 2)])
+    assert len(rt.plan.segments) == 1
+
+
+def test_vectors_are_made_in_float32_and_kept_in_the_model_dtype(tmp_path):
+    adapter, digest = write(tmp_path / "x", input_norm=None, activation="rational")
+    rt = runtime(dtype=torch.bfloat16)
+    rt.enter("a", request(tmp_path / "x", digest, 1))
+    rt.prepare_step([ScheduledRow("a", 0, 1, 0)])
+    hidden = torch.full((1, 8), 300.0, dtype=torch.bfloat16)
+    rt.write_vectors(0, hidden)
+    row = rt.store.vectors[0][rt.row("a")]
+    assert row.dtype == torch.bfloat16
+    assert torch.equal(row, expected(adapter, 0, hidden.float()).bfloat16())

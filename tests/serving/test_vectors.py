@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from vllm_pedro.config import BackboneShape
+from vllm_pedro.serving.plan import IDENTITY_SLOT, Segment, StepPlan
+from vllm_pedro.serving.vectors import VectorStore
+
+SHAPE = BackboneShape(2, 8, {"q_proj": 8, "k_proj": 4, "v_proj": 4, "gate_proj": 16, "up_proj": 16})
+ALL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+
+def store(modules=ALL, dtype=torch.float32):
+    return VectorStore(SHAPE, modules, 3, 10, dtype, torch.device("cpu"))
+
+
+def test_columns_lie_as_vllm_packs_them():
+    columns = store().columns
+    assert [columns[m] for m in ALL] == [
+        slice(0, 8), slice(8, 12), slice(12, 16), slice(16, 32), slice(32, 48)
+    ]  # fmt: skip
+
+
+def test_fewer_modules_make_a_smaller_store():
+    small = store(("up_proj", "v_proj"))
+    assert small.columns == {"v_proj": slice(0, 4), "up_proj": slice(4, 20)}
+    assert small.nbytes == 2 * 4 * 20 * 4 < store().nbytes
+
+
+def test_k_comes_along_where_q_and_v_are_scaled():
+    assert store(("q_proj", "v_proj")).modules == ("q_proj", "k_proj", "v_proj")
+
+
+def test_all_rows_start_as_the_identity():
+    s = store()
+    assert all(bool((v == 1).all()) for v in s.vectors)
+    assert bool((s.token_slots == IDENTITY_SLOT).all())
+
+
+def test_tokens_of_the_last_step_do_not_linger():
+    s = store()
+    s.load_plan(StepPlan([Segment(2, 6, 3)], [], 8))
+    assert s.token_slots.tolist() == [0, 0, 3, 3, 3, 3, 3, 3, 0, 0]
+    s.load_plan(StepPlan([Segment(0, 1, 2), Segment(1, 2, 1)], [], 3))
+    assert s.token_slots.tolist() == [2, 1, 1, 0, 0, 0, 0, 0, 0, 0]
+    s.load_plan(StepPlan([], [], 9))
+    assert s.token_slots.tolist() == [0] * 10
+
+
+def test_addresses_stay_fixed():
+    s = store()
+    before = s.token_slots.data_ptr()
+    s.load_plan(StepPlan([Segment(0, 4, 1)], [], 4))
+    assert s.token_slots.data_ptr() == before
+
+
+def test_a_step_that_is_too_long_is_a_defect():
+    with pytest.raises(RuntimeError, match="11 tokens exceeds the 10"):
+        store().load_plan(StepPlan([Segment(0, 11, 1)], [], 11))

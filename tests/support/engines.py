@@ -1,0 +1,219 @@
+"""Engines and the reference for tests: engines live in this process, one at a time."""
+
+from __future__ import annotations
+
+import os
+
+# An engine in the process starts in two seconds; the ones that spawn processes take thirty.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+# On a machine that does something else too, waiting threads that spin cost more than they save.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import contextlib
+import gc
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_pedro import BackboneShape, PedroConfig, PedroModel, save_adapter
+from vllm_pedro.adapter import init_adapter
+from vllm_pedro.reference import NEAR_TIE_MARGIN, Reference, reference_score
+
+
+@contextlib.contextmanager
+def start_engine(model: Path | str, pedro: bool = True, **settings: Any) -> Iterator[Any]:
+    """An ``LLM`` in this process, shut down at the end."""
+    import vllm_pedro  # noqa: F401  (teaches LLM its keywords)
+
+    # isort: split
+    from vllm import LLM
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    arguments: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 1 << 26,
+        "distributed_executor_backend": "uni",
+        "seed": 0,
+    }
+    if pedro:
+        arguments |= {"enable_pedro": True, "max_pedros": 4}
+    arguments |= settings
+    llm = None
+    try:
+        with _hide_llvmlite():
+            llm = LLM(str(model), **arguments)
+        yield llm
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+@contextlib.contextmanager
+def _hide_llvmlite() -> Iterator[None]:
+    """vLLM 0.32 looks through all loaded modules when an engine starts and trips over llvmlite's.
+
+    It is loaded by n-gram speculation, so only a second engine in one process meets it.
+    """
+    hidden = {n: m for n, m in sys.modules.items() if n.startswith("llvmlite.binding")}
+    for name in hidden:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        sys.modules.update(hidden)
+
+
+def make_tiny_model(folder: Path, seed: int = 0) -> Path:
+    """A random Llama of three small layers, float32, without a tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.2,  # wide enough that greedy tokens depend on everything before them
+    )
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_random_adapter(
+    model: Path,
+    folder: Path,
+    seed: int = 0,
+    scale: float = 0.1,
+    down_scale: float = 1.0,
+    **config: Any,
+) -> Path:
+    """Write a random adapter for a model. Same arguments, same content.
+
+    ``down_scale`` multiplies the down projection: as initialised it makes vectors that hardly
+    depend on the prompt, and a test of that dependence would prove nothing.
+    """
+    from transformers import AutoConfig
+
+    shape = BackboneShape.from_hf_config(AutoConfig.from_pretrained(model))
+    config = {"r": 4, "input_norm": "rms", **config}
+    adapter = init_adapter(PedroConfig(**config), shape, seed=seed, scale=scale)
+    tensors = {
+        name: tensor * down_scale if name.endswith("down_proj.weight") else tensor
+        for name, tensor in adapter.tensors.items()
+    }
+    save_adapter(folder, adapter.config, tensors)
+    return folder
+
+
+class Mismatch(AssertionError):
+    """An engine's answer that is not the reference's."""
+
+
+class Oracle:
+    """The reference model with any adapter, loaded when first asked for."""
+
+    def __init__(self, model: Path, keep: int = 1) -> None:
+        self._path = model
+        self._keep = keep
+        self._backbone: Any = None
+        self._models: dict[Path, PedroModel] = {}
+
+    def _model(self, adapter: Path | None) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        if self._backbone is None:
+            # Not SDPA, which leaves out Gemma 2's soft-capping of attention logits.
+            self._backbone = AutoModelForCausalLM.from_pretrained(
+                self._path, dtype=torch.float32, attn_implementation="eager"
+            )
+        if adapter is None:
+            return self._backbone
+        if adapter not in self._models:
+            while len(self._models) >= self._keep:
+                self._models.pop(next(iter(self._models))).unload()
+            self._models[adapter] = PedroModel.from_pretrained(self._backbone, adapter)
+        return self._models[adapter]
+
+    def score(
+        self,
+        prompt: list[int],
+        tokens: list[int],
+        adapter: Path | None,
+        prompt_length: int | None = None,
+    ) -> Reference:
+        """The reference's view of a prompt and what an engine continued it with."""
+        return reference_score(self._model(adapter), prompt, tokens, prompt_length)
+
+    def check_sampled(
+        self, output: Any, adapter: Path | None, completion: int, tolerance: float = 5e-4
+    ) -> None:
+        """A sampled completion's tokens have the log probabilities that the reference gives them.
+
+        Raises:
+            Mismatch: They have others.
+        """
+        chosen = output.outputs[completion]
+        tokens = list(chosen.token_ids)
+        reference = self.score(list(output.prompt_token_ids), tokens, adapter)
+        for step, (token, entry) in enumerate(zip(tokens, chosen.logprobs, strict=True)):
+            error = abs(entry[token].logprob - reference.logprobs[step])
+            if error > tolerance:
+                raise Mismatch(f"token {step}: log probability off by {error:.2e}")
+
+    def check(
+        self,
+        output: Any,
+        adapter: Path | None,
+        prompt_length: int | None = None,
+        completion: int = 0,
+        logprob_tolerance: float = 5e-4,
+    ) -> bool:
+        """A greedy ``RequestOutput`` has the reference's tokens and prompt log probabilities.
+
+        Returns:
+            Whether it ran into a near-tie, after which tokens may rightly differ.
+
+        Raises:
+            Mismatch: It has others.
+        """
+        prompt = list(output.prompt_token_ids)
+        tokens = list(output.outputs[completion].token_ids)
+        if not tokens:
+            raise Mismatch("nothing was generated")
+        reference = self.score(prompt, tokens, adapter, prompt_length)
+        if output.prompt_logprobs is not None:
+            got = [
+                entry[token].logprob
+                for entry, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
+            ]
+            worst = max(
+                (abs(a - b) for a, b in zip(got, reference.prompt_logprobs, strict=True)),
+                default=0.0,
+            )
+            if worst > logprob_tolerance:
+                raise Mismatch(f"prompt logprobs differ by {worst:.2e}, adapter {adapter}")
+        for step, (token, best) in enumerate(zip(tokens, reference.greedy, strict=True)):
+            if reference.margins[step] < NEAR_TIE_MARGIN:
+                return True
+            if token != best:
+                raise Mismatch(
+                    f"token {step} is {token}, not {best} (margin {reference.margins[step]:.4f}), "
+                    f"after a prompt of {len(prompt)} tokens, adapter {adapter}"
+                )
+        return False

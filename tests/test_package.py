@@ -1,0 +1,93 @@
+"""The package as it is imported: without vLLM, before it, after it."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import textwrap
+from importlib.metadata import entry_points
+
+import pytest
+
+import vllm_pedro
+from vllm_pedro._import_hook import when_imported
+
+
+def run(code: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_it_works_where_vllm_is_not_installed():
+    out = run(
+        """
+        import sys
+
+        class Absent:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] == "vllm":
+                    raise ModuleNotFoundError(f"No module named {name!r}", name="vllm")
+
+        sys.meta_path.insert(0, Absent())
+        import vllm_pedro
+        from vllm_pedro import PedroConfig, PedroModel, VectorGenerator, load_adapter
+        import vllm_pedro.serving.runtime, vllm_pedro.ops, vllm_pedro.reference
+        try:
+            vllm_pedro.PedroRequest
+        except ImportError as error:
+            print(error)
+        """
+    )
+    assert out == (
+        "vllm_pedro.PedroRequest needs vLLM: pip install 'vllm-pedro[cuda]' on NVIDIA, "
+        "'vllm-pedro[cpu]' elsewhere"
+    )
+
+
+def test_importing_it_loads_nothing_heavy():
+    out = run("import sys, vllm_pedro; print({'torch', 'vllm', 'transformers'} & {*sys.modules})")
+    assert out == "set()"
+
+
+def test_every_public_name_is_there():
+    for name in vllm_pedro.__all__:
+        assert getattr(vllm_pedro, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        vllm_pedro.nothing  # noqa: B018
+
+
+def test_vllm_finds_the_plugin():
+    (found,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "vllm_pedro"]
+    assert found.value == "vllm_pedro.integration.plugin:register"
+
+
+def test_keywords_are_known_in_whichever_order_the_packages_are_imported():
+    check = "EngineArgs(model='x', enable_pedro=True, max_pedros=3).additional_config"
+    first = f"import vllm_pedro; from vllm.engine.arg_utils import EngineArgs; print({check})"
+    second = f"from vllm.engine.arg_utils import EngineArgs; import vllm_pedro; print({check})"
+    assert "'max_pedros': 3" in run(first).splitlines()[-1]
+    assert "'max_pedros': 3" in run(second).splitlines()[-1]
+
+
+def test_hook_runs_once_after_the_module_and_leaves_no_trace(tmp_path, monkeypatch):
+    (tmp_path / "some_module_for_the_hook.py").write_text("value = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    seen: list[int] = []
+    finders = list(sys.meta_path)
+
+    def action() -> None:
+        seen.append(sys.modules["some_module_for_the_hook"].value)
+
+    when_imported("some_module_for_the_hook", action)
+    assert seen == []
+    module = importlib.import_module("some_module_for_the_hook")
+    assert seen == [1]
+    assert sys.meta_path == finders
+    assert module.__spec__.loader is module.__loader__
+    assert type(module.__loader__).__module__ != "vllm_pedro._import_hook"
+    when_imported("some_module_for_the_hook", action)
+    assert seen == [1, 1]

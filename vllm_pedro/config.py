@@ -1,0 +1,367 @@
+"""`PedroConfig`, the contents of an adapter's `adapter_config.json`, and the backbone's shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
+
+from vllm_pedro.errors import AdapterError, PedroError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+CONFIG_NAME: Final = "adapter_config.json"
+PEFT_TYPE: Final = "PEDRO"
+TASK_TYPE: Final = "CAUSAL_LM"
+
+# The order in which vLLM packs the projections into qkv_proj and gate_up_proj.
+TARGET_MODULES: Final = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+POOLINGS: Final = ("last", "mean", "max")
+ACTIVATIONS: Final = ("rational", "gelu", "relu")
+INPUT_NORMS: Final = (None, "rms")
+
+# A real config is below 1 KiB, or a few with one activation a layer.
+MAX_CONFIG_BYTES: Final = 1 << 20
+MAX_RATIONAL_DEGREE: Final = 32
+
+
+def open_regular(path: str | os.PathLike[str], expected: str) -> BinaryIO:
+    """Open `path` for reading if it is a regular file.
+
+    Raises:
+        AdapterError: the file is missing, unreadable or not a regular file; `expected` says in
+            the message what should have been there.
+    """
+    try:
+        # Without O_NONBLOCK, opening a FIFO would hang until somebody writes to it.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        raise AdapterError(f"{path}: expected {expected}, found no such file") from None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path}: expected {expected}, found {error}") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        found = "a folder" if os.path.isdir(path) else "something that is not a regular file"
+        raise AdapterError(f"{path}: expected {expected}, found {found}")
+    return os.fdopen(handle, "rb")
+
+
+def read_config_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Read a config file once, at most `MAX_CONFIG_BYTES` long."""
+    expected = "a JSON file with the adapter's config"
+    with open_regular(path, expected) as file:
+        data = file.read(MAX_CONFIG_BYTES + 1)
+    if len(data) > MAX_CONFIG_BYTES:
+        raise AdapterError(
+            f"{path}: expected {expected} of at most {MAX_CONFIG_BYTES} bytes, found a longer one"
+        )
+    return data
+
+
+def parse_json_object(data: bytes, source: str) -> dict[str, Any]:
+    """Parse `data` as one JSON object, refusing what JSON parsers let pass silently.
+
+    Raises:
+        AdapterError: not UTF-8, not JSON, not an object, a key given twice, or NaN/Infinity.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = sorted({key for key in keys if keys.count(key) > 1})
+            raise AdapterError(f"{source}: duplicate keys {shorten(twice)}")
+        return result
+
+    def constant(name: str) -> Any:
+        raise AdapterError(f"{source}: {name} is not JSON")
+
+    try:
+        result = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except AdapterError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{source}: expected a JSON object, found invalid JSON: {error}") from (
+            error
+        )
+    if not isinstance(result, dict):
+        raise AdapterError(
+            f"{source}: expected a JSON object, found a value of type {type(result).__name__}"
+        )
+    return result
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that readers see the old bytes or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def shorten(names: Sequence[object], limit: int = 5) -> str:
+    """`names` for a message: quoted, and counted past the first `limit`."""
+    text = ", ".join(repr(name) for name in names[:limit])
+    return text if len(names) <= limit else f"{text} and {len(names) - limit} more"
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class BackboneShape:
+    """What an adapter has to fit: the widths of the backbone's decoder layers.
+
+    Attributes:
+        num_layers: number of decoder layers.
+        hidden_size: width d of the residual stream.
+        widths: output width of each of the five projections, by name.
+    """
+
+    num_layers: int
+    hidden_size: int
+    widths: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        sizes = {"num_layers": self.num_layers, "hidden_size": self.hidden_size, **self.widths}
+        for name, value in sizes.items():
+            if not _is_int(value) or value < 1:
+                raise PedroError(f"backbone shape: {name} must be a positive int, not {value!r}")
+        if set(self.widths) != set(TARGET_MODULES):
+            raise PedroError(
+                f"backbone shape: widths must name {list(TARGET_MODULES)}, "
+                f"found {sorted(self.widths)}"
+            )
+
+    @classmethod
+    def from_hf_config(cls, config: PretrainedConfig) -> BackboneShape:
+        """Read the shape off a transformers config (its text part, for multimodal models).
+
+        Raises:
+            PedroError: the config lacks a width, or gives one that differs from layer to layer.
+        """
+        if hasattr(config, "get_text_config"):
+            config = config.get_text_config()
+
+        def size(name: str, default: int | None = None) -> int:
+            value = getattr(config, name, None)
+            if value is None:
+                value = default
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PedroError(
+                    f"{type(config).__name__}: expected a positive int in '{name}', found "
+                    f"{value!r}; PEDRO needs a decoder-only model whose layers are all alike"
+                )
+            return value
+
+        hidden = size("hidden_size")
+        heads = size("num_attention_heads")
+        kv_heads = size("num_key_value_heads", heads)
+        head_dim = size("head_dim", hidden // heads)
+        ffn = size("intermediate_size")
+        widths = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim, ffn, ffn)
+        return cls(
+            size("num_hidden_layers"), hidden, dict(zip(TARGET_MODULES, widths, strict=True))
+        )
+
+    def split_widths(self, target_modules: Sequence[str]) -> list[int]:
+        """Widths d_t of the parts of l, in the order of `target_modules`."""
+        return [self.widths[name] for name in target_modules]
+
+
+@dataclass
+class PedroConfig:
+    """The contents of `adapter_config.json`.
+
+    Attributes:
+        peft_type: always "PEDRO".
+        task_type: always "CAUSAL_LM".
+        base_model_name_or_path: the backbone the adapter was made for; a note, not checked.
+        r: inner width of the vector generators; 0 means static vectors, which are (IA)^3.
+        target_modules: the scaled projections; their order is the order of the split of l.
+        pooling: how the prompt's hidden states become one vector: "last", "mean" or "max".
+        input_norm: None (the paper: raw hidden states) or "rms".
+        activation: "rational", "gelu" or "relu", or a list of these, one a layer. Without
+            meaning when `r` is 0.
+        rational_order: degrees (m, n) of the rational activation's numerator and denominator.
+        inference_mode: True for an adapter that is not to be trained further.
+
+    Raises:
+        PedroError: a value of the wrong type or outside what is listed here.
+    """
+
+    peft_type: str = PEFT_TYPE
+    task_type: str = TASK_TYPE
+    base_model_name_or_path: str | None = None
+    r: int = 12
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj", "up_proj"])
+    pooling: str = "last"
+    input_norm: str | None = None
+    activation: str | list[str] = "rational"
+    rational_order: tuple[int, int] = (6, 5)
+    inference_mode: bool = False
+
+    def __post_init__(self) -> None:
+        # JSON knows no tuples, and the caller's own lists must not change under the config.
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = list(self.target_modules)
+        if isinstance(self.activation, (list, tuple)):
+            self.activation = list(self.activation)
+        if isinstance(self.rational_order, (list, tuple)):
+            # Two entries or not is for validate to say.
+            self.rational_order = cast(tuple[int, int], tuple(self.rational_order))
+        self.validate()
+
+    def validate(self, num_layers: int | None = None) -> None:
+        """Check every field, and the length of a per-layer `activation` if `num_layers` is given.
+
+        Raises:
+            PedroError: names the field, what it may be and what it is.
+        """
+
+        def require(condition: bool, name: str, expected: str) -> None:
+            if not condition:
+                raise PedroError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
+
+        require(self.peft_type == PEFT_TYPE, "peft_type", repr(PEFT_TYPE))
+        require(self.task_type == TASK_TYPE, "task_type", repr(TASK_TYPE))
+        name = self.base_model_name_or_path
+        require(name is None or isinstance(name, str), "base_model_name_or_path", "a string")
+        require(_is_int(self.r) and self.r >= 0, "r", "an int, 0 (static vectors) or more")
+        require(isinstance(self.inference_mode, bool), "inference_mode", "true or false")
+
+        modules = self.target_modules
+        require(
+            isinstance(modules, list)
+            and len(modules) > 0
+            and all(isinstance(entry, str) for entry in modules),
+            "target_modules",
+            f"a list with one or more of {list(TARGET_MODULES)}",
+        )
+        unknown = [entry for entry in modules if entry not in TARGET_MODULES]
+        if unknown:
+            raise PedroError(
+                f"target_modules: unknown {shorten(unknown)}; allowed are {list(TARGET_MODULES)}"
+            )
+        require(len(set(modules)) == len(modules), "target_modules", "no module twice")
+
+        require(self.pooling in POOLINGS, "pooling", f"one of {list(POOLINGS)}")
+        require(self.input_norm in INPUT_NORMS, "input_norm", f"one of {list(INPUT_NORMS)}")
+
+        kinds = self.activation if isinstance(self.activation, list) else [self.activation]
+        require(
+            len(kinds) > 0 and all(isinstance(k, str) and k in ACTIVATIONS for k in kinds),
+            "activation",
+            f"one of {list(ACTIVATIONS)}, or a list of these, one a layer",
+        )
+        per_layer = self.r > 0 and isinstance(self.activation, list)
+        if num_layers is not None and per_layer and len(kinds) != num_layers:
+            raise PedroError(
+                f"activation: expected one entry for each of the {num_layers} layers, "
+                f"found {len(kinds)}"
+            )
+
+        order = self.rational_order
+        require(
+            isinstance(order, tuple)
+            and len(order) == 2
+            and all(_is_int(degree) and 1 <= degree <= MAX_RATIONAL_DEGREE for degree in order),
+            "rational_order",
+            f"two ints (m, n) between 1 and {MAX_RATIONAL_DEGREE}",
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = CONFIG_NAME) -> PedroConfig:
+        """Build a config from a JSON object; keys left out take their defaults.
+
+        Raises:
+            AdapterError: unknown keys, a `peft_type` that is not "PEDRO", or an invalid value;
+                the message begins with `source`.
+        """
+        if not isinstance(values, Mapping):
+            raise AdapterError(f"{source}: expected an object, found {type(values).__name__}")
+        # First, because the other keys of an adapter of another kind only distract from it.
+        if values.get("peft_type") != PEFT_TYPE:
+            found = repr(values["peft_type"]) if "peft_type" in values else "no such key"
+            raise AdapterError(f"{source}: peft_type: expected {PEFT_TYPE!r}, found {found}")
+        known = [entry.name for entry in dataclasses.fields(cls)]
+        unknown = sorted(str(key) for key in values if key not in known)
+        if unknown:
+            raise AdapterError(f"{source}: unknown keys {shorten(unknown)}; known are {known}")
+        try:
+            return cls(**values)
+        except PedroError as error:
+            raise AdapterError(f"{source}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON types, in the order of the fields."""
+        values = dataclasses.asdict(self)
+        values["rational_order"] = list(self.rational_order)
+        return values
+
+    def to_json(self) -> bytes:
+        """The bytes of `adapter_config.json`; the same config always gives the same bytes."""
+        return (json.dumps(self.to_dict(), indent=2) + "\n").encode("ascii")
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> PedroConfig:
+        """Read `adapter_config.json` from the folder `path`.
+
+        Raises:
+            AdapterError: the file is missing, too long, not a JSON object, or not valid.
+        """
+        file = os.path.join(path, CONFIG_NAME)
+        return cls.from_dict(parse_json_object(read_config_bytes(file), file), source=file)
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write `adapter_config.json` into the folder `path`, which is made if needed."""
+        self.validate()
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / CONFIG_NAME, self.to_json())
+
+    def activation_of(self, layer: int) -> str:
+        """The activation of layer `layer`; without meaning when `r` is 0.
+
+        Raises:
+            PedroError: the config lists activations and has none for this layer.
+        """
+        if isinstance(self.activation, str):
+            return self.activation
+        if not 0 <= layer < len(self.activation):
+            raise PedroError(
+                f"activation: the list has {len(self.activation)} entries, none for layer {layer}"
+            )
+        return self.activation[layer]
+
+    def num_parameters(self, shape: BackboneShape, paper: bool = False) -> int:
+        """Parameters of one adapter on a backbone of this shape.
+
+        Args:
+            shape: the backbone.
+            paper: count as the paper does, without b_up and the activations' coefficients.
+        """
+        width = sum(shape.split_widths(self.target_modules))
+        total = shape.num_layers * self.r * (shape.hidden_size + width)
+        if paper:
+            return total
+        total += shape.num_layers * width
+        if self.r > 0:
+            m, n = self.rational_order
+            kinds = [self.activation_of(layer) for layer in range(shape.num_layers)]
+            total += kinds.count("rational") * (m + 1 + n)
+        return total

@@ -1,0 +1,9 @@
+"""The errors this package raises on purpose, so that callers can tell them from bugs."""
+
+
+class PedroError(ValueError):
+    """A setting, a model or a request that PEDRO cannot serve; the message says what to change."""
+
+
+class AdapterError(PedroError):
+    """An adapter folder that is missing, broken, or made for another backbone."""

@@ -1,0 +1,57 @@
+"""The few functions of vLLM that are wrapped, and how.
+
+Nearly everything else is done by subclassing: a switched-on engine gets its own scheduler class,
+and its input processor and model runner change to a subclass of what they are. What stands here
+only decides whether that happens. Each patch calls the original, is applied once per process, and
+does nothing in an engine without PEDRO. ``tests/integration/test_upstream.py`` fails when a
+function that is wrapped or overridden differs from the one this was written for.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_MARK = "_vllm_pedro_original"
+
+
+def wrap(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace ``owner.name`` by ``make(original)``, once.
+
+    Args:
+        owner: The class that defines the function itself (inherited ones are refused, so that a
+            moved function is noticed).
+        name: The function's name.
+        make: Given the original function, returns the one to put in its place.
+
+    Raises:
+        RuntimeError: The class does not define the function: vLLM has changed.
+    """
+    original = vars(owner).get(name)
+    if original is None:
+        raise RuntimeError(
+            f"vllm_pedro cannot find {owner.__module__}.{owner.__qualname__}.{name}: this vLLM is "
+            "not the one it was written for"
+        )
+    if hasattr(original, _MARK):
+        return
+    function = original.__func__ if isinstance(original, staticmethod) else original
+    replacement = functools.wraps(function)(make(function))
+    setattr(replacement, _MARK, function)
+    setattr(
+        owner,
+        name,
+        staticmethod(replacement) if isinstance(original, staticmethod) else replacement,
+    )
+    logger.debug("wrapped %s.%s", owner.__qualname__, name)
+
+
+def become(instance: Any, mixin: type) -> None:
+    """Put ``mixin`` in front of an instance's class, as if it had been created so."""
+    cls = type(instance)
+    if not issubclass(cls, mixin):
+        instance.__class__ = type(f"Pedro{cls.__name__}", (mixin, cls), {"__module__": __name__})

@@ -1,0 +1,212 @@
+"""The ``vllm.general_plugins`` entry point: vLLM calls :func:`register` in each process."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from .._import_hook import when_imported
+from ..versions import check_vllm_version
+from . import keywords
+from .options import options_of
+from .patches import become, wrap
+
+logger = logging.getLogger("vllm.vllm_pedro")
+
+
+def register() -> None:
+    """Make PEDRO available to vLLM; nothing changes for an engine that does not switch it on.
+
+    Raises:
+        RuntimeError: This vLLM is outside the supported window.
+    """
+    import vllm
+
+    check_vllm_version(vllm.__version__)
+    # Each only once its module is imported: a process gets no module that it would not have loaded.
+    for module, install in (
+        ("vllm.engine.arg_utils", keywords.install),
+        ("vllm.engine.arg_utils", _install_engine_config),
+        ("vllm.v1.engine.input_processor", _install_input_processor),
+        ("vllm.v1.engine.core", _install_engine_core),
+        ("vllm.entrypoints.generate.beam_search.utils", _install_beam_search),
+        ("vllm.v1.worker.gpu_model_runner", _install_gpu_runner),
+        ("vllm.v1.worker.cpu_model_runner", _install_cpu_runner),
+    ):
+        when_imported(module, install)
+
+
+def _install_engine_config() -> None:
+    """Check a switched-on engine's configuration, size its budget, give it PEDRO's scheduler.
+
+    Upstream: there is no hook between the arguments and the finished configuration.
+    Can go when: a general plugin may validate and amend ``VllmConfig``.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    def create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if options_of(self) is not None:
+                _choose_runner()
+            config = original(self, *args, **kwargs)
+            options = options_of(config)
+            if options is not None:
+                from .checks import check_engine
+                from .scheduler import scheduler_path
+
+                check_engine(config, options)
+                scheduler = config.scheduler_config
+                if scheduler.scheduler_cls is not None:
+                    raise ValueError(
+                        "PEDRO brings its own scheduler class and cannot be combined with "
+                        f"scheduler_cls={scheduler.scheduler_cls!r}"
+                    )
+                scheduler.scheduler_cls = scheduler_path(bool(scheduler.async_scheduling))
+            return config
+
+        return wrapped
+
+    def default_budget(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(self: Any, usage_context: Any, model_config: Any, *args: Any) -> Any:
+            chosen = self.max_num_batched_tokens
+            original(self, usage_context, model_config, *args)
+            if chosen is None and options_of(self) is not None:
+                # One step must take a whole prompt; 32k tokens bound the profiling run's memory.
+                self.max_num_batched_tokens = max(
+                    self.max_num_batched_tokens, min(model_config.max_model_len, 32_768)
+                )
+
+        return wrapped
+
+    wrap(EngineArgs, "create_engine_config", create_engine_config)
+    wrap(EngineArgs, "_set_default_max_num_seqs_and_batched_tokens_args", default_budget)
+
+
+def _choose_runner() -> None:
+    """PEDRO runs on the V1 model runner so far; vLLM reads its choice from the environment."""
+    name = "VLLM_USE_V2_MODEL_RUNNER"
+    if os.environ.get(name, "0") not in ("0", ""):
+        raise ValueError(f"PEDRO does not run on vLLM's V2 model runner yet: unset {name}")
+    os.environ[name] = "0"
+
+
+def _install_input_processor() -> None:
+    """Let a switched-on engine's input processor understand requests for PEDRO adapters.
+
+    Upstream: ``InputProcessor`` is created by name in ``LLMEngine`` and ``AsyncLLM``.
+    Can go when: its class can be configured.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from .processor import PedroInputProcessorMixin, RefusedRequestError
+    from .request import PedroRequest
+
+    def init(original: Callable[..., None]) -> Callable[..., None]:
+        def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, vllm_config, *args, **kwargs)
+            if options_of(vllm_config) is not None:
+                become(self, PedroInputProcessorMixin)
+                self.enable_pedro()
+
+        return __init__
+
+    def validate_lora(original: Callable[..., None]) -> Callable[..., None]:
+        def _validate_lora(self: Any, lora_request: Any) -> None:
+            if isinstance(lora_request, PedroRequest):
+                raise RefusedRequestError(
+                    f"got {lora_request!r}, but PEDRO is not enabled: start the engine with "
+                    "enable_pedro=True (--enable-pedro)"
+                )
+            original(self, lora_request)
+
+        return _validate_lora
+
+    wrap(InputProcessor, "__init__", init)
+    wrap(InputProcessor, "_validate_lora", validate_lora)
+
+
+def _install_engine_core() -> None:
+    """Take a PEDRO request out of ``lora_request`` before the scheduler and LoRA code see it.
+
+    Else it counts towards ``max_loras``, the LoRA manager tries to load it, and its name and path
+    enter the block hashes. From here on the request's spec travels in its sampling parameters.
+    Upstream: requests have one adapter field, of LoRA's type.
+    Can go when: vLLM knows other kinds of adapters.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    from .scheduler import spec_of_params
+
+    def preprocess(original: Callable[..., Any]) -> Callable[..., Any]:
+        def preprocess_add_request(self: Any, request: Any) -> Any:
+            if spec_of_params(request.sampling_params) is not None:
+                request.lora_request = None
+            return original(self, request)
+
+        return preprocess_add_request
+
+    wrap(EngineCore, "preprocess_add_request", preprocess)
+
+
+def _install_beam_search() -> None:
+    """Let beams carry the length of the original prompt.
+
+    vLLM's beam search sends prompt and tokens so far as a new prompt at every step.
+    Upstream: a beam knows its original prompt, but requests have no field for its length.
+    Can go when: beam search runs inside the engine.
+    """
+    from vllm.entrypoints.generate.beam_search.utils import BeamSearchInstance
+
+    from .processor import is_pedro
+    from .request import PedroRequest
+
+    def init(original: Callable[..., None]) -> Callable[..., None]:
+        def __init__(
+            self: Any, prompt: Any, lora_request: Any = None, *args: Any, **kwargs: Any
+        ) -> None:
+            if is_pedro(lora_request) and getattr(lora_request, "prompt_length", None) is None:
+                decoder = prompt if prompt["type"] != "enc_dec" else prompt["decoder_prompt"]
+                fields = {
+                    f: getattr(lora_request, f)
+                    for f in lora_request.__struct_fields__
+                    if f != "prompt_length"
+                }
+                length = len(decoder["prompt_token_ids"])
+                lora_request = PedroRequest(**fields, prompt_length=length)
+            original(self, prompt, lora_request, *args, **kwargs)
+
+        return __init__
+
+    wrap(BeamSearchInstance, "__init__", init)
+
+
+def _install_gpu_runner() -> None:
+    """Turn a switched-on worker's model runner into PEDRO's before it loads the model.
+
+    Upstream: runners are created by name in the workers.
+    Can go when: the runner's class can be configured.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    wrap(GPUModelRunner, "load_model", _load_as_pedro)
+
+
+def _install_cpu_runner() -> None:
+    """The same for the CPU's runner, which has its own ``load_model``."""
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    wrap(CPUModelRunner, "load_model", _load_as_pedro)
+
+
+def _load_as_pedro(original: Callable[..., None]) -> Callable[..., None]:
+    from .runner_v1 import PedroRunnerV1Mixin
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        if options_of(self.vllm_config) is None or isinstance(self, PedroRunnerV1Mixin):
+            return original(self, *args, **kwargs)
+        become(self, PedroRunnerV1Mixin)
+        return self.load_model(*args, **kwargs)
+
+    return load_model

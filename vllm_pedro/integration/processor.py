@@ -1,0 +1,241 @@
+"""Where requests come in: find the adapter, fix P, key the cache, refuse what cannot be served."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.utils.async_utils import make_async
+
+from ..adapter import WEIGHTS_NAME, load_adapter
+from ..config import CONFIG_NAME, BackboneShape
+from ..errors import PedroError
+from ..serving.adapters import AdapterLimits
+from ..serving.spec import EXTRA_ARGS_KEY, RequestSpec
+from .options import options_of
+from .request import PedroRequest
+
+
+class RefusedRequestError(VLLMValidationError, PedroError):
+    """A request that cannot be served: a 4xx over HTTP, a ``ValueError`` offline."""
+
+    def __init__(self, message: str, *, parameter: str | None = None, value: Any = None) -> None:
+        super().__init__(message, parameter=parameter, value=value)  # type: ignore[call-arg]
+
+
+Signature = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownAdapter:
+    """A folder that was read and found good.
+
+    Attributes:
+        digest: Content digest.
+        needs_all_states: mean or max pooling: every prompt token has to be computed.
+        signature: What the files looked like, to notice that they changed.
+    """
+
+    digest: str
+    needs_all_states: bool
+    signature: Signature
+
+
+class AdapterRegistry:
+    """Folders that requests named, validated when first seen and again when their files change."""
+
+    def __init__(self, limits: AdapterLimits, capacity: int = 100_000) -> None:
+        self.limits = limits
+        self._capacity = capacity
+        self._known: OrderedDict[str, KnownAdapter] = OrderedDict()
+
+    def lookup(self, path: str) -> KnownAdapter:
+        """The adapter in a folder.
+
+        Raises:
+            AdapterError: What is wrong with it.
+        """
+        signature = _signature(path)
+        known = self._known.get(path)
+        if known is None or known.signature != signature or signature is None:
+            adapter = load_adapter(path, self.limits.shape)
+            self.limits.check(adapter.config.r, adapter.config.target_modules, path)
+            known = KnownAdapter(adapter.digest, adapter.config.pooling != "last", signature or ())
+            self._known[path] = known
+            while len(self._known) > self._capacity:
+                self._known.popitem(last=False)
+        self._known.move_to_end(path)
+        return known
+
+
+def _signature(path: str) -> Signature | None:
+    try:
+        stats = [os.stat(os.path.join(path, name)) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    except OSError:
+        return None
+    return tuple((s.st_mtime_ns, s.st_size, s.st_ino) for s in stats)
+
+
+def is_pedro(lora_request: Any) -> bool:
+    """Whether a request asks for a PEDRO adapter: by its type, or by what its folder says."""
+    if lora_request is None:
+        return False
+    if isinstance(lora_request, PedroRequest):
+        return True
+    try:
+        config = Path(lora_request.lora_path).expanduser() / CONFIG_NAME
+        if config.stat().st_size > 1 << 20:
+            return False
+        content = json.loads(config.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("peft_type") == "PEDRO"
+
+
+def digest_tokens(tokens: Sequence[int]) -> str:
+    """A digest of token ids."""
+    return hashlib.sha256(array("q", tokens).tobytes()).hexdigest()
+
+
+def cache_salt(salt: str | None, spec: RequestSpec) -> str:
+    """Key for the prefix cache: the adapter's content and the whole pooled prompt.
+
+    It salts a request's first block and so, through the chain of block hashes, all of its blocks;
+    KV computed under one adapter and prompt is found by no other.
+    """
+    return f"{salt or ''}|pedro:{spec.digest}:{spec.prompt_length}:{spec.prompt_digest}"
+
+
+def longest_prompt(vllm_config: Any) -> tuple[int, str]:
+    """How many tokens one step can take of one prompt, and the option that says so."""
+    scheduler, speculative = vllm_config.scheduler_config, vllm_config.speculative_config
+    drafts = speculative.max_num_new_slots_for_drafting if speculative is not None else 0
+    limit = scheduler.max_num_batched_tokens - drafts
+    name = "max_num_batched_tokens"
+    if (scheduler.max_num_scheduled_tokens or limit) < limit:
+        limit, name = scheduler.max_num_scheduled_tokens, "max_num_scheduled_tokens"
+    threshold = scheduler.long_prefill_token_threshold
+    if 0 < threshold < limit:
+        limit, name = threshold, "long_prefill_token_threshold"
+    return limit, name
+
+
+class PedroInputProcessorMixin:
+    """What vLLM's ``InputProcessor`` does differently when PEDRO is on."""
+
+    vllm_config: Any
+    renderer: Any
+
+    def enable_pedro(self) -> None:
+        """Called once, after the original ``__init__``."""
+        options = options_of(self.vllm_config)
+        assert options is not None
+        shape = BackboneShape.from_hf_config(self.vllm_config.model_config.hf_config)
+        limits = AdapterLimits(shape, options.max_pedro_rank, options.pedro_target_modules)
+        self.pedro_registry = AdapterRegistry(limits)
+        # The original's was bound before the class changed.
+        self.process_inputs_async = make_async(
+            self.process_inputs, executor=self.renderer._executor
+        )
+
+    def _validate_lora(self, lora_request: Any) -> None:
+        if not is_pedro(lora_request):
+            super()._validate_lora(lora_request)  # type: ignore[misc]
+
+    def process_inputs(
+        self,
+        request_id: str,
+        prompt: Any,
+        params: Any,
+        supported_tasks: Any,
+        arrival_time: float | None = None,
+        lora_request: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if (getattr(params, "extra_args", None) or {}).get(EXTRA_ARGS_KEY) is not None:
+            raise RefusedRequestError(
+                f"extra_args[{EXTRA_ARGS_KEY!r}] is reserved: ask for a PEDRO adapter with "
+                "lora_request=PedroRequest(...), or by its model name",
+                parameter="extra_args",
+            )
+        asked = is_pedro(lora_request)
+        known = None
+        if asked:
+            path = str(Path(lora_request.lora_path).expanduser().resolve())
+            self._refuse_what_cannot_be_exact(params, kwargs)
+            try:
+                known = self.pedro_registry.lookup(path)
+            except PedroError as error:
+                raise RefusedRequestError(
+                    f"adapter {lora_request.lora_name!r}: {error}", parameter="lora_request"
+                ) from error
+        request = super().process_inputs(  # type: ignore[misc]
+            request_id,
+            prompt,
+            params,
+            supported_tasks,
+            arrival_time,
+            lora_request,
+            *args,
+            **kwargs,
+        )
+        if known is not None:
+            self._attach(request, lora_request, path, known)
+        return request
+
+    def _refuse_what_cannot_be_exact(self, params: Any, kwargs: dict[str, Any]) -> None:
+        if not isinstance(params, SamplingParams):
+            raise RefusedRequestError(
+                "PEDRO adapters serve text generation, not pooling requests", parameter="model"
+            )
+        if kwargs.get("resumable"):
+            raise RefusedRequestError(
+                "a streaming-input session changes its prompt under way, so a PEDRO adapter's "
+                "vectors would not be those of the whole prompt: send each turn as a request"
+            )
+
+    def _attach(self, request: Any, lora_request: Any, path: str, known: KnownAdapter) -> None:
+        if request.prompt_embeds is not None or request.prompt_token_ids is None:
+            raise RefusedRequestError(
+                "PEDRO adapters take prompts of token ids, not prompt embeddings"
+            )
+        if request.mm_features:
+            raise RefusedRequestError("PEDRO adapters take text prompts only")
+        tokens = request.prompt_token_ids
+        length = getattr(lora_request, "prompt_length", None) or len(tokens)
+        if length > len(tokens):
+            raise RefusedRequestError(
+                f"prompt_length is {length}, but the prompt has only {len(tokens)} tokens",
+                parameter="prompt_length",
+                value=length,
+            )
+        limit, option = longest_prompt(self.vllm_config)
+        if length > limit:
+            raise RefusedRequestError(
+                f"the prompt of {length} tokens is longer than the {limit} that one step takes: a "
+                f"PEDRO adapter's vectors need the whole prompt in one step. Shorten it, or start "
+                f"the engine with {option} of at least {length}",
+                parameter="prompt",
+                value=length,
+            )
+        spec = RequestSpec(
+            lora_request.lora_name,
+            path,
+            known.digest,
+            length,
+            digest_tokens(tokens[:length]),
+            known.needs_all_states,
+        )
+        params = request.sampling_params
+        params.extra_args = {**(params.extra_args or {}), EXTRA_ARGS_KEY: spec.to_wire()}
+        request.cache_salt = cache_salt(request.cache_salt, spec)

@@ -1,0 +1,36 @@
+"""``PedroRequest``: what users pass as ``lora_request=``."""
+
+from __future__ import annotations
+
+from vllm.lora.request import LoRARequest
+
+
+class PedroRequest(  # type: ignore[call-arg]
+    LoRARequest,
+    omit_defaults=True,
+    array_like=True,
+):
+    """Ask for a PEDRO adapter: ``llm.generate(prompts, lora_request=PedroRequest(name, 1, path))``.
+
+    Takes the place of vLLM's ``LoRARequest`` wherever that is taken, alone or in a list with
+    ``None`` for rows that want the plain backbone.
+
+    Args:
+        lora_name: The adapter's name, for logs and outputs.
+        lora_int_id: A positive integer, as for LoRA. PEDRO itself tells adapters apart by the
+            content of their folders.
+        lora_path: The adapter's folder (``adapter_config.json``, ``adapter_model.safetensors``).
+        prompt_length: P, how many leading tokens of the prompt are pooled into the vectors; default
+            the whole prompt. A chat's later turns can give the length of the first turn, and so go
+            on with its vectors and its cached KV.
+    """
+
+    prompt_length: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        length = self.prompt_length
+        if length is not None and (
+            isinstance(length, bool) or not isinstance(length, int) or length < 1
+        ):
+            raise ValueError(f"prompt_length must be an integer of at least 1, got {length!r}")

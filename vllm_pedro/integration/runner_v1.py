@@ -1,0 +1,115 @@
+"""PEDRO on vLLM's V1 model runner, which the CPU uses."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from ..config import BackboneShape
+from ..serving.adapters import AdapterBank, AdapterLimits, HostCache
+from ..serving.plan import ScheduledRow
+from ..serving.runtime import PedroRuntime
+from ..serving.vectors import VectorStore
+from .layers import install_hooks
+from .options import PedroOptions, options_of
+from .scheduler import ASSIGNMENTS, spec_of_params
+
+logger = logging.getLogger("vllm.vllm_pedro")
+
+
+def build_runtime(
+    vllm_config: Any, options: PedroOptions, device: torch.device, max_tokens: int
+) -> PedroRuntime:
+    """Allocate everything PEDRO keeps in a worker.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        options: The PEDRO options.
+        device: Where the model is.
+        max_tokens: Most tokens in one forward pass, padding included.
+    """
+    model = vllm_config.model_config
+    shape = BackboneShape.from_hf_config(model.hf_config)
+    sequences = vllm_config.scheduler_config.max_num_seqs
+    limits = AdapterLimits(shape, options.max_pedro_rank, options.pedro_target_modules)
+    store = VectorStore(
+        shape, options.pedro_target_modules, sequences, max_tokens, model.dtype, device
+    )
+    bank = AdapterBank(options.max_pedros, limits, store.columns, device)
+    host = HostCache(options.host_capacity, limits)
+    logger.info(
+        "PEDRO: vectors of %d sequences take %.1f MiB, generators of %d adapters %.1f MiB",
+        sequences,
+        store.nbytes / 2**20,
+        options.max_pedros,
+        bank.nbytes / 2**20,
+    )
+    return PedroRuntime(host, bank, store)
+
+
+class PedroRunnerV1Mixin:
+    """What ``GPUModelRunner`` and ``CPUModelRunner`` do differently when PEDRO is on."""
+
+    pedro: PedroRuntime
+    vllm_config: Any
+    device: torch.device
+    max_num_tokens: int
+    input_batch: Any
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        options = options_of(self.vllm_config)
+        assert options is not None
+        captured = self.vllm_config.compilation_config.cudagraph_capture_sizes or [0]
+        max_tokens = max(self.max_num_tokens, *captured)
+        self.pedro = build_runtime(self.vllm_config, options, self.device, max_tokens)
+        # After LoRA has put its layers in place, so that the sum W x + BA x is what is scaled.
+        install_hooks(self.get_model(), self.pedro.bank.limits.shape, self.pedro)  # type: ignore[attr-defined]
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        self.pedro.finish(scheduler_output.finished_req_ids)
+        for request in scheduler_output.scheduled_new_reqs:
+            spec = spec_of_params(request.sampling_params)
+            if spec is not None:
+                self.pedro.admit(request.req_id, spec)
+        self.pedro.assign(getattr(scheduler_output, ASSIGNMENTS, {}))
+        return super()._update_states(scheduler_output)  # type: ignore[misc]
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
+        batch = self.input_batch
+        rows, start = [], 0
+        for index, count in enumerate(num_scheduled_tokens.tolist()):
+            computed = int(batch.num_computed_tokens_cpu[index])
+            rows.append(ScheduledRow(batch.req_ids[index], start, count, computed))
+            start += count
+        self.pedro.prepare_step(rows)
+        return prepared
+
+    def _determine_batch_execution_and_padding(
+        self, *args: Any, force_eager: bool = False, **kwargs: Any
+    ) -> Any:
+        """No CUDA graph for a step that makes vectors.
+
+        A one-token prompt, or a prompt that hits the cache up to its last token, looks like a
+        decode and would replay a graph in which the generators never ran.
+        """
+        return super()._determine_batch_execution_and_padding(  # type: ignore[misc]
+            *args, force_eager=force_eager or self.pedro.makes_vectors, **kwargs
+        )
+
+    def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(self, "pedro"):
+            self.pedro.clear_step()
+        return super()._dummy_run(*args, **kwargs)  # type: ignore[misc]
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
+        failed = self.pedro.take_failed()
+        if failed:
+            # An asynchronous output wraps the one that the scheduler will see.
+            target = getattr(output, "_model_runner_output", output)
+            target.pedro_failed = failed
+        return output

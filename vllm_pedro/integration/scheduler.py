@@ -1,0 +1,185 @@
+"""Rules 1 and 2 where they are decided: whole prompts, and cache hits short of the pooled token.
+
+Subclasses of vLLM's schedulers, chosen through ``SchedulerConfig.scheduler_cls``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from ..serving.slots import Assignment, VectorSlots
+from ..serving.spec import EXTRA_ARGS_KEY, RequestSpec
+from .options import options_of
+
+ASSIGNMENTS = "pedro_assignments"
+"""Attribute of ``SchedulerOutput``: request id -> row of the vector store, for those that enter."""
+
+
+def spec_of_params(params: Any) -> RequestSpec | None:
+    """The spec that a request's sampling parameters carry, if any."""
+    extra = getattr(params, "extra_args", None)
+    wire = extra.get(EXTRA_ARGS_KEY) if extra else None
+    return None if wire is None else RequestSpec.from_wire(wire)
+
+
+class PedroSchedulerMixin:
+    """What both schedulers do differently for requests with an adapter."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
+        options = options_of(vllm_config)
+        assert options is not None
+        self._pedro_max_adapters = options.max_pedros
+        self._pedro_slots = VectorSlots(vllm_config.scheduler_config.max_num_seqs)
+        # What this step would admit: request -> whether its vectors are kept, and the adapters
+        # whose generators it would run.
+        self._pedro_entering: dict[str, bool] = {}
+        self._pedro_step_adapters: set[str] = set()
+
+    def add_request(self, request: Any) -> None:
+        request.pedro = spec_of_params(request.sampling_params)
+        super().add_request(request)  # type: ignore[misc]
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        self._pedro_entering.clear()
+        self._pedro_step_adapters.clear()
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        entering = [i for i in self._pedro_entering if i in output.num_scheduled_tokens]
+        if entering:
+            # Those whose vectors are kept come first: the others may take rows that nobody holds.
+            entering.sort(key=lambda i: not self._pedro_entering[i])
+            setattr(output, ASSIGNMENTS, {i: self._pedro_assign(i) for i in entering})
+        return output
+
+    def _pedro_assign(self, request_id: str) -> Assignment:
+        spec: RequestSpec = self.requests[request_id].pedro  # type: ignore[attr-defined]
+        return self._pedro_slots.acquire(request_id, spec.vector_key)
+
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        """Also mends a defect of vLLM 0.32 for requests with an adapter.
+
+        Under the priority policy a request may be preempted in the step that already scheduled it.
+        Its new blocks are in the prefix cache by then, but are never computed.
+        """
+        if request.pedro is not None:
+            self._pedro_evict(request.request_id, request.num_computed_tokens)
+        self._pedro_release(request)
+        super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        self._pedro_release(request)
+        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def _pedro_release(self, request: Any) -> None:
+        request_id = request.request_id
+        if self._pedro_slots.is_held_by(request_id):
+            if not self._pedro_slots.is_made_for(request_id):
+                # It goes before its step's answer: whether its blocks are right is not known.
+                self._pedro_evict(request_id)
+            self._pedro_slots.release(request_id)
+
+    def _pedro_evict(self, request_id: str, num_computed_tokens: int = 0) -> None:
+        """Let nobody find this request's KV blocks past these tokens in the prefix cache."""
+        manager = self.kv_cache_manager  # type: ignore[attr-defined]
+        groups = zip(
+            manager.get_block_ids(request_id),
+            manager.coordinator.single_type_managers,
+            strict=True,
+        )
+        manager.evict_blocks(
+            {b for ids, group in groups for b in ids[num_computed_tokens // group.block_size :]}
+        )
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's way to say that the weights changed."""
+        self._pedro_slots.forget_all()
+        return super().reset_prefix_cache(*args, **kwargs)  # type: ignore[misc]
+
+    def _get_local_prefix_cache_hit(self, request: Any) -> tuple[Any, int, int, bool]:
+        """Without kept vectors, stop a hit before the pooled token, whose states make them.
+
+        A hit of the whole prompt is possible where tokens follow it: beams, later turns, a resumed
+        request. The shorter hit is looked up anew rather than cut from the longer one, because
+        sliding-window layers keep only the blocks that the longer one needs.
+        """
+        spec: RequestSpec | None = request.pedro
+        manager = self.kv_cache_manager  # type: ignore[attr-defined]
+        if spec is None or self._pedro_slots.has(spec.vector_key):
+            return super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
+        if spec.needs_all_states:
+            return manager.empty_kv_cache_blocks, 0, 0, False
+        hit = super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
+        if hit[1] < spec.prompt_length:
+            return hit
+        found, num_hit, num_uncached = manager.coordinator.find_longest_cache_hit(
+            request.block_hashes, spec.prompt_length - 1
+        )
+        boundary = num_hit + num_uncached if num_uncached else 0
+        return manager.create_kv_cache_blocks(found), num_hit, boundary, hit[3]
+
+    def _reserve_prefill_lookahead(
+        self, request: Any, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """Keep the first P tokens in one step; called after every other cap on a request's tokens.
+
+        Returning 0 leaves the request for a later step. It cannot stay there for ever: a prompt
+        that exceeds what one step takes is refused on arrival. Where the vectors are kept, or made
+        already, the tokens may come in any portions.
+        """
+        num_new_tokens = super()._reserve_prefill_lookahead(  # type: ignore[misc]
+            request, num_computed_tokens, num_new_tokens
+        )
+        spec: RequestSpec | None = request.pedro
+        if spec is None or self._pedro_slots.is_held_by(request.request_id):
+            return num_new_tokens
+        kept = self._pedro_slots.has(spec.vector_key)
+        if not kept:
+            if num_computed_tokens + num_new_tokens < spec.prompt_length:
+                return 0
+            # One step's prompts read their generators from the device slots.
+            if spec.digest not in self._pedro_step_adapters:
+                if len(self._pedro_step_adapters) >= self._pedro_max_adapters:
+                    return 0
+                self._pedro_step_adapters.add(spec.digest)
+        if num_new_tokens:
+            self._pedro_entering[request.request_id] = kept
+        return num_new_tokens
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """End the requests whose adapter could not be had; drop what they computed."""
+        failed = getattr(model_runner_output, "pedro_failed", {})
+        for request_id, assignment in getattr(scheduler_output, ASSIGNMENTS, {}).items():
+            if not assignment.makes:
+                continue
+            if request_id not in failed:
+                self._pedro_slots.confirm(assignment)
+                continue
+            for reader in self._pedro_slots.withdraw(assignment):
+                self._pedro_drop(reader, model_runner_output)
+        return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+
+    def _pedro_drop(self, request_id: str, model_runner_output: Any) -> None:
+        index = model_runner_output.req_id_to_index.get(request_id)
+        if index is not None and model_runner_output.sampled_token_ids:
+            model_runner_output.sampled_token_ids[index] = []
+        model_runner_output.prompt_logprobs_dict.pop(request_id, None)
+        # Computed without vectors, but keyed as if with them.
+        self._pedro_evict(request_id)
+        self.grammar_compile_error_reqs.add(request_id)  # type: ignore[attr-defined]
+
+
+class PedroScheduler(PedroSchedulerMixin, Scheduler):
+    """vLLM's scheduler with PEDRO's rules."""
+
+
+class PedroAsyncScheduler(PedroSchedulerMixin, AsyncScheduler):
+    """vLLM's asynchronous scheduler with PEDRO's rules."""
+
+
+def scheduler_path(async_scheduling: bool) -> str:
+    """Qualified name for ``SchedulerConfig.scheduler_cls``."""
+    cls = PedroAsyncScheduler if async_scheduling else PedroScheduler
+    return f"{cls.__module__}.{cls.__qualname__}"

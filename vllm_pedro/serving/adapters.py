@@ -1,0 +1,235 @@
+"""Adapters in memory: an LRU in host memory, and an LRU of device slots that prefills read."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..adapter import Adapter, load_adapter
+from ..config import TARGET_MODULES, BackboneShape
+from ..errors import AdapterError
+from .spec import RequestSpec
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLimits:
+    """What an engine accepts, fixed at start-up.
+
+    Attributes:
+        shape: The backbone's layer count and widths.
+        max_rank: Highest ``r`` an adapter may have.
+        modules: Target modules the vector store has columns for.
+    """
+
+    shape: BackboneShape
+    max_rank: int
+    modules: tuple[str, ...] = TARGET_MODULES
+
+    def check(self, rank: int, target_modules: Sequence[str], source: str) -> None:
+        """Refuse an adapter that this engine has no room for.
+
+        Raises:
+            AdapterError: Names the folder, the limit and the option that raises it.
+        """
+        if rank > self.max_rank:
+            raise AdapterError(
+                f"{source}: r is {rank}, but this engine takes at most {self.max_rank}: start it "
+                f"with max_pedro_rank={rank} (--max-pedro-rank {rank})"
+            )
+        missing = [m for m in target_modules if m not in self.modules]
+        if missing:
+            raise AdapterError(
+                f"{source}: target_modules has {', '.join(missing)}, but this engine serves only "
+                f"{', '.join(self.modules)}: start it with pedro_target_modules that has them all"
+            )
+
+
+class HostCache:
+    """Adapters in host memory by content digest, least recently used out first."""
+
+    def __init__(
+        self,
+        capacity: int,
+        limits: AdapterLimits,
+        load: Callable[..., Adapter] = load_adapter,
+    ) -> None:
+        self.capacity = capacity
+        self.limits = limits
+        self._load = load
+        self._adapters: OrderedDict[str, Adapter] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._adapters
+
+    def get(self, spec: RequestSpec) -> Adapter:
+        """The adapter, from memory or from its folder.
+
+        Raises:
+            AdapterError: The folder is gone, broken, or no longer has the content that the request
+                was admitted with.
+        """
+        adapter = self._adapters.get(spec.digest)
+        if adapter is None:
+            adapter = self._load(spec.path, self.limits.shape, expected_digest=spec.digest)
+            self.limits.check(adapter.config.r, adapter.config.target_modules, spec.path)
+            while len(self._adapters) >= self.capacity:
+                self._adapters.popitem(last=False)
+            self._adapters[spec.digest] = adapter
+        self._adapters.move_to_end(spec.digest)
+        return adapter
+
+    def discard(self, digest: str) -> bool:
+        """Drop an adapter; whether it was there."""
+        return self._adapters.pop(digest, None) is not None
+
+
+@dataclass(slots=True)
+class SlotInfo:
+    """What a device slot holds."""
+
+    digest: str
+    rank: int
+    pooling: str
+    input_norm: str | None
+    kinds: tuple[str, ...]
+    rational_order: tuple[int, int]
+
+
+class AdapterBank:
+    """Generator weights on the device: ``max_pedros`` slots, preallocated, least recently used out.
+
+    Weights are float32 whatever the model's dtype, as the generator is evaluated in float32. The up
+    projection has a row for every column of the vector store; rows of modules that an adapter does
+    not target are zero with bias one, so that they yield exactly one.
+
+    Attributes:
+        down: Per layer ``[slots, max_rank, d]``.
+        up: Per layer ``[slots, D, max_rank]``.
+        bias: Per layer ``[slots, D]``.
+        numerator, denominator: Per layer ``[slots, order]``; only the leading coefficients that the
+            slot's rational order names are used.
+    """
+
+    MAX_ORDER = 32
+
+    def __init__(
+        self,
+        slots: int,
+        limits: AdapterLimits,
+        columns: dict[str, slice],
+        device: torch.device,
+    ) -> None:
+        self.limits = limits
+        self.columns = columns
+        layers, d, rank = limits.shape.num_layers, limits.shape.hidden_size, limits.max_rank
+        width = max(c.stop for c in columns.values())
+        self.down = [torch.zeros(slots, rank, d, device=device) for _ in range(layers)]
+        self.up = [torch.zeros(slots, width, rank, device=device) for _ in range(layers)]
+        self.bias = [torch.ones(slots, width, device=device) for _ in range(layers)]
+        self.numerator = [
+            torch.zeros(slots, self.MAX_ORDER + 1, device=device) for _ in range(layers)
+        ]
+        self.denominator = [
+            torch.zeros(slots, self.MAX_ORDER, device=device) for _ in range(layers)
+        ]
+        self.info: list[SlotInfo | None] = [None] * slots
+        self._lru: OrderedDict[str, int] = OrderedDict()
+        self._free = list(range(slots - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return len(self._lru)
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._lru
+
+    @property
+    def capacity(self) -> int:
+        """Number of slots."""
+        return len(self.info)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        tensors = (*self.down, *self.up, *self.bias, *self.numerator, *self.denominator)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def make_resident(self, digest: str, get: Callable[[], Adapter], keep: set[str]) -> int:
+        """Bring an adapter onto the device.
+
+        Args:
+            digest: The adapter's content digest.
+            get: Gives the adapter if it has to be copied.
+            keep: Digests that this step reads and that must not be evicted.
+
+        Returns:
+            The adapter's slot.
+
+        Raises:
+            AdapterError: From ``get``; the bank is as before.
+            RuntimeError: All slots are in ``keep``; the scheduler admits at most ``max_pedros``
+                different adapters a step, so this is a defect.
+        """
+        slot = self._lru.get(digest)
+        if slot is None:
+            adapter = get()
+            slot = self._take_slot(keep)
+            self._copy(slot, adapter)
+            self._lru[digest] = slot
+        self._lru.move_to_end(digest)
+        return slot
+
+    def discard(self, digest: str) -> bool:
+        """Free an adapter's slot; whether it was there."""
+        slot = self._lru.pop(digest, None)
+        if slot is None:
+            return False
+        self.info[slot] = None
+        self._free.append(slot)
+        return True
+
+    def _take_slot(self, keep: set[str]) -> int:
+        if not self._free:
+            victim = next((d for d in self._lru if d not in keep), None)
+            if victim is None:
+                raise RuntimeError(
+                    f"one step reads more than the {self.capacity} adapters that fit the device"
+                )
+            self.discard(victim)
+        return self._free.pop()
+
+    def _copy(self, slot: int, adapter: Adapter) -> None:
+        config, shape = adapter.config, self.limits.shape
+        kinds = []
+        for layer in range(shape.num_layers):
+            weights = adapter.layer(layer)
+            kind = config.activation_of(layer)
+            kinds.append(kind)
+            up, bias = self.up[layer][slot].zero_(), self.bias[layer][slot].fill_(1.0)
+            start = 0
+            for module in config.target_modules:
+                width = shape.widths[module]
+                here = slice(start, start + width)
+                bias[self.columns[module]].copy_(weights.bias[here])
+                if weights.up is not None:
+                    up[self.columns[module], : config.r].copy_(weights.up[here])
+                start += width
+            if weights.down is not None:
+                self.down[layer][slot, : config.r].copy_(weights.down)
+            if weights.numerator is not None and weights.denominator is not None:
+                m, n = config.rational_order
+                self.numerator[layer][slot, : m + 1].copy_(weights.numerator)
+                self.denominator[layer][slot, :n].copy_(weights.denominator)
+        self.info[slot] = SlotInfo(
+            adapter.digest,
+            config.r,
+            config.pooling,
+            config.input_norm,
+            tuple(kinds),
+            (config.rational_order[0], config.rational_order[1]),
+        )

@@ -1,0 +1,53 @@
+"""What a request carries through the engine: which adapter, and how long its prompt is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .slots import VectorKey
+
+EXTRA_ARGS_KEY = "vllm_pedro"
+"""Key under which a request's spec travels in ``SamplingParams.extra_args``.
+
+That dictionary is vLLM's own channel for per-request plugin data: it survives the wire between the
+front end, the engine core and the workers, and both model runners hand it on with a new request.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpec:
+    """One request's adapter and pooled length, fixed when the request is admitted.
+
+    Attributes:
+        name: The adapter's name, for messages only. Never a key: two folders may share it.
+        path: Absolute path of the adapter folder.
+        digest: Content digest of the folder (see :func:`vllm_pedro.adapter.adapter_digest`); the
+            key of every pool.
+        prompt_length: P, the number of leading tokens that are pooled; at least 1. Preemption,
+            beams and appended tokens never change it.
+        prompt_digest: Digest of the first P tokens; the vectors depend on it and ``digest`` alone.
+        needs_all_states: Whether the pooling reads every prompt token (mean, max), so that making
+            the vectors takes no cache hit.
+    """
+
+    name: str
+    path: str
+    digest: str
+    prompt_length: int
+    prompt_digest: str
+    needs_all_states: bool = False
+
+    @property
+    def vector_key(self) -> VectorKey:
+        """What the vectors depend on."""
+        return (self.digest, self.prompt_digest)
+
+    def to_wire(self) -> dict[str, Any]:
+        """The spec as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, value: dict[str, Any]) -> RequestSpec:
+        """Inverse of :meth:`to_wire`."""
+        return cls(**value)

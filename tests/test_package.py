@@ -65,8 +65,10 @@ def test_vllm_finds_the_plugin():
     assert found.value == "vllm_pedro.integration.plugin:register"
 
 
-def test_keywords_are_known_in_whichever_order_the_packages_are_imported():
-    check = "EngineArgs(model='x', enable_pedro=True, max_pedros=3).additional_config"
+def test_keywords_are_known_in_whichever_order_the_packages_are_imported(tmp_path):
+    # A folder that is there: with HF_HUB_OFFLINE set, vLLM looks any other name up in the cache.
+    model = str(tmp_path)
+    check = f"EngineArgs(model={model!r}, enable_pedro=True, max_pedros=3).additional_config"
     first = f"import vllm_pedro; from vllm.engine.arg_utils import EngineArgs; print({check})"
     second = f"from vllm.engine.arg_utils import EngineArgs; import vllm_pedro; print({check})"
     assert "'max_pedros': 3" in run(first).splitlines()[-1]

@@ -17,6 +17,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_pedro.integration.patches import become, wrap
@@ -31,6 +34,7 @@ KNOWN = {
     (BeamSearchInstance, "__init__"): "a5587f260df0",
     (GPUModelRunner, "load_model"): "9508e8f41530",
     (CPUModelRunner, "load_model"): "270bdfc6670d",
+    (GPUModelRunnerV2, "load_model"): "53fc8c4d88ef",
     # overridden
     (InputProcessor, "process_inputs"): "e22b5f772979",
     (Scheduler, "schedule"): "da4f2cf2fc39",
@@ -42,7 +46,16 @@ KNOWN = {
     (GPUModelRunner, "_prepare_inputs"): "c31a77c123a0",
     (GPUModelRunner, "_determine_batch_execution_and_padding"): "8a0228128517",
     (GPUModelRunner, "_dummy_run"): "47b96b71fc65",
+    (GPUModelRunner, "execute_model"): "e058bf791a29",
     (GPUModelRunner, "sample_tokens"): "047e6a4738de",
+    (GPUModelRunnerV2, "initialize_kv_cache"): "6869df8fbc3d",
+    (GPUModelRunnerV2, "gather_batch_req_state"): "18da780f3c3f",
+    (GPUModelRunnerV2, "execute_model"): "e1535583ba75",
+    (GPUModelRunnerV2, "sample_tokens"): "de7f3c7b008b",
+    (DefaultModelState, "add_request"): "289c2c00c244",
+    (DefaultModelState, "remove_request"): "1c8d210d292b",
+    (DefaultModelState, "prepare_dummy_inputs"): "a5a7f1e25853",
+    (CudaGraphManager, "dispatch"): "16099f992970",
     # relied on
     (LoRARequest, "__eq__"): "bba566415278",
     (NewRequestData, "from_request"): "e6258e939d81",

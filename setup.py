@@ -178,8 +178,9 @@ class BuildNative(build_ext):
         return output if job.returncode else None
 
 
-setup(
-    # `sources` is for setuptools' own bookkeeping; BuildNative takes what lies in csrc.
-    ext_modules=[Extension("vllm_pedro._C", sources=[])],
-    cmdclass={"build_ext": BuildNative},
-)
+if __name__ == "__main__":
+    setup(
+        # `sources` is for setuptools' own bookkeeping; BuildNative takes what lies in csrc.
+        ext_modules=[Extension("vllm_pedro._C", sources=[])],
+        cmdclass={"build_ext": BuildNative},
+    )

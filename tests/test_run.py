@@ -497,7 +497,8 @@ ERROR: Could not find a version that satisfies the requirement torch==2.13.0+cpu
 ERROR: No matching distribution found for torch==2.13.0+cpu
 """
 CONSTRAINED = """\
-ERROR: Cannot install torch==2.13.0+cpu because these package versions have conflicting dependencies.
+ERROR: Cannot install torch==2.13.0+cpu because these package versions have conflicting \
+dependencies.
 The conflict is caused by:
     The user requested torch==2.13.0+cpu
     The user requested (constraint) torch<=2.14.1

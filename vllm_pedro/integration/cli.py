@@ -53,6 +53,9 @@ class AdapterModules(list[Any]):
         self.root = root
 
 
+_MODULE_KEYS = {"name", "path", "base_model_name"}
+
+
 def parse_modules(items: Iterable[str]) -> list[PedroModulePath]:
     """Parse ``name=path``, a JSON object with these keys, or a JSON list of such objects.
 
@@ -144,6 +147,7 @@ def add_flags(parser: Any) -> Any:
     )
     group.add_argument(
         "--pedro-modules",
+        default=argparse.SUPPRESS,  # so that what was given can be told
         nargs="+",
         action=_ModulesAction,
         metavar="NAME=PATH",
@@ -153,6 +157,7 @@ def add_flags(parser: Any) -> Any:
     )
     group.add_argument(
         "--max-pedros",
+        default=argparse.SUPPRESS,
         type=_positive,
         metavar="N",
         help="Adapters on the device at once. Bounds how many different adapters are prefilled in "
@@ -160,18 +165,21 @@ def add_flags(parser: Any) -> Any:
     )
     group.add_argument(
         "--max-cpu-pedros",
+        default=argparse.SUPPRESS,
         type=_positive,
         metavar="N",
         help="Adapters in host memory. (default: 4 * max-pedros)",
     )
     group.add_argument(
         "--max-pedro-rank",
+        default=argparse.SUPPRESS,
         type=_positive,
         metavar="R",
         help=f"Highest r of an adapter. (default: {defaults.max_pedro_rank})",
     )
     group.add_argument(
         "--pedro-target-modules",
+        default=argparse.SUPPRESS,
         nargs="+",
         choices=TARGET_MODULES,
         metavar="NAME",
@@ -180,9 +188,11 @@ def add_flags(parser: Any) -> Any:
     )
     group.add_argument(
         "--pedro-root",
+        default=argparse.SUPPRESS,
         metavar="DIR",
-        help="With VLLM_ALLOW_RUNTIME_LORA_UPDATING: the only directory that adapters can be loaded "
-        "from at run time, links resolved; a model name that is not known is looked up in it.",
+        help="With VLLM_ALLOW_RUNTIME_LORA_UPDATING: the only directory that adapters can be "
+        "loaded from at run time, links resolved; a model name that is not known is looked up in "
+        "it. (default: anywhere, and no names are looked up)",
     )
     return parser
 

@@ -86,9 +86,8 @@ def failure_of(output: Any) -> str:
     """Why a request ended for want of its adapter, or the empty string."""
     for completion in output.outputs:
         reason = completion.stop_reason
-        if completion.finish_reason == "error" and isinstance(reason, str):
-            if reason.startswith(FAILURE_MARK):
-                return reason.removeprefix(FAILURE_MARK)
+        if completion.finish_reason == "error" and str(reason).startswith(FAILURE_MARK):
+            return str(reason).removeprefix(FAILURE_MARK)
     return ""
 
 

@@ -288,8 +288,8 @@ class PedroServingModelsMixin:
                 ) from None
             if read.digest != old.digest:
                 logger.warning(
-                    "PEDRO: the files of adapter %r changed without a reload and its former content "
-                    "is no longer in memory: serving the new content",
+                    "PEDRO: the files of adapter %r changed without a reload and its former "
+                    "content is no longer in memory: serving the new content",
                     name,
                 )
                 await self._pedro_register(read)

@@ -6,7 +6,7 @@ Clients ask a random adapter, or the plain model, for greedy continuations, stre
 hang up half-way. Meanwhile operators load, swap and unload adapters and try to load broken folders.
 
 Every answer is compared, token by token, with the one that the same content gave before the storm,
-when the server did nothing else; and those are compared with plain transformers. Where the two best
+when hardly anybody asked; and those are compared with plain transformers. Where the two best
 tokens are closer than 1e-3 in the quiet answer, later tokens may differ: counted as a near-tie. An
 answer under a name that was swapped meanwhile has to be that of a content the name had while the
 request ran. Ends with status 1 if an answer is wrong, a status is 5xx or not the expected one, an
@@ -20,6 +20,7 @@ import asyncio
 import json
 import random
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -39,7 +40,7 @@ from vllm_pedro.adapter import init_adapter
 from vllm_pedro.reference import NEAR_TIE_MARGIN, reference_score
 
 BASE = "base"
-MAX_TOKENS = 16
+MAX_TOKENS = 12
 CONFIGS: tuple[dict[str, Any], ...] = (
     {"r": 12},
     {"r": 4, "pooling": "mean", "activation": "gelu"},
@@ -103,7 +104,7 @@ def make_contents(model: Path, root: Path, plan: Plan) -> list[Path]:
     folders = []
     for number in range(plan.contents):
         config = PedroConfig(**{"input_norm": "rms", **CONFIGS[number % len(CONFIGS)]})
-        adapter = init_adapter(config, shape, seed=plan.seed + number, scale=0.03)
+        adapter = init_adapter(config, shape, seed=plan.seed + number, scale=0.15)
         folder = root / f"content-{number}"
         save_adapter(folder, config, adapter.tensors)
         folders.append(folder)
@@ -345,30 +346,38 @@ class Soak:
             await asyncio.sleep(min(5.0, self.plan.seconds / 24))
 
     async def ask_quietly(self) -> None:
-        """Every content with every prompt, one after the other."""
+        """Every content with every prompt, a few at a time."""
         for number, folder in enumerate(self.contents):
             await self.load(f"tenant-{number}", number, folder)
-        for content in (None, *range(len(self.contents))):
-            for prompt, tokens in enumerate(self.prompts):
-                answer = await self.client.completions.create(
-                    model=self.base if content is None else f"tenant-{content}",
-                    prompt=tokens,
-                    max_tokens=MAX_TOKENS,
-                    temperature=0.0,
-                    logprobs=2,
-                    extra_body={
-                        "return_token_ids": True,
-                        "return_tokens_as_token_ids": True,
-                        "ignore_eos": True,
-                    },
-                )
-                choice = answer.choices[0]
-                assert choice.logprobs is not None
-                margins = []
-                for best in choice.logprobs.top_logprobs or []:
-                    values = sorted(best.values(), reverse=True)
-                    margins.append(values[0] - values[1])
-                self.quiet[content, prompt] = Quiet(list(choice.token_ids), margins)  # type: ignore[attr-defined]
+        few = asyncio.Semaphore(4)
+
+        async def ask(content: int | None, prompt: int) -> None:
+            async with few:
+                self.quiet[content, prompt] = await self._ask_quietly(content, prompt)
+
+        contents = (None, *range(len(self.contents)))
+        await asyncio.gather(*(ask(c, p) for c in contents for p in range(len(self.prompts))))
+
+    async def _ask_quietly(self, content: int | None, prompt: int) -> Quiet:
+        answer = await self.client.completions.create(
+            model=self.base if content is None else f"tenant-{content}",
+            prompt=self.prompts[prompt],
+            max_tokens=MAX_TOKENS,
+            temperature=0.0,
+            logprobs=2,
+            extra_body={
+                "return_token_ids": True,
+                "return_tokens_as_token_ids": True,
+                "ignore_eos": True,
+            },
+        )
+        choice = answer.choices[0]
+        assert choice.logprobs is not None
+        margins = []
+        for best in choice.logprobs.top_logprobs or []:
+            values = sorted(best.values(), reverse=True)
+            margins.append(values[0] - values[1])
+        return Quiet(list(choice.token_ids), margins)  # type: ignore[attr-defined]
 
     def check_quiet_answers(self) -> None:
         """They are the reference's; and contents can be told apart by them."""
@@ -475,6 +484,8 @@ def main() -> int:
     args = parser.parse_args()
     from vllm_pedro.fetch import fetch_model
 
+    # Ends through the blocks below, which stop the server.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     model = args.model or fetch_model(progress=False)
     plan = Plan(seconds=60 * args.minutes, clients=args.clients, seed=args.seed)
     with tempfile.TemporaryDirectory(prefix="soak-") as place:

@@ -35,14 +35,14 @@ def root(tmp_path_factory, smol, write_adapter):
     for seed, config in enumerate(
         ({}, {"pooling": "mean"}, {"r": 0}, {"activation": "gelu", "pooling": "max"})
     ):
-        write_adapter(smol, folder=folder / f"random-{seed}", seed=seed, scale=0.03, **config)
+        write_adapter(smol, folder=folder / f"random-{seed}", seed=seed, scale=0.15, **config)
     return folder
 
 
 @pytest.fixture(scope="module")
 def outside(root, smol, write_adapter):
     """A good adapter that may not be loaded at run time."""
-    return write_adapter(smol, folder=root.parent / "outside", seed=50, scale=0.03)
+    return write_adapter(smol, folder=root.parent / "outside", seed=50, scale=0.15)
 
 
 @pytest.fixture(scope="module")

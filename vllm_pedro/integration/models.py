@@ -27,7 +27,7 @@ from .processor import (
     AdapterRegistry,
     RefusedRequestError,
     check_prompt_length,
-    is_pedro,
+    peft_type_of,
 )
 from .request import PedroRequest, ServedPedroRequest
 
@@ -181,8 +181,10 @@ class PedroServingModelsMixin:
         """Whether a folder is PEDRO's to load, or to refuse; otherwise it is LoRA's."""
         if self.engine_client.vllm_config.lora_config is None:
             return True
-        kind = await asyncio.to_thread(is_pedro, PedroFolder(folder))
-        return kind or (self.pedro_root is not None and not os.path.isdir(folder))
+        if not await asyncio.to_thread(os.path.isdir, folder):
+            # LoRA takes names of repositories too, but not below a root.
+            return self.pedro_root is not None and not self._pedro_starting
+        return await asyncio.to_thread(peft_type_of, folder) in ("PEDRO", None)
 
     async def unload_lora_adapter(self, request: Any) -> Any:
         """Unload an adapter: its memory is free once no running request needs it."""
@@ -217,10 +219,10 @@ class PedroServingModelsMixin:
             folder = resolve_folder(name, self.pedro_root)
         except PedroError:
             return None
-        if not await asyncio.to_thread(is_pedro, PedroFolder(folder)):
-            is_folder = await asyncio.to_thread(os.path.isdir, folder)
-            if not is_folder or self.lora_resolvers:
-                return None  # not there, or LoRA's
+        if not await asyncio.to_thread(os.path.isdir, folder):
+            return None
+        if self.lora_resolvers and await asyncio.to_thread(peft_type_of, folder) != "PEDRO":
+            return None
         async with self.lora_resolver_lock[name]:
             if name in self.lora_requests:
                 return self.lora_requests[name]
@@ -351,13 +353,6 @@ class PedroServingModelsMixin:
     def _pedro_refusal(self, name: str, error: PedroError, folder: str) -> Any:
         logger.warning("PEDRO: adapter %r cannot be loaded: %s", name[:200], error)
         return _error(f"adapter {name[:200]!r}: {public_reason(error, folder)}")
-
-
-class PedroFolder:
-    """Just enough of a request for :func:`is_pedro`."""
-
-    def __init__(self, folder: str) -> None:
-        self.lora_path = folder
 
 
 def _error(

@@ -18,7 +18,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.async_utils import make_async
 
 from ..adapter import WEIGHTS_NAME, inspect_adapter, load_adapter
-from ..config import CONFIG_NAME, BackboneShape
+from ..config import CONFIG_NAME, MAX_CONFIG_BYTES, BackboneShape
 from ..errors import PedroError
 from ..serving.adapters import AdapterLimits
 from ..serving.spec import EXTRA_ARGS_KEY, RequestSpec
@@ -126,14 +126,20 @@ def is_pedro(lora_request: Any) -> bool:
         return False
     if isinstance(lora_request, PedroRequest):
         return True
+    return peft_type_of(lora_request.lora_path) == "PEDRO"
+
+
+def peft_type_of(folder: str) -> str | None:
+    """What an adapter folder says it is; None where it cannot be read."""
     try:
-        config = Path(lora_request.lora_path).expanduser() / CONFIG_NAME
-        if config.stat().st_size > 1 << 20:
-            return False
+        config = Path(folder).expanduser() / CONFIG_NAME
+        if config.stat().st_size > MAX_CONFIG_BYTES:
+            return None
         content = json.loads(config.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("peft_type") == "PEDRO"
+    except (OSError, ValueError, RecursionError):
+        return None
+    kind = content.get("peft_type") if isinstance(content, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 PROMPT_LENGTH_KEY = "pedro_prompt_length"

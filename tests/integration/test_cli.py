@@ -67,11 +67,20 @@ def test_modules_that_are_refused(items, message):
         parse_modules(items)
 
 
-def test_flags_reach_engine_and_front_end(parser, tmp_path, tiny):
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Work where there are folders a, b and c that look like adapters."""
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_flags_reach_engine_and_front_end(parser, tmp_path, tiny, here):
     (tmp_path / "link").symlink_to(tmp_path)
-    flags = ["--enable-pedro", "--pedro-modules", "a=/a", "b=/b", "--max-pedros", "3"]
+    flags = ["--enable-pedro", "--pedro-modules", "a=a", "b=b", "--max-pedros", "3"]
     flags += ["--pedro-target-modules", "v_proj", "q_proj", "--pedro-root", f"{tmp_path}/link"]
-    flags += ["--lora-modules", "l=/l", "--pedro-modules", "c=/c"]
+    flags += ["--lora-modules", "l=/l", "--pedro-modules", "c=c"]
     flags += ["--additional-config", '{"mine": 1}']
     args = parser.parse_args(["--model", str(tiny), *flags])
     for _ in range(2):  # each API server process reads the same arguments again
@@ -92,10 +101,10 @@ def test_flags_reach_engine_and_front_end(parser, tmp_path, tiny):
     assert args.lora_modules.root == tmp_path.resolve()
 
 
-def test_a_config_file_works_too(parser, tmp_path, tiny):
+def test_a_config_file_works_too(parser, tmp_path, tiny, here):
     file = tmp_path / "serve.yaml"
     file.write_text(
-        f"model: {tiny}\nenable-pedro: true\npedro-modules:\n  - a=/a\n  - b=/b\nmax-pedros: 5\n"
+        f"model: {tiny}\nenable-pedro: true\npedro-modules:\n  - a=a\n  - b=b\nmax-pedros: 5\n"
     )
     args = parser.parse_args(["serve", "--config", str(file)])
     AsyncEngineArgs.from_cli_args(args)
@@ -123,6 +132,10 @@ def test_without_the_switch_nothing_changes(parser, tiny):
             "in --pedro-modules and in --lora-modules: a",
         ),
         (["--enable-pedro", "--grpc", "--pedro-modules", "a=/a"], "--grpc has no adapters"),
+        (
+            ["--enable-pedro", "--pedro-modules", "a=/nowhere", "b=/else"],
+            "no adapter_config.json in a=/nowhere, b=/else",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together(parser, flags, message):

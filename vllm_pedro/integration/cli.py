@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import TARGET_MODULES
+from ..config import CONFIG_NAME, TARGET_MODULES
 from ..errors import PedroError
 from .folders import check_name
 from .options import CONFIG_KEY, ENABLE_KEYWORD, OPTION_NAMES, PedroOptions
@@ -233,6 +233,12 @@ def apply_flags(args: Any) -> None:
         raise ValueError(
             f"names in --pedro-modules and in --lora-modules: {', '.join(sorted(twice))}"
         )
+    # Whole folders are checked once the model's shape is known; a slip in a path need not wait.
+    missing = [m for m in pedro if not os.path.isfile(Path(m.path).expanduser() / CONFIG_NAME)]
+    if missing:
+        shown = ", ".join(f"{module.name}={module.path}" for module in missing[:10])
+        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+        raise ValueError(f"--pedro-modules: no {CONFIG_NAME} in {shown}{more}")
     root = None
     if given["pedro_root"] is not None:
         root = Path(os.path.realpath(os.path.expanduser(given["pedro_root"])))

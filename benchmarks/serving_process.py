@@ -15,6 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+# As a user's shell has it, whatever this process was set to.
+USUAL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+
 # Threads that wait must not spin where other work runs on the same cores.
 QUIET = {
     "OMP_WAIT_POLICY": "passive",
@@ -87,7 +90,7 @@ def serve(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **QUIET, **environment},
+            env={**os.environ, **USUAL, **QUIET, **environment},
             start_new_session=True,
         )
     try:

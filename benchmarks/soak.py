@@ -257,7 +257,7 @@ class Soak:
         self, name: str, content: int, folder: Path | None = None, start: float | None = None
     ) -> None:
         """Load or swap; the name has both contents while that runs."""
-        spans = self.names.setdefault(name, [])
+        spans = self.names.get(name, [])
         span = [start or time.monotonic(), float("inf"), content]
         previous = spans[-1] if spans else None
         spans.append(span)
@@ -272,6 +272,7 @@ class Soak:
         elif previous is not None:
             previous[1] = time.monotonic()
         del spans[:-50]
+        self.names[name] = spans  # clients ask for it from now on
         self.report.counts["swaps" if previous else "loads"] += 1
 
     async def swap_in_place(self, name: str, folder: Path) -> None:

@@ -47,7 +47,7 @@ def outside(root, smol, write_adapter):
 
 @pytest.fixture(scope="module")
 def server(root, outside, smol, tmp_path_factory):
-    lora = write_lora(smol, tmp_path_factory.mktemp("lora") / "lora", scale=0.01)
+    lora = write_lora(smol, tmp_path_factory.mktemp("lora") / "lora", scale=0.1)
     shutil.copytree(lora, root / "lora-folder")
     flags = ["--served-model-name", "smol", "--enforce-eager", "--dtype", "float32"]
     flags += ["--max-model-len", "512", "--kv-cache-memory-bytes", str(256 << 20)]

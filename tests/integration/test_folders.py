@@ -75,7 +75,7 @@ def test_folders_outside_the_root(root, tmp_path):
         assert str(tmp_path) not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", ["x" * 5000, "a\0b"])
+@pytest.mark.parametrize("path", ["x" * 5000, "ü" * 3000, "a\0b", "a\ud800b"])
 def test_no_paths(root, path):
     for place in (root, None):
         with pytest.raises(PedroError, match="not a valid path"):
@@ -109,6 +109,7 @@ def test_reasons_name_no_folder(tmp_path, kind):
 
 
 def test_what_cannot_be_made_public_is_left_out(tmp_path):
+    assert public_reason(PedroError("it has to do with no folder"), None).startswith("it has")
     error = PedroError(f"{tmp_path}/elsewhere: bad")
     assert "server's log" in public_reason(error, str(tmp_path / "x"))
     long = public_reason(PedroError("y" * 9999), str(tmp_path / "x"))

@@ -409,6 +409,8 @@ def test_nothing_outside_the_root_can_be_loaded(server, root, outside):
         assert status == 400
         assert "--pedro-root" in text
         assert str(root) not in text
+    for path in ("a\u0000b", "x" * 5000, "x" * 400, "a\nb", ""):
+        assert load(server, "sly", path)[0] == 400
     for name in ("a/b", "..", "", "x" * 300, "a\u0000b", "smol"):
         assert load(server, name, "random-0")[0] == 400
 

@@ -46,7 +46,11 @@ def resolve_folder(path: str, root: Path | None) -> str:
     Raises:
         PedroError: It is outside the root, or so is a file in it. Nothing is told of what is there.
     """
-    if len(path) > MAX_PATH_LENGTH or "\0" in path:
+    try:
+        fits = len(os.fsencode(path)) <= MAX_PATH_LENGTH and "\0" not in path
+    except UnicodeEncodeError:
+        fits = False
+    if not fits:
         raise PedroError("lora_path is not a valid path")
     if root is None:
         return os.path.realpath(os.path.expanduser(path))
@@ -62,14 +66,17 @@ def resolve_folder(path: str, root: Path | None) -> str:
     return folder
 
 
-def public_reason(error: Exception, folder: str) -> str:
+def public_reason(error: Exception, folder: str | None) -> str:
     """An error's message for somebody who must not learn where the server keeps its files.
 
     Args:
         error: What went wrong with the folder; the server's log has it whole.
-        folder: The folder as it was passed on, which is how messages name it.
+        folder: The folder as it was passed on, which is how messages name it; None for an error
+            that has to do with none.
     """
     text = str(error)
+    if folder is None:
+        return text
     for path in dict.fromkeys((folder, os.path.realpath(folder), os.path.abspath(folder))):
         text = text.replace(path + os.sep, "")
         text = text.replace(repr(path), "adapter folder").replace(path, "adapter folder")

@@ -103,7 +103,7 @@ class PedroServingModelsMixin:
                 module.name,
                 self.lora_id_counter.inc(1),
                 os.path.realpath(os.path.expanduser(module.path)),
-                base_model_name=module.base_model_name,
+                base_model_name=self._pedro_base(module.base_model_name),
             )
         if self._pedro_static:
             logger.info(
@@ -157,7 +157,7 @@ class PedroServingModelsMixin:
                 return answer
             check_name(name)
         except PedroError as error:
-            return self._pedro_refusal(name, error, given)
+            return self._pedro_refusal(name, error)
         async with self.lora_resolver_lock[name]:
             refused = await self._check_load_lora_adapter_request(request)  # type: ignore[attr-defined]
             if refused is not None:
@@ -304,15 +304,18 @@ class PedroServingModelsMixin:
     ) -> ServedPedroRequest:
         known = await asyncio.to_thread(self._pedro_registry.read, folder)
         old = self.lora_requests.get(name)
-        base = base_model_name
         return ServedPedroRequest(
             name,
             old.lora_int_id if old is not None else self.lora_id_counter.inc(1),
             folder,
-            base_model_name=base if base and self.is_base_model(base) else None,  # type: ignore[attr-defined]
+            base_model_name=self._pedro_base(base_model_name),
             digest=known.digest,
             needs_all_states=known.needs_all_states,
         )
+
+    def _pedro_base(self, name: str | None) -> str | None:
+        """One of the base model's names; anything else is left out, as upstream does."""
+        return name if name and self.is_base_model(name) else None  # type: ignore[attr-defined]
 
     async def _pedro_register(self, entry: ServedPedroRequest) -> None:
         old = self.lora_requests.get(entry.lora_name)
@@ -350,8 +353,10 @@ class PedroServingModelsMixin:
             count = sum(isinstance(e, PedroRequest) for e in self.lora_requests.values())
             self._pedro_metrics.set_registered(count)
 
-    def _pedro_refusal(self, name: str, error: PedroError, folder: str) -> Any:
-        logger.warning("PEDRO: adapter %r cannot be loaded: %s", name[:200], error)
+    def _pedro_refusal(self, name: str, error: PedroError, folder: str | None = None) -> Any:
+        # One line, whatever the folder is called.
+        reason = " ".join(str(error).split())
+        logger.warning("PEDRO: adapter %r cannot be loaded: %s", name[:200], reason)
         return _error(f"adapter {name[:200]!r}: {public_reason(error, folder)}")
 
 

@@ -73,7 +73,7 @@ def serve(
     model: Path | str,
     flags: Sequence[str],
     log: Path,
-    timeout: float = 400,
+    timeout: float = 600,
     **environment: str,
 ) -> Iterator[Server]:
     """``vllm-pedro serve MODEL FLAGS``, until the block ends.

@@ -98,8 +98,10 @@ def _supersede(self: Any, name: str) -> None:
     states = [
         state
         for state in self.output_processor.request_states.values()
+        if state.lora_name == name
+        and isinstance(state.lora_request, PedroRequest)
         # The beams of one search must all have one adapter's vectors.
-        if state.lora_name == name and state.lora_request.prompt_length is None
+        and state.lora_request.prompt_length is None
     ]
     begun = {id(s.queue) for s in states if not s.is_prefilling}
     waiting = {id(s.queue): s.queue for s in states if s.queue is not None}

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from .layers import install_hooks
+from .metrics import attach_reports
 from .options import options_of
 from .patches import become
 from .runner_v1 import build_runtime
@@ -138,9 +139,6 @@ class PedroRunnerV2Mixin:
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
-        failed = self.pedro.take_failed()
-        if failed:
-            # An asynchronous output wraps the one that the scheduler will see.
-            target = getattr(output, "model_runner_output", output)
-            target.pedro_failed = failed
+        if output is not None:
+            attach_reports(output, self.pedro)
         return output

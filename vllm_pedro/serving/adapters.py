@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,10 +13,13 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, load_adapter
-from ..config import TARGET_MODULES, BackboneShape
+from ..config import TARGET_MODULES, BackboneShape, PedroConfig
 from ..errors import AdapterError
 from ..ops.layout import ACTIVATIONS, POOLINGS, GeneratorLayout
 from .spec import RequestSpec
+from .stats import AdapterStats
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +54,22 @@ class AdapterLimits:
                 f"{', '.join(self.modules)}: start it with pedro_target_modules that has them all"
             )
 
+    def check_config(self, config: PedroConfig, source: str) -> None:
+        """:meth:`check` with an adapter's config."""
+        self.check(config.r, config.target_modules, source)
+
+
+def short(digest: str) -> str:
+    """A digest for log lines."""
+    return digest[:12]
+
 
 class HostCache:
-    """Adapters in host memory by content digest, least recently used out first."""
+    """Adapters in host memory by content digest, least recently used out first.
+
+    Attributes:
+        stats: What happens is counted here.
+    """
 
     def __init__(
         self,
@@ -61,6 +79,7 @@ class HostCache:
     ) -> None:
         self.capacity = capacity
         self.limits = limits
+        self.stats = AdapterStats()
         self._load = load
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()
 
@@ -79,17 +98,40 @@ class HostCache:
         """
         adapter = self._adapters.get(spec.digest)
         if adapter is None:
-            adapter = self._load(spec.path, self.limits.shape, expected_digest=spec.digest)
-            self.limits.check(adapter.config.r, adapter.config.target_modules, spec.path)
+            start = time.perf_counter()
+            adapter = self._load(
+                spec.path,
+                self.limits.shape,
+                expected_digest=spec.digest,
+                check=lambda config: self.limits.check_config(config, spec.path),
+            )
             while len(self._adapters) >= self.capacity:
-                self._adapters.popitem(last=False)
+                victim, evicted = self._adapters.popitem(last=False)
+                self.stats.evictions["host"] += 1
+                logger.info("PEDRO: evicted %s (%s) from host memory", evicted.path, short(victim))
             self._adapters[spec.digest] = adapter
+            seconds = time.perf_counter() - start
+            self.stats.loaded("host", seconds)
+            logger.info(
+                "PEDRO: loaded adapter %r (%s) from %s into host memory in %.1f ms",
+                spec.name,
+                short(spec.digest),
+                spec.path,
+                1e3 * seconds,
+            )
+        else:
+            self.stats.hits["host"] += 1
         self._adapters.move_to_end(spec.digest)
         return adapter
 
     def discard(self, digest: str) -> bool:
         """Drop an adapter; whether it was there."""
-        return self._adapters.pop(digest, None) is not None
+        adapter = self._adapters.pop(digest, None)
+        if adapter is None:
+            return False
+        self.stats.removals["host"] += 1
+        logger.info("PEDRO: removed %s (%s) from host memory", adapter.path, short(digest))
+        return True
 
 
 class AdapterBank:
@@ -104,6 +146,7 @@ class AdapterBank:
     and the step that reads it waits for the copy; the host waits for neither.
 
     Attributes:
+        capacity: Number of slots.
         generators: Per layer ``[slots, row]`` float32, see :class:`GeneratorLayout`.
         layout: Where each tensor lies in a row.
         down, up, bias: Per layer, views of ``generators``: ``[slots, max_rank, d]``,
@@ -119,6 +162,7 @@ class AdapterBank:
     ) -> None:
         self.limits = limits
         self.columns = columns
+        self.stats = AdapterStats()
         shape = limits.shape
         width = max(c.stop for c in columns.values())
         self.layout = GeneratorLayout(shape.hidden_size, width, limits.max_rank)
@@ -127,7 +171,7 @@ class AdapterBank:
         self.down = [v.down for v in views]
         self.up = [v.up for v in views]
         self.bias = [v.bias for v in views]
-        self._digests: list[str | None] = [None] * slots
+        self.capacity = slots
         self._lru: OrderedDict[str, int] = OrderedDict()
         self._free = list(range(slots - 1, -1, -1))
         self._copies = _SideStream(slots, self.layout.row, shape.num_layers, device)
@@ -137,11 +181,6 @@ class AdapterBank:
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._lru
-
-    @property
-    def capacity(self) -> int:
-        """Number of slots."""
-        return len(self._digests)
 
     @property
     def nbytes(self) -> int:
@@ -167,19 +206,27 @@ class AdapterBank:
         slot = self._lru.get(digest)
         if slot is None:
             adapter = get()
+            start = time.perf_counter()
             slot = self._take_slot(keep)
             self._copy(slot, adapter)
-            self._digests[slot] = digest
             self._lru[digest] = slot
+            self.stats.loaded("device", time.perf_counter() - start)
+        else:
+            self.stats.hits["device"] += 1
         self._lru.move_to_end(digest)
         return slot
 
     def discard(self, digest: str) -> bool:
         """Free an adapter's slot; whether it was there."""
+        if not self._free_slot_of(digest):
+            return False
+        self.stats.removals["device"] += 1
+        return True
+
+    def _free_slot_of(self, digest: str) -> bool:
         slot = self._lru.pop(digest, None)
         if slot is None:
             return False
-        self._digests[slot] = None
         self._free.append(slot)
         return True
 
@@ -190,7 +237,9 @@ class AdapterBank:
                 raise RuntimeError(
                     f"one step reads more than the {self.capacity} adapters that fit the device"
                 )
-            self.discard(victim)
+            self._free_slot_of(victim)
+            self.stats.evictions["device"] += 1
+            logger.info("PEDRO: evicted %s from the device", short(victim))
         return self._free.pop()
 
     def before_reading(self, slots: Iterable[int]) -> None:

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -17,6 +19,7 @@ from .adapters import AdapterBank, HostCache
 from .plan import IDENTITY_SLOT, Ints, Reader, StepPlan, plan_step
 from .slots import Assignment
 from .spec import RequestSpec
+from .stats import AdapterStats
 from .vectors import VectorStore
 
 logger = logging.getLogger(__name__)
@@ -31,16 +34,20 @@ class PedroRuntime:
         store: The vector store. Which request reads which row is the scheduler's decision.
     """
 
+    MAX_RETIRED = 65_536
+
     def __init__(self, host: HostCache, bank: AdapterBank, store: VectorStore) -> None:
         self.host = host
         self.bank = bank
         self.store = store
+        self.stats = host.stats = bank.stats = AdapterStats()
         self.plan = StepPlan()
         self.failed: dict[str, str] = {}
         self._specs: dict[str, RequestSpec] = {}
         self._slots: dict[str, int] = {}
         self._without_vectors: dict[str, Reader] = {}
         self._reading: list[int] = []
+        self._retired: OrderedDict[str, None] = OrderedDict()
 
     # The life of a request.
 
@@ -57,17 +64,48 @@ class PedroRuntime:
                 self._without_vectors[request_id] = Reader(spec.digest, spec.prompt_length)
             else:
                 self._without_vectors.pop(request_id, None)
+                self.stats.prefills["kept"] += 1
 
     def finish(self, request_ids: Iterable[str]) -> None:
         """These requests are done or aborted."""
+        retired = set()
         for request_id in request_ids:
-            if self._specs.pop(request_id, None) is not None:
-                self._slots.pop(request_id, None)
-                self._without_vectors.pop(request_id, None)
+            spec = self._specs.pop(request_id, None)
+            if spec is None:
+                continue
+            self._slots.pop(request_id, None)
+            self._without_vectors.pop(request_id, None)
+            if spec.digest in self._retired:
+                retired.add(spec.digest)
+        self._drop(retired)
 
     def slot_of(self, request_id: str) -> int:
         """The row of the vector store that a request reads."""
         return self._slots.get(request_id, IDENTITY_SLOT)
+
+    # The life of an adapter.
+
+    def retire(self, digest: str) -> None:
+        """The adapter was unloaded or replaced: free its memory once no request needs it.
+
+        A request that was admitted before, and comes to its first step only now, still gets it from
+        its folder; the memory is freed again when that request ends.
+        """
+        self._retired[digest] = None
+        while len(self._retired) > self.MAX_RETIRED:
+            self._retired.popitem(last=False)
+        self._drop({digest})
+
+    def restore(self, digest: str) -> None:
+        """The adapter was loaded again."""
+        self._retired.pop(digest, None)
+
+    def take_stats(self) -> dict[str, Any]:
+        """What happened since it was last asked; empty if nothing did."""
+        stats = self.stats.take()
+        if stats:
+            stats["resident"] = {"device": len(self.bank), "host": len(self.host)}
+        return stats
 
     # A step.
 
@@ -138,11 +176,16 @@ class PedroRuntime:
         needed = {p.digest for p in prefills}
         for prefill in prefills:
             spec = self._specs[prefill.request_id]
+            if prefill.digest in self.bank:
+                state = "device"
+            else:
+                state = "host" if prefill.digest in self.host else "disk"
             try:
                 slot = self.bank.make_resident(prefill.digest, self._getter(spec), keep=needed)
             except PedroError as error:
                 self._fail(prefill.request_id, spec, str(error))
                 continue
+            self.stats.prefills[state] += 1
             self._without_vectors.pop(prefill.request_id)
             prompts.append((prefill.start, prefill.length, prefill.slot, slot))
         prompts.sort(key=lambda prompt: prompt[3])
@@ -150,12 +193,20 @@ class PedroRuntime:
         self.bank.before_reading(self._reading)
         return prompts
 
+    def _drop(self, digests: set[str]) -> None:
+        """Free these adapters' memory, except what a request still needs."""
+        if digests:
+            for digest in digests - {spec.digest for spec in self._specs.values()}:
+                self.host.discard(digest)
+                self.bank.discard(digest)
+
     def _getter(self, spec: RequestSpec) -> Callable[[], Adapter]:
         return lambda: self.host.get(spec)
 
     def _fail(self, request_id: str, spec: RequestSpec, reason: str) -> None:
         logger.error("request %s with adapter %r failed: %s", request_id, spec.name, reason)
         self.failed[request_id] = reason
+        self.stats.prefills["failed"] += 1
         # Forgotten from here on: what was already scheduled of it runs as base tokens.
         self._without_vectors.pop(request_id)
         slot = self._slots.pop(request_id)

@@ -88,6 +88,11 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--pedro-first",
+        action="store_true",
+        help="start PEDRO's engine first: the first of two in a process may be at a disadvantage",
+    )
     parser.add_argument("--json", type=Path, help="also write the result here")
     args = parser.parse_args()
 
@@ -110,8 +115,13 @@ def main() -> None:
         "enable_prefix_caching": False,
         "distributed_executor_backend": "uni",
     }
-    base = vllm.LLM(**settings)
-    pedro = vllm.LLM(**settings, enable_pedro=True, max_pedros=args.batch)
+    on = {"enable_pedro": True, "max_pedros": args.batch}
+    if args.pedro_first:
+        pedro = vllm.LLM(**settings, **on)
+        base = vllm.LLM(**settings)
+    else:
+        base = vllm.LLM(**settings)
+        pedro = vllm.LLM(**settings, **on)
     prompts = prompts_of(args.batch, args.prompt_tokens, base.model_config.get_vocab_size())
     results: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:

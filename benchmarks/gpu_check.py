@@ -557,9 +557,7 @@ def check_exactness(plan: Plan, folder: Path, left: Callable[[], float]) -> dict
             if plan.device == "cuda":
                 task["environment"] = {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "V2"))}
             name = f"{runner}, {mode}" + (", prefix cache" if prefix else "")
-            result[name] = (
-                in_a_process(task, left()) if left() > 0 else {"left out": "no time"}
-            )
+            result[name] = in_a_process(task, left()) if left() > 0 else {"left out": "no time"}
     return result
 
 

@@ -47,10 +47,7 @@ def folders(tmp_path_factory, smol):
     shape = BackboneShape.from_hf_config(AutoConfig.from_pretrained(smol))
     config = PedroConfig(r=1, target_modules=["q_proj"], input_norm="rms")
     made = init_adapter(config, shape, scale=0.15).tensors
-    tensors = {
-        name: tensor.half()
-        for name, tensor in init_adapter(config, shape, scale=0.15).tensors.items()
-    }
+    tensors = {name: tensor.half() for name, tensor in made.items()}
     bias = "base_model.model.model.layers.{}.vector_generator.up_proj.bias"
     for number in range(ADAPTERS):
         chance = torch.Generator().manual_seed(number)

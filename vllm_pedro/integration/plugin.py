@@ -165,7 +165,12 @@ def _install_engine_core() -> None:
 
         return preprocess_add_request
 
+    def pedro_replace(self: Any, *args: Any) -> int:
+        """Called by a front end: see :meth:`.PedroSchedulerMixin.pedro_replace`."""
+        return int(self.scheduler.pedro_replace(*args))
+
     wrap(EngineCore, "preprocess_add_request", preprocess)
+    EngineCore.pedro_replace = pedro_replace
 
 
 def _install_beam_search() -> None:

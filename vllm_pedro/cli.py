@@ -19,6 +19,7 @@ from vllm_pedro.config import (
     PedroConfig,
 )
 from vllm_pedro.errors import PedroError
+from vllm_pedro.training import cli as training_cli
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,6 +69,8 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("adapter", metavar="ADAPTER", help="an adapter folder")
     inspect.add_argument("--model", metavar="FOLDER", help="check too that it fits this model")
     inspect.set_defaults(run=run_inspect)
+
+    training_cli.add_parsers(commands)
 
     defaults = PedroConfig()
     init = commands.add_parser(
@@ -226,6 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv and argv[0] in HANDED_ON:
             return hand_on(argv[0], argv[1:])
+        if argv and argv[0] == "train":
+            return training_cli.main_train(make_parser(), argv)
         args = make_parser().parse_args(argv)
         return int(args.run(args))
     except PedroError as error:

@@ -1,0 +1,1 @@
+"""Training adapters with transformers' Trainer, and measuring them."""

@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -314,7 +314,8 @@ def _tokens_before_labels(labels: Tensor, real: Tensor | None, sequences: Tensor
     return (places < torch.maximum(first_label, first_token + 1)) & real
 
 
-class _Packed(NamedTuple):
+@dataclass(frozen=True)
+class _Packed:
     """Where packed sequences are in the input.
 
     Attributes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +182,24 @@ def add_parsers(commands: Any) -> None:
     )
     add_train_options(train)
 
+    evaluate = commands.add_parser(
+        "eval",
+        help="score a model's answers, with or without an adapter",
+        description="Score answers with transformers or vLLM. Prints one JSON object as its last "
+        "line.",
+    )
+    evaluate.add_argument("--model", metavar="FOLDER", required=True, help="the backbone's folder")
+    evaluate.add_argument("--adapter", metavar="FOLDER", help="without: the plain model")
+    evaluate.add_argument("--data", metavar="FILE", required=True, help="JSONL or JSONL.gz")
+    evaluate.add_argument("--metric", choices=METRICS, required=True)
+    evaluate.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="(%(default)s)")
+    evaluate.add_argument("--dtype", choices=DTYPES, default="auto", help="(%(default)s)")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="use the first N rows")
+    evaluate.add_argument(
+        "--max-new-tokens", type=int, metavar="N", default=64, help="of a free answer (%(default)s)"
+    )
+    evaluate.set_defaults(run=run_eval)
+
 
 def main_train(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """Run `vllm-pedro train`, whose unknown options go to TrainingArguments."""
@@ -214,5 +231,18 @@ def run_train(args: argparse.Namespace, others: Sequence[str], argv: Sequence[st
     return 0
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def run_eval(args: argparse.Namespace) -> int:
+    from vllm_pedro.training.run import evaluate_files
+
+    scores = evaluate_files(
+        args.model,
+        args.data,
+        args.metric,
+        adapter=args.adapter,
+        engine=args.engine,
+        dtype=args.dtype,
+        limit=args.limit,
+        max_new_tokens=args.max_new_tokens,
+    )
+    print(json.dumps(scores, ensure_ascii=False))
+    return 0

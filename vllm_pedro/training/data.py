@@ -46,10 +46,6 @@ class Row:
     fields: dict[str, Any] = field(repr=False, default_factory=dict)
 
     @property
-    def is_chat(self) -> bool:
-        return not isinstance(self.prompt, str)
-
-    @property
     def answers(self) -> list[str]:
         """Every answer that counts as right: `answers` if the row has it, else the completion."""
         answers = self.fields.get("answers")
@@ -86,7 +82,7 @@ def read_rows(path: str | os.PathLike[str], limit: int | None = None) -> list[Ro
     Raises:
         DataError: the file cannot be read, has no rows, or has a bad one.
     """
-    rows = []
+    rows: list[Row] = []
     for source, text in _lines(path):
         if limit is not None and len(rows) >= limit:
             break
@@ -165,7 +161,7 @@ def _chat(source: str, values: dict[str, Any]) -> Row:
 
 def prompt_tokens(tokenizer: Any, row: Row) -> list[int]:
     """The prompt's token ids, as serving makes them."""
-    if not row.is_chat:
+    if isinstance(row.prompt, str):
         return list(tokenizer(row.prompt)["input_ids"])
     return _template(tokenizer, row, row.prompt, add_generation_prompt=True)
 
@@ -196,7 +192,7 @@ def encode(tokenizer: Any, row: Row) -> Example:
     """
     prompt = prompt_tokens(tokenizer, row)
     eos = tokenizer.eos_token_id
-    if row.is_chat:
+    if not isinstance(row.prompt, str):
         messages = [*row.prompt, {"role": "assistant", "content": row.completion}]
         whole = _template(tokenizer, row, messages)
         if whole[: len(prompt)] != prompt:

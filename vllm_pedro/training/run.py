@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import shlex
@@ -27,9 +28,10 @@ from transformers.utils import logging as transformers_logging
 
 from vllm_pedro.config import PedroConfig, replace_file
 from vllm_pedro.errors import PedroError
-from vllm_pedro.model import get_pedro_model
+from vllm_pedro.model import PedroModel, get_pedro_model
 from vllm_pedro.training.collator import CompletionCollator, PackedCollator
-from vllm_pedro.training.data import Dataset, load_dataset
+from vllm_pedro.training.data import Dataset, encode, load_dataset, read_rows
+from vllm_pedro.training.evaluate import TransformersEngine, evaluate
 from vllm_pedro.training.progress import Progress
 from vllm_pedro.training.trainer import PedroTrainer, PedroTrainingArguments
 
@@ -88,16 +90,32 @@ def load_backbone(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
     Raises:
         PedroError: the folder is not there, or holds no causal language model and tokenizer.
     """
+    tokenizer = load_tokenizer(folder)
+    with _naming(folder, "model"), quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return model, tokenizer
+
+
+def load_tokenizer(folder: str) -> Any:
+    """A model's tokenizer from its folder.
+
+    Raises:
+        PedroError: the folder is not there, or holds no tokenizer.
+    """
     if not Path(folder, "config.json").is_file():
         raise PedroError(f"{folder}: expected a model's folder with a config.json")
+    with _naming(folder, "tokenizer"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@contextlib.contextmanager
+def _naming(folder: str, what: str) -> Iterator[None]:
+    """Turn what loading raises into one line."""
     try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PedroError(f"{folder}: cannot load the model and its tokenizer: {first}") from error
-    return model, tokenizer
+        raise PedroError(f"{folder}: cannot load the {what}: {first}") from error
 
 
 @contextlib.contextmanager
@@ -189,6 +207,58 @@ def train(job: TrainingJob, args: PedroTrainingArguments) -> dict[str, Any]:
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     replace_file(Path(job.output) / RECORD_NAME, text.encode())
     return record
+
+
+def evaluate_files(
+    model: str,
+    data: str,
+    metric: str,
+    adapter: str | None = None,
+    engine: str = "transformers",
+    dtype: str = "auto",
+    limit: int | None = None,
+    max_new_tokens: int = 64,
+) -> dict[str, Any]:
+    """Score a model in a folder on a data file; see `training.evaluate.evaluate`.
+
+    Raises:
+        PedroError: unusable data, model or adapter.
+    """
+    if engine not in ("transformers", "vllm"):
+        raise PedroError(f"engine: expected 'transformers' or 'vllm', found {engine!r}")
+    rows = read_rows(data, limit)
+    kind = str(choose_dtype(dtype)).removeprefix("torch.")
+    began = time.monotonic()
+    if engine == "transformers":
+        loaded, tokenizer = load_backbone(model, choose_dtype(dtype))
+        if torch.cuda.is_available():
+            loaded = loaded.to("cuda")
+        if adapter is not None:
+            loaded = PedroModel.from_pretrained(loaded, adapter)
+        scores = evaluate(
+            TransformersEngine(loaded, pad_token_id(tokenizer)),
+            tokenizer,
+            rows,
+            metric,
+            max_new_tokens,
+        )
+    else:
+        tokenizer = load_tokenizer(model)
+        longest = max(len(encode(tokenizer, row)) for row in rows)
+        start = importlib.import_module("vllm_pedro.integration.evaluate").start_engine
+        room = longest + max_new_tokens + 1
+        with start(model, adapter, room, kind) as served:
+            scores = evaluate(served, tokenizer, rows, metric, max_new_tokens)
+    return {
+        "metric": metric,
+        **scores,
+        "model": model,
+        "adapter": adapter,
+        "data": data,
+        "engine": engine,
+        "dtype": kind,
+        "seconds": round(time.monotonic() - began, 1),
+    }
 
 
 def _checkpoint(job: TrainingJob) -> str | None:

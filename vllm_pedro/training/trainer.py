@@ -25,7 +25,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from vllm_pedro.adapter import load_adapter
 from vllm_pedro.errors import PedroError
-from vllm_pedro.generator import VectorGenerator
 from vllm_pedro.model import IGNORED_LABEL, PedroModel
 from vllm_pedro.training.data import held_out_split
 
@@ -176,6 +175,7 @@ class PedroTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process: start one process a GPU (torchrun), or choose "
                 "one GPU with CUDA_VISIBLE_DEVICES"
             )
+        self.optimizer: Any = None
         self._held_out: Subset | None = None
         self._weights: list[nn.Parameter] = []
         self._coefficients: list[nn.Parameter] = []
@@ -313,7 +313,7 @@ class PedroTrainer(Trainer):
         if self._guard is not None:
             self._guard.see_norm(float(norm), self.step)
         # The same optimizer does both turns: it passes over parameters without a gradient.
-        optimizer = cast(Any, self.optimizer)
+        optimizer: Any = self.optimizer
         getattr(optimizer, "optimizer", optimizer).step()
         model.zero_grad()
 
@@ -412,8 +412,3 @@ def _adds_virtual_tokens(model: Any) -> bool:
     """Whether PEFT puts tokens of its own before the input, which shifts all columns."""
     config = getattr(model, "active_peft_config", None)
     return bool(getattr(config, "is_prompt_learning", False))
-
-
-def generators_of(model: PedroModel) -> list[VectorGenerator]:
-    """The active adapter's vector generators, one a layer."""
-    return [cast(VectorGenerator, g) for g in model.vector_generators[model.active_adapter or ""]]

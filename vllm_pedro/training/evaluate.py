@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_pedro.errors import PedroError
-from vllm_pedro.model import IGNORED_LABEL, PedroModel
+from vllm_pedro.model import PedroModel
 from vllm_pedro.training.collator import CompletionCollator
 from vllm_pedro.training.data import DataError, Example, Row, encode, prompt_tokens
 
@@ -221,8 +221,7 @@ class TransformersEngine:
         found: list[list[float]] = [[] for _ in examples]
         for chosen in self._batches([len(example) for example in examples]):
             batch = self._collate([examples[i] for i in chosen])
-            labels = batch.pop("labels")
-            width = int((labels != IGNORED_LABEL).any(dim=0).sum())
+            width = max(len(examples[i].completion) for i in chosen)
             logits = self._forward(batch, width + 1)[:, :-1]
             scores = torch.log_softmax(logits.float(), dim=-1)
             for row, i in enumerate(chosen):
@@ -238,6 +237,7 @@ class TransformersEngine:
 
     def _collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         batch = CompletionCollator(self._pad)(examples)
+        del batch["labels"]
         if not isinstance(self._model, PedroModel):
             del batch["prompt_lengths"]
         return {name: tensor.to(self._device) for name, tensor in batch.items()}

@@ -564,6 +564,7 @@ class PedroModel(nn.Module):
         self.active_adapter: str | None = None
         self.adapter_enabled = True
         self._prompts: _Prompts | None = None
+        self._wants_hidden_states = False
         # Before anything is hooked or frozen: a refused config leaves the model as it was.
         self.add_adapter(adapter_name, config)
         model.requires_grad_(False)
@@ -576,6 +577,8 @@ class PedroModel(nn.Module):
             _LayerHooks(index, layer, projections)
             for index, layer in enumerate(_decoder_layers(model))
         ]
+        self.register_forward_pre_hook(self._before_fused, with_kwargs=True)
+        self.register_forward_hook(self._after_fused, always_call=True)
         self.register_state_dict_post_hook(_leave_out_backbone)
         self.register_load_state_dict_post_hook(_do_not_miss_backbone)
 
@@ -799,23 +802,7 @@ class PedroModel(nn.Module):
                 KV cache that was not filled with this adapter, or one asked for with packed
                 sequences.
         """
-        cache, sequences = kwargs.get("past_key_values"), None
-        if attention_mask is None and cache is None:
-            sequences = _packed_sequences(kwargs.get("position_ids"))
-        if sequences is not None:
-            if kwargs.get("use_cache"):
-                raise PedroError("packed sequences (position_ids that start again): no KV cache")
-            # A cache would keep transformers from seeing that they are packed.
-            kwargs["use_cache"] = False
-        filled = cache is not None and int(cache.get_seq_length()) > 0
-        if labels is not None and prompt_lengths is None and prompt_mask is None and not filled:
-            real = None
-            if isinstance(attention_mask, Tensor) and attention_mask.shape == labels.shape:
-                real = attention_mask.bool()
-            prompt_mask = _tokens_before_labels(labels, real, sequences)
-        prompts = self._prompts_of(
-            prompt_lengths, prompt_mask, None, None, cache, sequences=sequences
-        )
+        prompts = self._prompts_to_read(attention_mask, labels, prompt_lengths, prompt_mask, kwargs)
         with self._reading(prompts):
             return self.base_model(
                 input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs
@@ -858,6 +845,56 @@ class PedroModel(nn.Module):
         kwargs.setdefault("disable_compile", True)
         with self._reading(prompts):
             return self.base_model.generate(**kwargs)
+
+    def _prompts_to_read(
+        self,
+        attention_mask: Any,
+        labels: Tensor | None,
+        prompt_lengths: Tensor | Sequence[int] | None,
+        prompt_mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> _Prompts:
+        """What `forward` is told of its prompts; switches the cache off in `kwargs` if packed."""
+        cache, sequences = kwargs.get("past_key_values"), None
+        if attention_mask is None and cache is None:
+            sequences = _packed_sequences(kwargs.get("position_ids"))
+        if sequences is not None:
+            if kwargs.get("use_cache"):
+                raise PedroError("packed sequences (position_ids that start again): no KV cache")
+            # A cache would keep transformers from seeing that they are packed.
+            kwargs["use_cache"] = False
+        filled = cache is not None and int(cache.get_seq_length()) > 0
+        if labels is not None and prompt_lengths is None and prompt_mask is None and not filled:
+            real = None
+            if isinstance(attention_mask, Tensor) and attention_mask.shape == labels.shape:
+                real = attention_mask.bool()
+            prompt_mask = _tokens_before_labels(labels, real, sequences)
+        return self._prompts_of(prompt_lengths, prompt_mask, None, None, cache, sequences=sequences)
+
+    # TRL replaces `forward` by one that takes the final hidden states from `self.base_model` and
+    # computes the loss itself, and asks for it with `fused_lm_head`. Hooks of `__call__` run
+    # around whatever `forward` is, so the adapter takes part in that too.
+
+    def _before_fused(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not kwargs.get("fused_lm_head"):
+            return None
+        kwargs = dict(kwargs)
+        prompts = self._prompts_to_read(
+            kwargs.get("attention_mask"),
+            kwargs.get("labels"),
+            kwargs.pop("prompt_lengths", None),
+            kwargs.pop("prompt_mask", None),
+            kwargs,
+        )
+        self._prompts = prompts if self.adapter_enabled else None
+        self._wants_hidden_states = True
+        return args, kwargs
+
+    def _after_fused(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._wants_hidden_states:
+            self._prompts, self._wants_hidden_states = None, False
 
     def _prompts_of(
         self,
@@ -905,8 +942,10 @@ class PedroModel(nn.Module):
     def _before_backbone(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._wants_hidden_states:
+            kwargs = kwargs | {"output_hidden_states": True, "logits_to_keep": 1}
         if self._prompts is None:
-            return None
+            return args, kwargs
         name = self._active()
         cache = kwargs.get("past_key_values")
         if cache is not None and int(cache.get_seq_length()) > 0:
@@ -938,8 +977,15 @@ class PedroModel(nn.Module):
 
     def _after_backbone(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
-    ) -> None:
-        current: _Pass | None = kwargs.get(_PASS_KEY)
+    ) -> Any:
+        self._check_layers(module, kwargs.get(_PASS_KEY))
+        if not self._wants_hidden_states:
+            return None
+        from transformers.modeling_outputs import BaseModelOutput
+
+        return BaseModelOutput(last_hidden_state=output.hidden_states[-1])
+
+    def _check_layers(self, module: nn.Module, current: _Pass | None) -> None:
         if current is None:
             return
         missed = set(range(self.shape.num_layers)) - current.layers_run

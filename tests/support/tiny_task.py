@@ -46,7 +46,7 @@ def make_backbone(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
-        "head_dim": 16,
+        "head_dim": 32,  # the least that vLLM serves on the CPU
         "max_position_embeddings": 128,
         "initializer_range": 0.15,
         "pad_token_id": 0,

@@ -68,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("adapter", metavar="ADAPTER", help="an adapter folder")
     inspect.add_argument("--model", metavar="FOLDER", help="check too that it fits this model")
+    training_cli.add_inspect_options(inspect)
     inspect.set_defaults(run=run_inspect)
 
     training_cli.add_parsers(commands)
@@ -129,7 +130,9 @@ def run_inspect(args: argparse.Namespace) -> int:
     shape = None
     if args.model is not None:
         shape = BackboneShape.from_hf_config(_model_config(args.model))
-    print(describe(load_adapter(args.adapter, shape)))
+    adapter = load_adapter(args.adapter, shape)
+    print(describe(adapter))
+    training_cli.inspect_more(adapter, args)
     return 0
 
 

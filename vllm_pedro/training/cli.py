@@ -15,6 +15,7 @@ from vllm_pedro.config import ACTIVATIONS, POOLINGS, TARGET_MODULES, PedroConfig
 from vllm_pedro.errors import PedroError
 
 if TYPE_CHECKING:
+    from vllm_pedro.adapter import Adapter
     from vllm_pedro.training.trainer import PedroTrainingArguments
 
 METRICS = ("accuracy", "f1-em", "exact-match", "loss")
@@ -229,6 +230,48 @@ def run_train(args: argparse.Namespace, others: Sequence[str], argv: Sequence[st
     summary: dict[str, Any] = {"adapter": args.output, **record}
     print(json.dumps(summary, ensure_ascii=False))
     return 0
+
+
+def add_inspect_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `vllm-pedro inspect` that look into what was learnt."""
+    parser.add_argument("--layers", action="store_true", help="show statistics of each layer")
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="show how the vectors differ over the prompts of this file; needs --model",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", default=50, help="prompts (%(default)s)")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE.png",
+        help="draw the activation functions, and with --data the vectors' spread",
+    )
+
+
+def inspect_more(adapter: Adapter, args: argparse.Namespace) -> None:
+    """What `inspect` prints and draws when asked for more than the files' contents.
+
+    Raises:
+        PedroError: options that do not go together, or unusable data.
+    """
+    if not (args.layers or args.data or args.plot):
+        return
+    if args.data is not None and args.model is None:
+        raise PedroError("--data needs --model: the vectors are made from the model's states")
+    from vllm_pedro.training import inspection
+
+    if args.layers:
+        print("\n" + inspection.describe_layers(adapter))
+    spread = None
+    if args.data is not None:
+        from vllm_pedro.training.run import load_prompts
+
+        model, prompts = load_prompts(args.model, args.adapter, args.data, args.limit)
+        spread = inspection.spread_over_prompts(inspection.vectors_of_prompts(model, prompts))
+        print("\n" + inspection.describe_spread(spread, len(prompts)))
+    if args.plot is not None:
+        inspection.plot(adapter, args.plot, spread)
+        print(f"\ndrawn: {args.plot}")
 
 
 def run_eval(args: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ from vllm_pedro.config import PedroConfig, replace_file
 from vllm_pedro.errors import PedroError
 from vllm_pedro.model import PedroModel, get_pedro_model
 from vllm_pedro.training.collator import CompletionCollator, PackedCollator
-from vllm_pedro.training.data import Dataset, encode, load_dataset, read_rows
+from vllm_pedro.training.data import Dataset, encode, load_dataset, prompt_tokens, read_rows
 from vllm_pedro.training.evaluate import TransformersEngine, evaluate
 from vllm_pedro.training.progress import Progress
 from vllm_pedro.training.trainer import PedroTrainer, PedroTrainingArguments
@@ -259,6 +259,19 @@ def evaluate_files(
         "dtype": kind,
         "seconds": round(time.monotonic() - began, 1),
     }
+
+
+def load_prompts(
+    model: str, adapter: str, data: str, limit: int | None
+) -> tuple[PedroModel, list[list[int]]]:
+    """A model with an adapter, in float32, and the token ids of a data file's prompts.
+
+    Raises:
+        PedroError: unusable data, model or adapter.
+    """
+    backbone, tokenizer = load_backbone(model, torch.float32)
+    prompts = [prompt_tokens(tokenizer, row) for row in read_rows(data, limit)]
+    return PedroModel.from_pretrained(backbone, adapter), prompts
 
 
 def _checkpoint(job: TrainingJob) -> str | None:

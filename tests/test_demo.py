@@ -242,6 +242,17 @@ def test_measuring_is_fair() -> None:
     assert speed.ratio == pytest.approx(0.5)
 
 
+def test_a_slow_machine_measures_fewer_rounds() -> None:
+    engine, said = FakeEngine({True: 2.0, False: 1.0}), []
+    batch = make_batch(["a"], ["x"])
+    clock = lambda: engine.now  # noqa: E731
+    speed = measure(engine, batch, 10, rounds=6, budget=5.0, clock=clock, say=said.append)
+    assert len(speed.mixed) == len(speed.plain) == 2
+    assert "measuring: 3 rounds with adapters, as many without, about 6 s" in said[0]
+    speed = measure(engine, batch, 10, rounds=6, budget=0.0, clock=clock)
+    assert len(speed.mixed) == len(speed.plain) == 1
+
+
 def test_a_batch_has_every_tenant_for_every_question() -> None:
     assert make_batch(["a", "b"], ["x"]) == [
         Request("a", "base"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -42,6 +43,7 @@ QUESTIONS: Final = (
 MAX_MODEL_LEN: Final = 512
 MAX_ROWS: Final = 256
 ROUNDS: Final = 5
+MEASURE_SECONDS: Final = 60.0  # on a machine too slow or too busy for all rounds, fewer have to do
 NOISY: Final = 1.3  # fastest round over slowest, above which the figures are not to be trusted
 
 
@@ -216,6 +218,7 @@ def measure(
     batch: Sequence[Request],
     max_tokens: int,
     rounds: int = ROUNDS,
+    budget: float = MEASURE_SECONDS,
     clock: Callable[[], float] = time.perf_counter,
     say: Callable[[str], None] = lambda text: None,
 ) -> Speed:
@@ -225,7 +228,8 @@ def measure(
         engine: the engine.
         batch: the batch with adapters.
         max_tokens: how many tokens each row generates.
-        rounds: how often each of the two is timed.
+        rounds: how often each of the two is timed, at most.
+        budget: seconds after which no further round begins; one always runs.
         clock: seconds.
         say: is told, after the warm-up, how long the rest will take.
     """
@@ -235,9 +239,16 @@ def measure(
     for name in batches:  # warm-up; the second is the one without first-time costs
         began = clock()
         engine.generate(batches[name], max_tokens, ignore_eos=True)
-    seconds = (clock() - began) * 2 * rounds
-    say(f"measuring: {rounds} rounds with adapters, {rounds} without, about {seconds:.0f} s ...")
+    one = 2 * (clock() - began)
+    fitting = min(rounds, max(1, math.ceil(budget / one))) if one > 0 else rounds
+    say(
+        f"measuring: {fitting} round{'s' if fitting != 1 else ''} with adapters, as many without, "
+        f"about {fitting * one:.0f} s ..."
+    )
+    started = clock()
     for index in range(rounds):
+        if index and clock() - started > budget:
+            break
         # Neither is always the one that runs first.
         for name in ("mixed", "plain") if index % 2 == 0 else ("plain", "mixed"):
             began = clock()

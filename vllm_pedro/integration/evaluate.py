@@ -16,7 +16,7 @@ from ..errors import PedroError
 if TYPE_CHECKING:
     from ..training.data import Example
 
-KV_CACHE_BYTES = 1 << 30
+KV_CACHE_BYTES = 256 << 20
 MAX_ROWS = 64
 
 

@@ -99,6 +99,9 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         "--patience", type=int, metavar="N", help="stop after N evaluations without a better loss"
     )
     more.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    more.add_argument(
+        "--save-dtype", choices=DTYPES[1:], default="float32", help="of the file (%(default)s)"
+    )
     for name, (metavar, text) in _SHOWN.items():
         more.add_argument(f"--{name}", metavar=metavar, help=text)
     parser.epilog = (
@@ -224,6 +227,7 @@ def run_train(args: argparse.Namespace, others: Sequence[str], argv: Sequence[st
         packing=args.packing,
         patience=args.patience,
         resume=args.resume,
+        save_dtype=args.save_dtype,
         command=["vllm-pedro", *argv],
     )
     record = train(job, training_arguments(args, others))

@@ -56,6 +56,7 @@ class TrainingJob:
         packing: pack the sequences of a batch into one row.
         patience: stop after so many evaluations without a better dev loss; None for never.
         resume: go on from the last checkpoint in `output`.
+        save_dtype: the dtype to store the finished adapter in; checkpoints are in float32.
         command: what was typed, for the record.
     """
 
@@ -71,6 +72,7 @@ class TrainingJob:
     packing: bool = False
     patience: int | None = None
     resume: bool = False
+    save_dtype: str = "float32"
     command: Sequence[str] = field(default_factory=list)
 
 
@@ -186,7 +188,7 @@ def train(job: TrainingJob, args: PedroTrainingArguments) -> dict[str, Any]:
     began = time.monotonic()
     result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.monotonic() - began
-    digest = pedro.save_pretrained(job.output)
+    digest = pedro.save_pretrained(job.output, dtype=getattr(torch, job.save_dtype))
     history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     record = {
         "command": shlex.join(job.command) if job.command else None,

@@ -171,6 +171,8 @@ def train(job: TrainingJob, args: PedroTrainingArguments) -> dict[str, Any]:
             raise PedroError("patience needs dev data, whose loss it watches")
         callbacks.append(EarlyStoppingCallback(job.patience))
     collator = PackedCollator() if job.packing else CompletionCollator(pad_token_id(tokenizer))
+    # Without an accelerator there is nothing to pin memory for, and torch would say so.
+    args.dataloader_pin_memory &= torch.accelerator.is_available()
     trainer = PedroTrainer(
         model=pedro,
         args=args,

@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import pytest
 import torch
 from tiny_task import make_backbone
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from vllm_pedro.adapter import init_adapter
 from vllm_pedro.config import ACTIVATIONS, INPUT_NORMS, POOLINGS, TARGET_MODULES, PedroConfig
 from vllm_pedro.model import PedroModel, get_pedro_model
 
-STEP = 1e-5
+STEP = 1e-6
+# Static vectors neither pool nor norm.
+VARIANTS = [*itertools.product(POOLINGS, ACTIVATIONS, INPUT_NORMS), ("last", "static", None)]
 TARGETS = (("q_proj", "v_proj", "up_proj"), TARGET_MODULES, ("v_proj", "q_proj"))
+
+
+def rms_norm(module: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
+    return module.weight * x * (x.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
 
 
 def make(config: PedroConfig) -> PedroModel:
     backbone = make_backbone(hidden_size=16, intermediate_size=24, head_dim=8, vocab_size=40)
+    for module in backbone.modules():
+        if isinstance(module, LlamaRMSNorm):
+            # transformers' own goes through float32 whatever comes in.
+            module.forward = functools.partial(rms_norm, module)
     model = get_pedro_model(backbone, config).double()
     tensors = init_adapter(config, model.shape, seed=1, scale=0.3).tensors
     with torch.no_grad():
         for name, parameter in model.adapter_tensors().items():
             parameter.copy_(tensors[name])
             if name.endswith("down_proj.weight"):
-                parameter *= 20
+                parameter *= 10
     return model
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("targets", TARGETS, ids=["q-v-up", "all", "v-q"])
-@pytest.mark.parametrize("activation", [*ACTIVATIONS, "static"])
-@pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("norm", INPUT_NORMS)
+@pytest.mark.parametrize(("pooling", "activation", "norm"), VARIANTS)
 def test_gradients_are_those_of_finite_differences(
-    pooling: str, activation: str, targets: tuple[str, ...], norm: str | None, packed: bool
+    pooling: str, activation: str, norm: str | None, targets: tuple[str, ...], packed: bool
 ) -> None:
-    if activation == "static" and (pooling, norm) != ("last", None):
-        pytest.skip("static vectors neither pool nor norm")
     config = PedroConfig(
         r=0 if activation == "static" else 2,
         pooling=pooling,
@@ -53,7 +63,10 @@ def test_gradients_are_those_of_finite_differences(
         batch["position_ids"] = torch.arange(7).repeat(2)[None]
 
     def loss() -> torch.Tensor:
-        return model(**batch, use_cache=False).loss
+        # Not the model's own loss, which is computed in float32.
+        logits = model(**batch, use_cache=False).logits
+        targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all(p.dtype == torch.float64 for p in parameters.values())
@@ -70,5 +83,5 @@ def test_gradients_are_those_of_finite_differences(
             parameter += STEP * direction
         want = (above - below) / (2 * STEP)
         got = (found[name] * direction).sum()
-        assert torch.isclose(got, want, rtol=1e-5, atol=1e-8), name
+        assert torch.isclose(got, want, rtol=1e-5, atol=1e-7), name
     assert any(float(gradient.abs().max()) > 1e-4 for gradient in found.values())

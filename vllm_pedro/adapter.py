@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
@@ -415,6 +415,7 @@ def load_adapter(
     path: str | os.PathLike[str],
     shape: BackboneShape | None = None,
     expected_digest: str | None = None,
+    check: Callable[[PedroConfig], None] | None = None,
 ) -> Adapter:
     """Read and validate an adapter folder.
 
@@ -424,6 +425,8 @@ def load_adapter(
         path: the adapter folder.
         shape: the backbone; None checks only that the adapter agrees with itself.
         expected_digest: the digest the adapter had when it was registered.
+        check: called with the config before the weights are opened; raises for an adapter that is
+            not wanted, whose weights may be of any size.
 
     Returns:
         The adapter, its tensors in float32 on the CPU.
@@ -436,6 +439,8 @@ def load_adapter(
     """
     folder = _check_folder(path)
     config_bytes, config = _read_config(folder)
+    if check is not None:
+        check(config)
     source = str(folder / WEIGHTS_NAME)
     with open_regular(source, _FILE_EXPECTED) as file:
         start, entries = _read_header(file, source)

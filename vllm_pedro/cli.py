@@ -19,6 +19,7 @@ from vllm_pedro.config import (
     PedroConfig,
 )
 from vllm_pedro.errors import PedroError
+from vllm_pedro.training import cli as training_cli
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +73,10 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="show what runs PEDRO's operators here: native code, Triton or plain PyTorch",
     )
+    training_cli.add_inspect_options(inspect)
     inspect.set_defaults(run=run_inspect)
+
+    training_cli.add_parsers(commands)
 
     defaults = PedroConfig()
     init = commands.add_parser(
@@ -137,7 +141,9 @@ def run_inspect(args: argparse.Namespace) -> int:
     shape = None
     if args.model is not None:
         shape = BackboneShape.from_hf_config(_model_config(args.model))
-    print(describe(load_adapter(args.adapter, shape)))
+    adapter = load_adapter(args.adapter, shape)
+    print(describe(adapter))
+    training_cli.inspect_more(adapter, args)
     return 0
 
 
@@ -255,6 +261,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv and argv[0] in HANDED_ON:
             return hand_on(argv[0], argv[1:])
+        if argv and argv[0] == "train":
+            return training_cli.main_train(make_parser(), argv)
         args = make_parser().parse_args(argv)
         return int(args.run(args))
     except PedroError as error:

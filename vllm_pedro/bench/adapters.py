@@ -143,6 +143,7 @@ def _lora_tensors(
                 weight = torch.randn(size, generator=random) * 0.01
                 yield f"{name}.lora_{side}.weight", weight.to(torch.bfloat16)
 
+
 def model_label(model: str) -> str:
     """A model in words, without where it lies."""
     from transformers import AutoConfig

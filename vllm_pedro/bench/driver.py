@@ -11,9 +11,9 @@ from .workloads import Request, Workload
 
 
 class Progress(NamedTuple):
-    """What a step gave one request."""
+    """What a step gave one request; ``request`` is its number in the workload."""
 
-    index: int  # of the request in its workload
+    request: int
     new_tokens: int
     finished: bool
 

@@ -65,9 +65,7 @@ def quick_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_common(
-    parser: argparse.ArgumentParser, output: str, minutes: float, repeats: int
-) -> None:
+def _add_common(parser: argparse.ArgumentParser, output: str, minutes: float, repeats: int) -> None:
     parser.add_argument(
         "--model", metavar="FOLDER", help="a model's folder; default: SmolLM2-135M, fetched"
     )

@@ -50,7 +50,10 @@ FAMILIES: Final = (
     "trace",
 )
 
-ENGINES: Final = ("base-compiled", "pedro-compiled", "lora-compiled") + (
+ENGINES: Final = (
+    "base-compiled",
+    "pedro-compiled",
+    "lora-compiled",
     "base-eager",
     "pedro-eager",
     "lora-eager",
@@ -316,13 +319,14 @@ class Display:
     def tell(self, tokens: int) -> None:
         if self._live:
             rate = tokens / max(1e-9, self._clock() - self._began)
-            self._write(f"{self._what}: {tokens:,} of {self._tokens:,} tokens, {rate:.0f}/s")
+            text = f"{self._what}: {tokens:,} of {self._tokens:,} tokens, {rate:.0f}/s"
+            self._write(text, self._done + 1)
 
     def end(self, text: str) -> None:
         self._done += 1
         passed = self._clock() - self._start
         left = passed / self._done * max(0, self._total - self._done)
-        self._write(f"{self._what}: {text} ({_minutes(left)} left)")
+        self._write(f"{self._what}: {text} ({_minutes(left)} left)", self._done)
         if not self._live:
             self._stream.write("\n")
         self._stream.flush()
@@ -332,8 +336,8 @@ class Display:
             self._stream.write("\r\033[K")
             self._stream.flush()
 
-    def _write(self, text: str) -> None:
-        line = f"[{min(self._done + 1, self._total)}/{self._total}] {text}"
+    def _write(self, text: str, number: int) -> None:
+        line = f"[{number}/{self._total}] {text}"
         self._stream.write(f"\r\033[K{line[:150]}" if self._live else line)
         self._stream.flush()
 

@@ -172,7 +172,9 @@ def draw_break_even(all_series: Sequence[Series]) -> Any:
     if not lengths:
         return None
     most = 64
-    figure, panels = _figure(3.2 * len(lengths) + 0.6, 3.8, len(lengths), sharey=True, squeeze=False)
+    figure, panels = _figure(
+        3.2 * len(lengths) + 0.6, 3.8, len(lengths), sharey=True, squeeze=False
+    )
     for axes, length in zip(panels[0], lengths, strict=True):
         for number, b in enumerate(b for b in found if b.prompt_tokens == length):
             _latency_line(axes, b.mine, most, ("pedro", b.modes[0]))
@@ -183,9 +185,9 @@ def draw_break_even(all_series: Sequence[Series]) -> Any:
                 axes.text(b.tokens, 0, f" {b.tokens}", va="bottom", fontsize="small")
         axes.set_title(f"prompt of {length} tokens", fontsize="medium")
         axes.set_xlim(0, most)
-        axes.set_ylim(bottom=0)
         axes.set_xlabel("output tokens")
         axes.grid(axis="y", color="0.9")
+    panels[0][0].set_ylim(bottom=0)  # all share it, so not before all are drawn
     panels[0][0].set_ylabel("end-to-end latency, s")
     panels[0][0].legend(fontsize="small", title="median; band: repeats", title_fontsize="small")
     return figure

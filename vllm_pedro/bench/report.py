@@ -17,8 +17,7 @@ Record = dict[str, Any]
 CPU_NOTE = (
     "On the CPU vLLM runs an engine with LoRA eagerly and with kernels in plain torch that copy "
     "each row's weights, so LoRA's figures here say nothing about a GPU. Compare LoRA with eager "
-    "base and eager PEDRO, which have no compiler's help either; even so, half of what is between "
-    "them is those kernels."
+    "base and eager PEDRO, which do without the compiler too."
 )
 
 

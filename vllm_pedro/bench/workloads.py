@@ -374,7 +374,8 @@ def replay(
     """
     if not speed > 0 or not shrink >= 1:
         raise PedroError(f"speed must be above 0 and shrink at least 1, got {speed} and {shrink}")
-    chosen, too_long = [], 0
+    chosen: list[Request] = []
+    too_long = 0
     for row in rows:
         if count is not None and len(chosen) == count:
             break

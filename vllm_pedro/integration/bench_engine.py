@@ -31,6 +31,7 @@ def serve(pipe: Connection, spec: EngineSpec, log: str) -> None:
     os.environ["OMP_NUM_THREADS"] = str(spec.threads)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    engine = None
     try:
         engine = BenchEngine(spec)
         pipe.send(("ready", engine.facts))
@@ -52,11 +53,10 @@ def serve(pipe: Connection, spec: EngineSpec, log: str) -> None:
         text = str(error).strip()
         first = text.splitlines()[0] if text else ""
         pipe.send(("failed", f"{type(error).__name__}: {first}"))
-    # vLLM's own threads and process group need not be wound up for a process that ends.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pipe.close()
-    os._exit(0)
+    finally:
+        pipe.close()
+        if engine is not None:
+            engine.shutdown()
 
 
 class BenchEngine:
@@ -65,7 +65,7 @@ class BenchEngine:
     Attributes:
         facts: ``import_s`` and ``engine_s`` (start-up), ``threads``, ``kv_blocks`` and
             ``kv_block_bytes``; with PEDRO ``sequence_bytes`` (vectors of one sequence),
-            ``store_bytes`` and ``slot_bytes`` (one adapter on the device), with LoRA ``slot_bytes``.
+            ``store_bytes`` and ``slot_bytes`` (one adapter on the device), the last with LoRA too.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -205,6 +205,10 @@ class BenchEngine:
             for i in members:
                 timings[i].tokens = [end] * length
         return timings
+
+    def shutdown(self) -> None:
+        """End vLLM's part of the process."""
+        self._llm.llm_engine.engine_core.shutdown()
 
     def _memory(self) -> dict[str, Any]:
         return dict(self._llm.collective_rpc(_worker_memory)[0])

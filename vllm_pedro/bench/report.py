@@ -62,7 +62,7 @@ class Series:
 
 
 def collect(records: Iterable[Record]) -> list[Series]:
-    """The series of all measurements, in the order in which they first came.
+    """The series of all measurements, by workload, in the order in which they first came.
 
     A file of several runs: repeats of the same case count on, run after run, so that ratios are
     taken within a run.
@@ -85,7 +85,9 @@ def collect(records: Iterable[Record]) -> list[Series]:
         found.repeats[number] = measures
         if "fairness" in record:
             found.fairness[number] = record["fairness"]
-    return list(series.values())
+    workloads = list(dict.fromkeys((s.family, s.workload, s.rule) for s in series.values()))
+    order = {workload: number for number, workload in enumerate(workloads)}
+    return sorted(series.values(), key=lambda s: order[s.family, s.workload, s.rule])
 
 
 def base_of(series: Series, others: Sequence[Series]) -> Series | None:

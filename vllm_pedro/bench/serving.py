@@ -46,6 +46,7 @@ from .workloads import (
 
 BASE_NAME: Final = "backbone"
 START_SECONDS: Final = 900.0
+GROUP_SECONDS: Final = 10.0  # for the processes that a server started, once it has ended itself
 HOST: Final = "127.0.0.1"
 
 
@@ -315,7 +316,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
             continue
-        if sign == signal.SIGTERM and _group_ends(process.pid, 10):
+        if _group_ends(process.pid, GROUP_SECONDS):
             return
 
 

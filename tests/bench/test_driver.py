@@ -55,7 +55,7 @@ class FakeEngine:
         return progress
 
 
-def run(workload: Workload, **keywords: int):  # noqa: ANN201
+def run(workload: Workload, **keywords: int):
     clock = Clock()
     engine = FakeEngine(clock, **keywords)
     return drive(engine, workload, clock, clock.sleep), engine

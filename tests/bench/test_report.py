@@ -243,7 +243,7 @@ def test_results_go_to_a_file_and_back(tmp_path: Path, records: list[dict[str, A
 def test_files_that_are_no_results(tmp_path: Path, text: str) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text(text)
-    with pytest.raises(PedroError, match="line 1: expected|are empty"):
+    with pytest.raises(PedroError, match=r"line 1: expected|are empty"):
         read_results([path])
 
 

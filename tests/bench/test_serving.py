@@ -1,4 +1,4 @@
-"""The serving benchmark without servers: what is sent, with which arguments, and what comes back."""
+"""The serving benchmark without servers: what is sent, with what, and what comes back."""
 
 from __future__ import annotations
 

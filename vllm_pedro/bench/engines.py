@@ -20,6 +20,8 @@ from .workloads import Workload
 KINDS: Final = ("base", "pedro", "lora")
 LABELS: Final = {"base": "base", "pedro": "PEDRO", "static": "(IA)3", "lora": "LoRA"}
 
+CLOSE_SECONDS: Final = 30.0
+
 
 @dataclass(frozen=True)
 class EngineSpec:
@@ -108,7 +110,7 @@ class EngineProcess:
         """End the process, whatever state it is in."""
         with contextlib.suppress(OSError, ValueError):
             self._pipe.send(("close", None))
-        self._process.join(10)
+        self._process.join(CLOSE_SECONDS)
         if self._process.is_alive():
             self._process.terminate()
             self._process.join(10)

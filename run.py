@@ -636,7 +636,10 @@ def install_packages(
         # By itself and first: it is the one package that not every index has.
         status, output = run([*pip, "--no-deps", *extra, pin])
         if status != 0:
-            no_match = re.search("No matching distribution|Could not find a version", output)
+            # With a constraint on torch, pip calls a build that it does not find a conflict.
+            no_match = re.search(
+                "No matching distribution|Could not find a version|ResolutionImpossible", output
+            )
             if no_match and not network_failed(output):
                 others = pythons_with(run, pin, pip, extra)
                 raise torch_missing(pin, args.command, index, others)

@@ -239,13 +239,21 @@ def test_float64_beyond_float32(folder: Path) -> None:
         (torch.int64, "I64"),
         (torch.int8, "I8"),
         (torch.bool, "BOOL"),
-        (torch.float8_e4m3fn, "F8_E4M3"),
-        (torch.float8_e5m2, "F8_E5M2"),
     ],
 )
 def test_dtypes_that_are_no_floats(folder: Path, dtype: torch.dtype, name: str) -> None:
     write(folder, CONFIG.to_dict(), ADAPTER.tensors | {DOWN: torch.zeros(3, 16).to(dtype)})
     refused(folder, DOWN, "'F16', 'BF16', 'F32', 'F64'", repr(name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bit_floats(folder: Path, dtype: torch.dtype) -> None:
+    narrow = ADAPTER.tensors[DOWN].to(dtype)
+    loaded = load_adapter(write(folder, CONFIG.to_dict(), ADAPTER.tensors | {DOWN: narrow}), SHAPE)
+    assert torch.equal(loaded.tensors[DOWN], narrow.float())
+    broken = narrow.clone()
+    broken.view(torch.uint8)[0, 0] = 0x7F  # NaN in both
+    refused(write(folder, CONFIG.to_dict(), ADAPTER.tensors | {DOWN: broken}), DOWN, "1 NaN")
 
 
 @settings(deadline=None, max_examples=30)

@@ -496,6 +496,14 @@ ERROR: Could not find a version that satisfies the requirement torch==2.13.0+cpu
 (from versions: 2.11.0, 2.12.0, 2.13.0)
 ERROR: No matching distribution found for torch==2.13.0+cpu
 """
+CONSTRAINED = """\
+ERROR: Cannot install torch==2.13.0+cpu because these package versions have conflicting \
+dependencies.
+The conflict is caused by:
+    The user requested torch==2.13.0+cpu
+    The user requested (constraint) torch<=2.14.1
+ERROR: ResolutionImpossible: for help visit the documentation
+"""
 NO_NETWORK = """\
 WARNING: Retrying (Retry(total=4, connect=None)) after connection broken by \
 'NewConnectionError('Failed to establish a new connection: [Errno 101]')': /simple/torch/
@@ -509,10 +517,11 @@ def answer_for_torch(output: str) -> Reply:
     return lambda command: (1, output) if command[-1].startswith("torch==") else None
 
 
+@pytest.mark.parametrize("output", [NOT_FOUND, CONSTRAINED])
 def test_a_missing_cpu_torch_is_explained(
-    run: ModuleType, programs: Programs, capsys: pytest.CaptureFixture[str]
+    output: str, run: ModuleType, programs: Programs, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    programs.reply = answer_for_torch(NOT_FOUND)
+    programs.reply = answer_for_torch(output)
     assert run.main(["demo"]) == 2
     error = capsys.readouterr().err
     assert f"no 'torch==2.13.0+cpu' for Python {HERE}" in error

@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
@@ -45,7 +45,7 @@ MAX_WEIGHTS_BYTES: Final = 16 << 30
 PICKLED_NAMES: Final = tuple(f"adapter_model.{ending}" for ending in ("bin", "pt", "pth", "pkl"))
 
 # safetensors' names of the dtypes an adapter may have, with their sizes in bytes.
-FLOAT_DTYPES: Final = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+FLOAT_DTYPES: Final = {"F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 TORCH_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _LAYER = re.compile(re.escape(TENSOR_PREFIX) + r"(0|[1-9][0-9]{0,8})\.vector_generator\.(.+)")
@@ -415,6 +415,7 @@ def load_adapter(
     path: str | os.PathLike[str],
     shape: BackboneShape | None = None,
     expected_digest: str | None = None,
+    check: Callable[[PedroConfig], None] | None = None,
 ) -> Adapter:
     """Read and validate an adapter folder.
 
@@ -424,6 +425,8 @@ def load_adapter(
         path: the adapter folder.
         shape: the backbone; None checks only that the adapter agrees with itself.
         expected_digest: the digest the adapter had when it was registered.
+        check: called with the config before the weights are opened; raises for an adapter that is
+            not wanted, whose weights may be of any size.
 
     Returns:
         The adapter, its tensors in float32 on the CPU.
@@ -436,6 +439,8 @@ def load_adapter(
     """
     folder = _check_folder(path)
     config_bytes, config = _read_config(folder)
+    if check is not None:
+        check(config)
     source = str(folder / WEIGHTS_NAME)
     with open_regular(source, _FILE_EXPECTED) as file:
         start, entries = _read_header(file, source)
@@ -458,10 +463,12 @@ def load_adapter(
 
 
 def _finite_float32(name: str, tensor: Tensor, source: str) -> Tensor:
-    _check_finite(name, tensor, source)
-    result = tensor.to(torch.float32)
     if tensor.dtype == torch.float64:
-        _check_finite(name, result, source, " in float32")
+        _check_finite(name, tensor, source)
+    # Narrower types keep NaN and Inf as they widen, and torch cannot look for them in 8 bits.
+    result = tensor.to(torch.float32)
+    where = " in float32" if tensor.dtype == torch.float64 else ""
+    _check_finite(name, result, source, where)
     return result
 
 

@@ -2,38 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-import torch
+from engines import write_lora
 
 from vllm_pedro import PedroRequest
 
 pytestmark = pytest.mark.engine
-
-
-def write_lora(model, folder, seed=0):
-    """A random LoRA adapter of rank 4 on q and v."""
-    from safetensors.torch import save_file
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model)
-    random, tensors = torch.Generator().manual_seed(seed), {}
-    widths = {
-        "q_proj": config.num_attention_heads * config.head_dim,
-        "v_proj": config.num_key_value_heads * config.head_dim,
-    }
-    for layer in range(config.num_hidden_layers):
-        for module, width in widths.items():
-            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
-            shapes = {"A": (4, config.hidden_size), "B": (width, 4)}
-            for side, shape in shapes.items():
-                tensors[f"{name}.lora_{side}.weight"] = torch.randn(shape, generator=random) * 0.3
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": sorted(widths)}
-    (folder / "adapter_config.json").write_text(json.dumps({**settings, "bias": "none"}))
-    return folder
 
 
 def params(**kwargs):

@@ -254,6 +254,7 @@ def test_an_adapter_that_vanishes_after_admission_ends_its_request_only(
             results[output.request_id] = output
     assert results["b"].outputs[0].finish_reason == "error"
     assert list(results["b"].outputs[0].token_ids) == []
+    assert "expected an adapter folder" in results["b"].outputs[0].stop_reason
     tiny_oracle.check(results["a"], adapter)
     tiny_oracle.check(results["c"], None)
     # Nothing of what it computed is found by the same prompt once the folder is back.

@@ -10,12 +10,18 @@ import inspect
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.entrypoints.generate.beam_search.utils import BeamSearchInstance
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -31,11 +37,24 @@ KNOWN = {
     (BeamSearchInstance, "__init__"): "a5587f260df0",
     (GPUModelRunner, "load_model"): "9508e8f41530",
     (CPUModelRunner, "load_model"): "270bdfc6670d",
+    (EngineArgs, "add_cli_args"): "0b7444570415",
+    (EngineArgs, "from_cli_args"): "51a013f61829",
+    (BeamSearchOnlineMixin, "beam_search"): "e2e6d1893a8f",
+    (OpenAIServingModels, "__init__"): "0218cc457c0b",
+    (BaseServing, "_check_model"): "5a2f4707ffb7",
+    (AsyncLLM, "generate"): "5bd0ee90459b",
+    (StatLoggerManager, "__init__"): "6e75cf036af8",
     # overridden
     (InputProcessor, "process_inputs"): "e22b5f772979",
     (Scheduler, "schedule"): "da4f2cf2fc39",
     (Scheduler, "add_request"): "fa2b51cd04a9",
     (Scheduler, "update_from_output"): "85b29db96051",
+    (Scheduler, "make_stats"): "8963d2ab6518",
+    (OpenAIServingModels, "init_static_loras"): "0b9b928c7109",
+    (OpenAIServingModels, "show_available_models"): "8ec3d280b359",
+    (OpenAIServingModels, "load_lora_adapter"): "10dfa2a6fcf1",
+    (OpenAIServingModels, "unload_lora_adapter"): "9d3e23adf519",
+    (OpenAIServingModels, "resolve_lora"): "b9ef864b9ccd",
     (Scheduler, "_get_local_prefix_cache_hit"): "3495ddb7de46",
     (Scheduler, "_reserve_prefill_lookahead"): "c214e49d7610",
     (GPUModelRunner, "_update_states"): "326599f31b27",
@@ -44,6 +63,12 @@ KNOWN = {
     (GPUModelRunner, "_dummy_run"): "47b96b71fc65",
     (GPUModelRunner, "sample_tokens"): "047e6a4738de",
     # relied on
+    (OpenAIServingModels, "_check_load_lora_adapter_request"): "e610e5af04aa",
+    (OpenAIServingModels, "_check_unload_lora_adapter_request"): "1d3df3f3b438",
+    (OutputProcessor, "process_outputs"): "9e116796002e",
+    (RequestOutputCollector, "put"): "3390ffb9a292",
+    (RequestOutputCollector, "get"): "85d9e7d3ce86",
+    (EngineCore, "collective_rpc"): "f0d85bf03430",
     (LoRARequest, "__eq__"): "bba566415278",
     (NewRequestData, "from_request"): "e6258e939d81",
 }

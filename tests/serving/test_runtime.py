@@ -211,3 +211,49 @@ def test_vectors_are_made_in_float32_and_kept_in_the_model_dtype(tmp_path):
     row = rt.store.vectors[0][rt.row("a")]
     assert row.dtype == torch.bfloat16
     assert torch.equal(row, expected(adapter, 0, hidden.float()).bfloat16())
+
+
+def test_a_retired_adapter_stays_until_its_last_request_ends(tmp_path):
+    """Then its memory is free, and again after each straggler that was admitted before."""
+    rt = runtime()
+    _, digest = write(tmp_path / "x")
+    for name in ("a", "b"):
+        rt.enter(name, request(tmp_path / "x", digest, 2))
+    rt.prepare_step([ScheduledRow("a", 0, 2, 0), ScheduledRow("b", 2, 2, 0)])
+    rt.retire(digest)
+    rt.leave("a")
+    assert (len(rt.host), len(rt.bank)) == (1, 1)
+    rt.leave("b")
+    assert (len(rt.host), len(rt.bank)) == (0, 0)
+    rt.enter("late", request(tmp_path / "x", digest, 2, prompt="late"))
+    rt.prepare_step([ScheduledRow("late", 0, 2, 0)])
+    assert (len(rt.host), len(rt.bank)) == (1, 1)
+    rt.leave("late")
+    assert (len(rt.host), len(rt.bank)) == (0, 0)
+    rt.restore(digest)
+    rt.enter("new", request(tmp_path / "x", digest, 2, prompt="new"))
+    rt.prepare_step([ScheduledRow("new", 0, 2, 0)])
+    rt.leave("new")
+    assert (len(rt.host), len(rt.bank)) == (1, 1)
+
+
+def test_counts_say_where_adapters_were_found(tmp_path):
+    rt = runtime(max_pedros=1)
+    digests = [write(tmp_path / str(i), seed=i)[1] for i in range(2)]
+    assert rt.take_stats() == {}
+    for step, number in enumerate((0, 0, 1, 0)):
+        name = f"r{step}"
+        rt.enter(name, request(tmp_path / str(number), digests[number], 2, prompt=name))
+        rt.prepare_step([ScheduledRow(name, 0, 2, 0)])
+        rt.leave(name)
+    stats = rt.take_stats()
+    assert stats["prefills"] == {"disk": 2, "device": 1, "host": 1}
+    assert stats["loads"] == {"host": 2, "device": 3}
+    assert stats["hits"] == {"device": 1, "host": 1}
+    assert stats["evictions"] == {"device": 2}
+    assert stats["resident"] == {"device": 1, "host": 2}
+    assert {tier: len(s) for tier, s in stats["seconds"].items()} == {"host": 2, "device": 3}
+    rt.host.discard(digests[0])
+    rt.enter("gone", request(tmp_path / "0", "another digest", 2))
+    rt.prepare_step([ScheduledRow("gone", 0, 2, 0)])
+    assert rt.take_stats()["prefills"] == {"failed": 1}

@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import contextlib
 import gc
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,6 +119,30 @@ def write_random_adapter(
         for name, tensor in adapter.tensors.items()
     }
     save_adapter(folder, adapter.config, tensors)
+    return folder
+
+
+def write_lora(model: Path, folder: Path, seed: int = 0, scale: float = 0.3) -> Path:
+    """A random LoRA adapter of rank 4 on q and v."""
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    random, tensors = torch.Generator().manual_seed(seed), {}
+    widths = {
+        "q_proj": config.num_attention_heads * config.head_dim,
+        "v_proj": config.num_key_value_heads * config.head_dim,
+    }
+    for layer in range(config.num_hidden_layers):
+        for module, width in widths.items():
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            shapes = {"A": (4, config.hidden_size), "B": (width, 4)}
+            for side, shape in shapes.items():
+                tensors[f"{name}.lora_{side}.weight"] = torch.randn(shape, generator=random) * scale
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": sorted(widths)}
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "bias": "none"}))
     return folder
 
 

@@ -385,6 +385,9 @@ def draw_case(seed: int, case: int, settings: dict[str, Any], families: list[lis
         for draw in draws:
             draw.temperature, draw.n = (1.0, draw.n) if sampled else (0.0, 1)
             draw.logprobs = draw.logprobs or 0 if sampled else draw.logprobs
+            # vLLM 0.32 forbids the stop tokens for the token after accepted drafts too, though
+            # min_tokens is reached by then, with and without PEDRO.
+            draw.min_tokens = 0
     reset = rng.randint(1, 40) if rng.random() < 0.05 else None
     gone = None
     with_adapter = [draw for draw in draws if draw.adapter is not None]

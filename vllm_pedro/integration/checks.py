@@ -70,6 +70,8 @@ def _reasons(config: Any) -> list[str]:
         found.append("prompt embeddings have no token ids to key the cache (enable_prompt_embeds)")
     if config.kv_transfer_config is not None:
         found.append("KV transfer can load cache past the pooled token (unset kv_transfer_config)")
+    if config.ec_transfer_config is not None:
+        found.append("encoder caches are for multimodal models (unset ec_transfer_config)")
     if getattr(config.compilation_config.pass_config, "enable_sp", False):
         found.append("sequence parallelism splits the residual stream (pass_config.enable_sp)")
     if config.cache_config.kv_sharing_fast_prefill:

@@ -39,14 +39,11 @@ def wrap(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[.
         )
     if hasattr(original, _MARK):
         return
-    function = original.__func__ if isinstance(original, staticmethod) else original
+    kind = type(original) if isinstance(original, (staticmethod, classmethod)) else None
+    function = original if kind is None else original.__func__
     replacement = functools.wraps(function)(make(function))
     setattr(replacement, _MARK, function)
-    setattr(
-        owner,
-        name,
-        staticmethod(replacement) if isinstance(original, staticmethod) else replacement,
-    )
+    setattr(owner, name, replacement if kind is None else kind(replacement))
     logger.debug("wrapped %s.%s", owner.__qualname__, name)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .._import_hook import when_imported
 from ..versions import check_vllm_version
-from . import keywords
+from . import cli, keywords, metrics
 from .options import options_of
 from .patches import become, wrap
 
@@ -25,17 +25,35 @@ def register() -> None:
     import vllm
 
     check_vllm_version(vllm.__version__)
+    _share_vllm_logging()
     # Each only once its module is imported: a process gets no module that it would not have loaded.
     for module, install in (
         ("vllm.engine.arg_utils", keywords.install),
         ("vllm.engine.arg_utils", _install_engine_config),
+        ("vllm.engine.arg_utils", cli.install),
         ("vllm.v1.engine.input_processor", _install_input_processor),
         ("vllm.v1.engine.core", _install_engine_core),
         ("vllm.entrypoints.generate.beam_search.utils", _install_beam_search),
+        ("vllm.entrypoints.generate.beam_search.online", _install_server_beam_search),
+        ("vllm.entrypoints.openai.models.serving", _install_server_models),
+        ("vllm.entrypoints.serve.engine.serving", _install_server_check),
+        ("vllm.v1.engine.async_llm", _install_generate),
+        ("vllm.v1.metrics.loggers", metrics.install),
+        ("vllm.v1.worker.worker_base", _install_workers),
         ("vllm.v1.worker.gpu_model_runner", _install_gpu_runner),
         ("vllm.v1.worker.cpu_model_runner", _install_cpu_runner),
     ):
         when_imported(module, install)
+
+
+def _share_vllm_logging() -> None:
+    """Show this package's log lines as vLLM's are shown, at vLLM's level."""
+    theirs, ours = logging.getLogger("vllm"), logging.getLogger("vllm_pedro")
+    if theirs.handlers and not ours.handlers:
+        for handler in theirs.handlers:
+            ours.addHandler(handler)
+        ours.setLevel(theirs.level)
+        ours.propagate = theirs.propagate
 
 
 def _install_engine_config() -> None:
@@ -180,6 +198,52 @@ def _install_beam_search() -> None:
         return __init__
 
     wrap(BeamSearchInstance, "__init__", init)
+
+
+# Imported only when vLLM has imported what they wrap.
+def _install_server_beam_search() -> None:
+    from .frontend import install_beam_search
+
+    install_beam_search()
+
+
+def _install_server_models() -> None:
+    from .models import install_models
+
+    install_models()
+
+
+def _install_server_check() -> None:
+    from .models import install_model_check
+
+    install_model_check()
+
+
+def _install_generate() -> None:
+    from .frontend import install_generate
+
+    install_generate()
+
+
+def _install_workers() -> None:
+    """Give workers the methods that a front end calls when adapters come and go.
+
+    Upstream: ``worker_extension_cls`` adds methods too, but there is one for all plugins.
+    Can go when: a plugin may register methods for ``collective_rpc``.
+    """
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    def pedro_retire(self: Any, digest: str) -> dict[str, Any]:
+        """Free an adapter's memory once nobody needs it; the counts."""
+        self.model_runner.pedro.retire(digest)
+        return dict(self.model_runner.pedro.take_stats())
+
+    def pedro_restore(self: Any, digest: str) -> None:
+        """An adapter that may have been retired is served again."""
+        self.model_runner.pedro.restore(digest)
+
+    WorkerBase.pedro_retire = pedro_retire
+    WorkerBase.pedro_restore = pedro_restore
 
 
 def _install_gpu_runner() -> None:

@@ -10,19 +10,20 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.utils.async_utils import make_async
 
-from ..adapter import WEIGHTS_NAME, load_adapter
-from ..config import CONFIG_NAME, BackboneShape
+from ..adapter import WEIGHTS_NAME, inspect_adapter, load_adapter
+from ..config import CONFIG_NAME, MAX_CONFIG_BYTES, BackboneShape
 from ..errors import PedroError
 from ..serving.adapters import AdapterLimits
 from ..serving.spec import EXTRA_ARGS_KEY, RequestSpec
 from .options import options_of
-from .request import PedroRequest
+from .request import PedroRequest, ServedPedroRequest
 
 
 class RefusedRequestError(VLLMValidationError, PedroError):
@@ -51,12 +52,16 @@ class KnownAdapter:
 
 
 class AdapterRegistry:
-    """Folders that requests named, validated when first seen and again when their files change."""
+    """Folders that requests named, validated when first seen and again when their files change.
+
+    May be asked from several threads.
+    """
 
     def __init__(self, limits: AdapterLimits, capacity: int = 100_000) -> None:
         self.limits = limits
         self._capacity = capacity
         self._known: OrderedDict[str, KnownAdapter] = OrderedDict()
+        self._lock = Lock()
 
     def lookup(self, path: str) -> KnownAdapter:
         """The adapter in a folder.
@@ -65,16 +70,46 @@ class AdapterRegistry:
             AdapterError: What is wrong with it.
         """
         signature = _signature(path)
-        known = self._known.get(path)
-        if known is None or known.signature != signature or signature is None:
-            adapter = load_adapter(path, self.limits.shape)
-            self.limits.check(adapter.config.r, adapter.config.target_modules, path)
-            known = KnownAdapter(adapter.digest, adapter.config.pooling != "last", signature or ())
+        with self._lock:
+            known = self._known.get(path)
+            if known is not None and known.signature == signature and signature is not None:
+                self._known.move_to_end(path)
+                return known
+        return self.read(path)
+
+    def read(self, path: str) -> KnownAdapter:
+        """Read a folder whether it seems to have changed or not, values included.
+
+        Raises:
+            AdapterError: What is wrong with it.
+        """
+        signature = _signature(path)
+        adapter = load_adapter(
+            path,
+            self.limits.shape,
+            check=lambda config: self.limits.check_config(config, path),
+        )
+        known = KnownAdapter(adapter.digest, adapter.config.pooling != "last", signature or ())
+        with self._lock:
             self._known[path] = known
+            self._known.move_to_end(path)
             while len(self._known) > self._capacity:
                 self._known.popitem(last=False)
-        self._known.move_to_end(path)
         return known
+
+    def inspect(self, path: str) -> None:
+        """Check a folder as far as that goes without reading its weights.
+
+        Raises:
+            AdapterError: What is wrong with it.
+        """
+        config = inspect_adapter(path, self.limits.shape)
+        self.limits.check_config(config, path)
+
+    def forget(self, path: str) -> None:
+        """Drop what is known of a folder."""
+        with self._lock:
+            self._known.pop(path, None)
 
 
 def _signature(path: str) -> Signature | None:
@@ -91,14 +126,48 @@ def is_pedro(lora_request: Any) -> bool:
         return False
     if isinstance(lora_request, PedroRequest):
         return True
+    return peft_type_of(lora_request.lora_path) == "PEDRO"
+
+
+def peft_type_of(folder: str) -> str | None:
+    """What an adapter folder says it is; None where it cannot be read."""
     try:
-        config = Path(lora_request.lora_path).expanduser() / CONFIG_NAME
-        if config.stat().st_size > 1 << 20:
-            return False
+        config = Path(folder).expanduser() / CONFIG_NAME
+        if config.stat().st_size > MAX_CONFIG_BYTES:
+            return None
         content = json.loads(config.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("peft_type") == "PEDRO"
+    except (OSError, ValueError, RecursionError):
+        return None
+    kind = content.get("peft_type") if isinstance(content, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
+PROMPT_LENGTH_KEY = "pedro_prompt_length"
+"""Key of ``extra_args`` (over HTTP: ``vllm_xargs``) that means what ``prompt_length`` does."""
+
+
+def given_prompt_length(params: Any) -> int | None:
+    """P as a request's ``extra_args`` give it.
+
+    Raises:
+        RefusedRequestError: It is no positive integer.
+    """
+    extra = getattr(params, "extra_args", None) or {}
+    return check_prompt_length(extra.get(PROMPT_LENGTH_KEY))
+
+
+def check_prompt_length(value: Any) -> int | None:
+    """A prompt length that came from outside; None stays None.
+
+    Raises:
+        RefusedRequestError: It is no positive integer.
+    """
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise RefusedRequestError(
+        f"{PROMPT_LENGTH_KEY} must be an integer of at least 1, got {str(value)[:40]!r}",
+        parameter=PROMPT_LENGTH_KEY,
+    )
 
 
 def digest_tokens(tokens: Sequence[int]) -> str:
@@ -168,17 +237,15 @@ class PedroInputProcessorMixin:
                 "lora_request=PedroRequest(...), or by its model name",
                 parameter="extra_args",
             )
-        asked = is_pedro(lora_request)
-        known = None
-        if asked:
-            path = str(Path(lora_request.lora_path).expanduser().resolve())
+        known, length = None, given_prompt_length(params)
+        if is_pedro(lora_request):
             self._refuse_what_cannot_be_exact(params, kwargs)
-            try:
-                known = self.pedro_registry.lookup(path)
-            except PedroError as error:
-                raise RefusedRequestError(
-                    f"adapter {lora_request.lora_name!r}: {error}", parameter="lora_request"
-                ) from error
+            path, known = self._find_adapter(lora_request)
+        elif length is not None:
+            raise RefusedRequestError(
+                f"{PROMPT_LENGTH_KEY} is for requests with a PEDRO adapter",
+                parameter=PROMPT_LENGTH_KEY,
+            )
         request = super().process_inputs(  # type: ignore[misc]
             request_id,
             prompt,
@@ -190,8 +257,22 @@ class PedroInputProcessorMixin:
             **kwargs,
         )
         if known is not None:
-            self._attach(request, lora_request, path, known)
+            length = getattr(lora_request, "prompt_length", None) or length
+            self._attach(request, lora_request, path, known, length)
         return request
+
+    def _find_adapter(self, lora_request: Any) -> tuple[str, KnownAdapter]:
+        if isinstance(lora_request, ServedPedroRequest):
+            return lora_request.lora_path, KnownAdapter(
+                lora_request.digest, lora_request.needs_all_states, ()
+            )
+        path = str(Path(lora_request.lora_path).expanduser().resolve())
+        try:
+            return path, self.pedro_registry.lookup(path)
+        except PedroError as error:
+            raise RefusedRequestError(
+                f"adapter {lora_request.lora_name!r}: {error}", parameter="lora_request"
+            ) from error
 
     def _refuse_what_cannot_be_exact(self, params: Any, kwargs: dict[str, Any]) -> None:
         if not isinstance(params, SamplingParams):
@@ -204,7 +285,14 @@ class PedroInputProcessorMixin:
                 "vectors would not be those of the whole prompt: send each turn as a request"
             )
 
-    def _attach(self, request: Any, lora_request: Any, path: str, known: KnownAdapter) -> None:
+    def _attach(
+        self,
+        request: Any,
+        lora_request: Any,
+        path: str,
+        known: KnownAdapter,
+        prompt_length: int | None,
+    ) -> None:
         if request.prompt_embeds is not None or request.prompt_token_ids is None:
             raise RefusedRequestError(
                 "PEDRO adapters take prompts of token ids, not prompt embeddings"
@@ -212,7 +300,7 @@ class PedroInputProcessorMixin:
         if request.mm_features:
             raise RefusedRequestError("PEDRO adapters take text prompts only")
         tokens = request.prompt_token_ids
-        length = getattr(lora_request, "prompt_length", None) or len(tokens)
+        length = prompt_length or len(tokens)
         if length > len(tokens):
             raise RefusedRequestError(
                 f"prompt_length is {length}, but the prompt has only {len(tokens)} tokens",

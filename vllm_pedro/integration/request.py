@@ -34,3 +34,19 @@ class PedroRequest(  # type: ignore[call-arg]
             isinstance(length, bool) or not isinstance(length, int) or length < 1
         ):
             raise ValueError(f"prompt_length must be an integer of at least 1, got {length!r}")
+
+
+class ServedPedroRequest(  # type: ignore[call-arg]
+    PedroRequest,
+    omit_defaults=True,
+    array_like=True,
+):
+    """What the server makes of a model name: a request for the content that was loaded under it.
+
+    Args:
+        digest: Content digest of the adapter; what the folder holds later does not count.
+        needs_all_states: Whether its pooling reads every prompt token.
+    """
+
+    digest: str = ""
+    needs_all_states: bool = False

@@ -13,6 +13,7 @@ from ..serving.plan import ScheduledRow
 from ..serving.runtime import PedroRuntime
 from ..serving.vectors import VectorStore
 from .layers import install_hooks
+from .metrics import attach_reports
 from .options import PedroOptions, options_of
 from .scheduler import ASSIGNMENTS, spec_of_params
 
@@ -107,9 +108,5 @@ class PedroRunnerV1Mixin:
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
-        failed = self.pedro.take_failed()
-        if failed:
-            # An asynchronous output wraps the one that the scheduler will see.
-            target = getattr(output, "_model_runner_output", output)
-            target.pedro_failed = failed
+        attach_reports(output, self.pedro)
         return output

@@ -12,10 +12,15 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from ..serving.slots import Assignment, VectorSlots
 from ..serving.spec import EXTRA_ARGS_KEY, RequestSpec
+from .metrics import StatsRelay
 from .options import options_of
 
 ASSIGNMENTS = "pedro_assignments"
 """Attribute of ``SchedulerOutput``: request id -> row of the vector store, for those that enter."""
+
+
+FAILURE_MARK = "PEDRO: "
+"""Begins the ``stop_reason`` of a request that ended because its adapter could not be had."""
 
 
 def spec_of_params(params: Any) -> RequestSpec | None:
@@ -38,6 +43,7 @@ class PedroSchedulerMixin:
         # whose generators it would run.
         self._pedro_entering: dict[str, bool] = {}
         self._pedro_step_adapters: set[str] = set()
+        self._pedro_stats = StatsRelay()
 
     def add_request(self, request: Any) -> None:
         request.pedro = spec_of_params(request.sampling_params)
@@ -150,7 +156,9 @@ class PedroSchedulerMixin:
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """End the requests whose adapter could not be had; drop what they computed."""
+        self._pedro_stats.add(model_runner_output)
         failed = getattr(model_runner_output, "pedro_failed", {})
+        dropped: dict[str, str] = {}
         for request_id, assignment in getattr(scheduler_output, ASSIGNMENTS, {}).items():
             if not assignment.makes:
                 continue
@@ -159,7 +167,19 @@ class PedroSchedulerMixin:
                 continue
             for reader in self._pedro_slots.withdraw(assignment):
                 self._pedro_drop(reader, model_runner_output)
-        return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+                dropped[reader] = failed[request_id]
+        outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        if dropped:
+            for client in outputs.values():
+                for output in client.outputs:
+                    if output.request_id in dropped and output.finish_reason is not None:
+                        output.stop_reason = FAILURE_MARK + dropped[output.request_id]
+        return outputs
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
+        self._pedro_stats.attach(stats)
+        return stats
 
     def _pedro_drop(self, request_id: str, model_runner_output: Any) -> None:
         index = model_runner_output.req_id_to_index.get(request_id)

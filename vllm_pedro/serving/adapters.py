@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,9 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from ..adapter import Adapter, load_adapter
-from ..config import TARGET_MODULES, BackboneShape
+from ..config import TARGET_MODULES, BackboneShape, PedroConfig
 from ..errors import AdapterError
 from .spec import RequestSpec
+from .stats import AdapterStats
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +51,22 @@ class AdapterLimits:
                 f"{', '.join(self.modules)}: start it with pedro_target_modules that has them all"
             )
 
+    def check_config(self, config: PedroConfig, source: str) -> None:
+        """:meth:`check` with an adapter's config."""
+        self.check(config.r, config.target_modules, source)
+
+
+def short(digest: str) -> str:
+    """A digest for log lines."""
+    return digest[:12]
+
 
 class HostCache:
-    """Adapters in host memory by content digest, least recently used out first."""
+    """Adapters in host memory by content digest, least recently used out first.
+
+    Attributes:
+        stats: What happens is counted here.
+    """
 
     def __init__(
         self,
@@ -58,6 +76,7 @@ class HostCache:
     ) -> None:
         self.capacity = capacity
         self.limits = limits
+        self.stats = AdapterStats()
         self._load = load
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()
 
@@ -76,17 +95,40 @@ class HostCache:
         """
         adapter = self._adapters.get(spec.digest)
         if adapter is None:
-            adapter = self._load(spec.path, self.limits.shape, expected_digest=spec.digest)
-            self.limits.check(adapter.config.r, adapter.config.target_modules, spec.path)
+            start = time.perf_counter()
+            adapter = self._load(
+                spec.path,
+                self.limits.shape,
+                expected_digest=spec.digest,
+                check=lambda config: self.limits.check_config(config, spec.path),
+            )
             while len(self._adapters) >= self.capacity:
-                self._adapters.popitem(last=False)
+                victim, evicted = self._adapters.popitem(last=False)
+                self.stats.evictions["host"] += 1
+                logger.info("PEDRO: evicted %s (%s) from host memory", evicted.path, short(victim))
             self._adapters[spec.digest] = adapter
+            seconds = time.perf_counter() - start
+            self.stats.loaded("host", seconds)
+            logger.info(
+                "PEDRO: loaded adapter %r (%s) from %s into host memory in %.1f ms",
+                spec.name,
+                short(spec.digest),
+                spec.path,
+                1e3 * seconds,
+            )
+        else:
+            self.stats.hits["host"] += 1
         self._adapters.move_to_end(spec.digest)
         return adapter
 
     def discard(self, digest: str) -> bool:
         """Drop an adapter; whether it was there."""
-        return self._adapters.pop(digest, None) is not None
+        adapter = self._adapters.pop(digest, None)
+        if adapter is None:
+            return False
+        self.stats.removals["host"] += 1
+        logger.info("PEDRO: removed %s (%s) from host memory", adapter.path, short(digest))
+        return True
 
 
 @dataclass(slots=True)
@@ -127,6 +169,7 @@ class AdapterBank:
     ) -> None:
         self.limits = limits
         self.columns = columns
+        self.stats = AdapterStats()
         layers, d, rank = limits.shape.num_layers, limits.shape.hidden_size, limits.max_rank
         width = max(c.stop for c in columns.values())
         self.down = [torch.zeros(slots, rank, d, device=device) for _ in range(layers)]
@@ -178,14 +221,24 @@ class AdapterBank:
         slot = self._lru.get(digest)
         if slot is None:
             adapter = get()
+            start = time.perf_counter()
             slot = self._take_slot(keep)
             self._copy(slot, adapter)
             self._lru[digest] = slot
+            self.stats.loaded("device", time.perf_counter() - start)
+        else:
+            self.stats.hits["device"] += 1
         self._lru.move_to_end(digest)
         return slot
 
     def discard(self, digest: str) -> bool:
         """Free an adapter's slot; whether it was there."""
+        if not self._free_slot_of(digest):
+            return False
+        self.stats.removals["device"] += 1
+        return True
+
+    def _free_slot_of(self, digest: str) -> bool:
         slot = self._lru.pop(digest, None)
         if slot is None:
             return False
@@ -200,7 +253,9 @@ class AdapterBank:
                 raise RuntimeError(
                     f"one step reads more than the {self.capacity} adapters that fit the device"
                 )
-            self.discard(victim)
+            self._free_slot_of(victim)
+            self.stats.evictions["device"] += 1
+            logger.info("PEDRO: evicted %s from the device", short(victim))
         return self._free.pop()
 
     def _copy(self, slot: int, adapter: Adapter) -> None:

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -18,6 +20,7 @@ from .adapters import AdapterBank, HostCache
 from .plan import Reader, ScheduledRow, StepPlan, plan_step
 from .slots import Assignment
 from .spec import RequestSpec
+from .stats import AdapterStats
 from .vectors import VectorStore
 
 logger = logging.getLogger(__name__)
@@ -43,15 +46,19 @@ class PedroRuntime:
         store: The vector store. Which request reads which row is the scheduler's decision.
     """
 
+    MAX_RETIRED = 65_536
+
     def __init__(self, host: HostCache, bank: AdapterBank, store: VectorStore) -> None:
         self.host = host
         self.bank = bank
         self.store = store
+        self.stats = host.stats = bank.stats = AdapterStats()
         self.plan = StepPlan()
         self.failed: dict[str, str] = {}
         self._specs: dict[str, RequestSpec] = {}
         self._readers: dict[str, Reader] = {}
         self._groups: list[_Group] = []
+        self._retired: OrderedDict[str, None] = OrderedDict()
 
     # The life of a request.
 
@@ -66,12 +73,42 @@ class PedroRuntime:
             self._readers[request_id] = Reader(
                 spec.digest, spec.prompt_length, assignment.slot, not assignment.makes
             )
+            if not assignment.makes:
+                self.stats.prefills["kept"] += 1
 
     def finish(self, request_ids: Iterable[str]) -> None:
         """These requests are done or aborted."""
+        retired = set()
         for request_id in request_ids:
-            self._specs.pop(request_id, None)
+            spec = self._specs.pop(request_id, None)
             self._readers.pop(request_id, None)
+            if spec is not None and spec.digest in self._retired:
+                retired.add(spec.digest)
+        self._drop(retired)
+
+    # The life of an adapter.
+
+    def retire(self, digest: str) -> None:
+        """The adapter was unloaded or replaced: free its memory once no request needs it.
+
+        A request that was admitted before, and comes to its first step only now, still gets it from
+        its folder; the memory is freed again when that request ends.
+        """
+        self._retired[digest] = None
+        while len(self._retired) > self.MAX_RETIRED:
+            self._retired.popitem(last=False)
+        self._drop({digest})
+
+    def restore(self, digest: str) -> None:
+        """The adapter was loaded again."""
+        self._retired.pop(digest, None)
+
+    def take_stats(self) -> dict[str, Any]:
+        """What happened since it was last asked; empty if nothing did."""
+        stats = self.stats.take()
+        if stats:
+            stats["resident"] = {"device": len(self.bank), "host": len(self.host)}
+        return stats
 
     # A step.
 
@@ -142,6 +179,10 @@ class PedroRuntime:
         for prefill in self.plan.prefills:
             spec = self._specs[prefill.request_id]
             group = groups.get(prefill.digest)
+            if prefill.digest in self.bank:
+                state = "device"
+            else:
+                state = "host" if prefill.digest in self.host else "disk"
             if group is None:
                 try:
                     slot = self.bank.make_resident(prefill.digest, self._getter(spec), keep=needed)
@@ -149,10 +190,18 @@ class PedroRuntime:
                     self._fail(prefill.request_id, spec, str(error))
                     continue
                 group = groups[prefill.digest] = _Group(slot)
+            self.stats.prefills[state] += 1
             group.starts.append(prefill.start)
             group.lengths.append(prefill.length)
             group.rows.append(prefill.slot)
         self._groups = list(groups.values())
+
+    def _drop(self, digests: set[str]) -> None:
+        """Free these adapters' memory, except what a request still needs."""
+        if digests:
+            for digest in digests - {spec.digest for spec in self._specs.values()}:
+                self.host.discard(digest)
+                self.bank.discard(digest)
 
     def _getter(self, spec: RequestSpec) -> Callable[[], Adapter]:
         return lambda: self.host.get(spec)
@@ -160,6 +209,7 @@ class PedroRuntime:
     def _fail(self, request_id: str, spec: RequestSpec, reason: str) -> None:
         logger.error("request %s with adapter %r failed: %s", request_id, spec.name, reason)
         self.failed[request_id] = reason
+        self.stats.prefills["failed"] += 1
         # Forgotten from here on: what was already scheduled of it runs as base tokens.
         slot = self._readers.pop(request_id).slot
         self._specs.pop(request_id)

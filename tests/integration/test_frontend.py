@@ -1,0 +1,139 @@
+"""Requests whose adapter goes away or is replaced while they wait."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+from vllm.v1.engine.async_llm import InputStreamError
+
+from vllm_pedro import PedroRequest
+from vllm_pedro.integration.frontend import (
+    ATTEMPTS,
+    SupersededError,
+    _generate,
+    _supersede,
+    with_prompt_length,
+)
+from vllm_pedro.integration.processor import RefusedRequestError
+from vllm_pedro.integration.request import ServedPedroRequest
+from vllm_pedro.integration.scheduler import FAILURE_MARK
+
+
+def output(text="token", finish_reason=None, stop_reason=None):
+    completion = SimpleNamespace(text=text, finish_reason=finish_reason, stop_reason=stop_reason)
+    return SimpleNamespace(outputs=[completion])
+
+
+GONE = output("", "error", FAILURE_MARK + "/secret/x: the files changed")
+
+
+def served(digest="one", **fields):
+    return ServedPedroRequest("name", 1, "/secret/x", digest=digest, **fields)
+
+
+def run(answers, adapter, renewed="two"):
+    """What a client gets from engines that answer so, one after the other; adapters they saw."""
+    seen, closed = [], []
+
+    def start(request):
+        answer = answers[len(seen)]
+        seen.append(request)
+
+        async def outputs():
+            try:
+                for item in answer:
+                    if isinstance(item, Exception):
+                        raise item
+                    yield item
+            finally:
+                closed.append(request)
+
+        return outputs()
+
+    async def renew(old):
+        return served(renewed)
+
+    async def collect():
+        got = []
+        try:
+            async for item in _generate(start, adapter, renew):
+                got.append(item.outputs[0].text)
+        except RefusedRequestError as error:
+            got.append(error)
+        return got
+
+    got = asyncio.run(collect())
+    assert len(closed) == len(seen)
+    return got, [getattr(s, "digest", None) for s in seen]
+
+
+def test_an_answer_passes_through():
+    assert run([[output("a"), output("b", "stop")]], served()) == (["a", "b"], ["one"])
+
+
+def test_a_request_that_has_not_begun_is_admitted_again_with_what_its_name_means_now():
+    answers = [[GONE], [SupersededError()], [output("a", "stop")]]
+    assert run(answers, served()) == (["a"], ["one", "two", "two"])
+
+
+def test_an_error_of_another_kind_is_left_alone():
+    other = output("", "error")
+    assert run([[other]], served()) == ([""], ["one"])
+
+
+def test_a_request_that_has_begun_ends_with_a_reason_that_names_no_folder():
+    got, seen = run([[output("a"), GONE]], served())
+    assert got[0] == "a"
+    assert "adapter 'name'" in str(got[1])
+    assert "secret" not in str(got[1])
+    assert seen == ["one"]
+
+
+def test_beams_keep_their_adapter():
+    got, seen = run([[GONE]], served(prompt_length=5))
+    assert isinstance(got[0], RefusedRequestError)
+    assert seen == ["one"]
+
+
+def test_it_is_not_tried_for_ever():
+    got, seen = run([[GONE]] * 10, served())
+    assert isinstance(got[0], RefusedRequestError)
+    assert len(seen) == ATTEMPTS
+
+
+def test_a_library_user_learns_the_folder():
+    got, _ = run([[GONE]] * ATTEMPTS, PedroRequest("name", 1, "/secret/x"))
+    assert "/secret/x: the files changed" in str(got[0])
+
+
+def test_a_swap_reaches_those_that_wait_and_nobody_else():
+    queues = {name: [] for name in ("waiting", "running", "other", "half", "beam")}
+
+    def state(key, name="name", prefilling=True, prompt_length=None):
+        queue = SimpleNamespace(put=queues[key].append)
+        shared = queue_of.setdefault(key, queue)
+        request = served(prompt_length=prompt_length)
+        return SimpleNamespace(
+            queue=shared, lora_name=name, is_prefilling=prefilling, lora_request=request
+        )
+
+    queue_of = {}
+    states = [state("waiting"), state("running", prefilling=False), state("other", name="else")]
+    # One of two parallel samples has begun.
+    states += [state("half"), state("half", prefilling=False), state("beam", prompt_length=3)]
+    states.append(SimpleNamespace(queue=None, lora_name=None, is_prefilling=True))
+    engine = SimpleNamespace(
+        output_processor=SimpleNamespace(request_states=dict(enumerate(states)))
+    )
+    _supersede(engine, "name")
+    assert {key for key, put in queues.items() if put} == {"waiting"}
+    (error,) = queues["waiting"]
+    assert isinstance(error, InputStreamError)
+    assert isinstance(error.cause, SupersededError)
+
+
+def test_prompt_length_is_added_once():
+    request = with_prompt_length(served(needs_all_states=True), 7)
+    assert (request.prompt_length, request.digest, request.needs_all_states) == (7, "one", True)
+    assert with_prompt_length(request, 9).prompt_length == 7

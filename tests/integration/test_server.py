@@ -1,0 +1,526 @@
+"""``vllm-pedro serve`` from outside: one real server, the ``openai`` client and curl.
+
+The server has the real model, LoRA and PEDRO, and loads adapters at run time from one directory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+
+import openai
+import pytest
+from engines import write_lora
+from server import check_greedy, curl, metrics
+from serving_process import serve
+from soak import BREAKAGES
+
+pytestmark = pytest.mark.engine
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+EXACT = {"return_token_ids": True, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, smol, write_adapter):
+    """What may be loaded at run time: the demo's adapters and random ones."""
+    from vllm_pedro.demo import ADAPTERS
+
+    folder = tmp_path_factory.mktemp("server") / "root"
+    folder.mkdir()
+    for name in ("json", "brief", "pirate"):
+        shutil.copytree(ADAPTERS / name, folder / name)
+    for seed, config in enumerate(
+        ({}, {"pooling": "mean"}, {"r": 0}, {"activation": "gelu", "pooling": "max"})
+    ):
+        write_adapter(smol, folder=folder / f"random-{seed}", seed=seed, scale=0.15, **config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outside(root, smol, write_adapter):
+    """A good adapter that may not be loaded at run time."""
+    return write_adapter(smol, folder=root.parent / "outside", seed=50, scale=0.15)
+
+
+@pytest.fixture(scope="module")
+def server(root, outside, smol, tmp_path_factory):
+    lora = write_lora(smol, tmp_path_factory.mktemp("lora") / "lora", scale=0.1)
+    shutil.copytree(lora, root / "lora-folder")
+    flags = ["--served-model-name", "smol", "--enforce-eager", "--dtype", "float32"]
+    flags += ["--max-model-len", "512", "--kv-cache-memory-bytes", str(256 << 20)]
+    flags += ["--max-num-seqs", "8", "--enable-log-requests", "--max-logprobs", "5"]
+    flags += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    flags += ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "8"]
+    flags += ["--lora-modules", f"lora={lora}"]
+    flags += ["--enable-pedro", "--pedro-root", str(root), "--max-pedro-rank", "16"]
+    flags += ["--max-pedros", "2", "--max-cpu-pedros", "3", "--pedro-modules"]
+    flags += [f"json={root / 'json'}", f"outside={outside}"]
+    flags += [json.dumps({"name": "r0", "path": str(root / "random-0"), "base_model_name": "smol"})]
+    flags += [json.dumps([{"name": f"r{i}", "path": str(root / f"random-{i}")} for i in (1, 2, 3)])]
+    log = root.parent / "server.log"
+    with serve(smol, flags, log, OMP_NUM_THREADS="1", VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0, timeout=300)
+
+
+def tokens_of(client, model, prompt, length=8, **extra):
+    answer = client.completions.create(
+        model=model,
+        prompt=prompt,
+        max_tokens=length,
+        temperature=0,
+        extra_body={**EXACT, **extra},
+    )
+    return answer.choices[0].token_ids
+
+
+def prompt(seed, length=16):
+    return [(53 * i * (seed + 1) + 7 * seed) % 40_000 + 100 for i in range(length)]
+
+
+def load(server, name, path, **more):
+    return curl(
+        f"{server.url}/v1/load_lora_adapter",
+        {"lora_name": name, "lora_path": str(path), **more},
+    )
+
+
+def unload(server, name):
+    return curl(f"{server.url}/v1/unload_lora_adapter", {"lora_name": name})
+
+
+def test_adapters_are_models(server, client, root):
+    models = {model.id: model for model in client.models.list().data}
+    assert {"smol", "json", "outside", "r0", "r1", "r2", "r3", "lora"} <= set(models)
+    assert models["smol"].parent is None
+    for name in ("json", "outside", "r0", "r1", "lora"):
+        assert models[name].parent == "smol"
+        assert models[name].object == "model"
+    assert all(str(root.parent) not in str(models[name]) for name in ("json", "outside", "r0"))
+
+
+def test_every_adapter_answers_as_the_reference(client, smol_oracle, root):
+    """Also checks that the answers differ, so that none of it can be the plain model's."""
+    answers = []
+    for name, path in [("smol", None), *[(f"r{i}", root / f"random-{i}") for i in range(4)]]:
+        tokens = tokens_of(client, name, prompt(1))
+        check_greedy(smol_oracle, prompt(1), tokens, path)
+        answers.append(tuple(tokens))
+    assert len(set(answers)) >= 4
+
+
+def test_chat_and_responses(client):
+    def say(model):
+        answer = client.chat.completions.create(
+            model=model, messages=QUESTION, temperature=0, max_tokens=24
+        )
+        assert answer.model == model
+        return answer.choices[0].message.content
+
+    assert say("smol") == "The capital of France is Paris."
+    assert json.loads(say("json")) == {"answer": "The capital of France is Paris."}
+    answer = client.responses.create(
+        model="json", input=QUESTION[0]["content"], temperature=0, max_output_tokens=24
+    )
+    assert answer.model == "json"
+    assert json.loads(answer.output_text) == {"answer": "The capital of France is Paris."}
+
+
+def test_streams_are_the_same_text(client):
+    for model in ("json", "smol"):
+        kinds = {"model": model, "messages": QUESTION, "temperature": 0, "max_tokens": 16}
+        whole = client.chat.completions.create(**kinds).choices[0].message.content
+        parts = [
+            chunk.choices[0].delta.content or ""
+            for chunk in client.chat.completions.create(stream=True, **kinds)
+            if chunk.choices
+        ]
+        assert "".join(parts) == whole
+        assert len(parts) > 3
+    parts = list(
+        client.responses.create(
+            model="json", input="Hello!", temperature=0, max_output_tokens=6, stream=True
+        )
+    )
+    assert parts[-1].type in ("response.completed", "response.incomplete")
+
+
+def test_parallel_samples_and_logprobs(client, smol_oracle, root):
+    answer = client.completions.create(
+        model="r0",
+        prompt=prompt(2),
+        n=3,
+        temperature=0.8,
+        seed=7,
+        max_tokens=6,
+        logprobs=1,
+        extra_body=EXACT,
+    )
+    assert len(answer.choices) == 3
+    assert len({tuple(choice.token_ids) for choice in answer.choices}) > 1
+    for choice in answer.choices:
+        reference = smol_oracle.score(prompt(2), choice.token_ids, root / "random-0")
+        assert choice.logprobs.token_logprobs == pytest.approx(reference.logprobs, abs=5e-4)
+
+
+def test_beam_search(client, smol_oracle, root):
+    """A beam's later steps are new prompts; their vectors stay those of the first."""
+    answer = client.completions.create(
+        model="r0",
+        prompt=prompt(3),
+        n=2,
+        max_tokens=5,
+        temperature=0,
+        logprobs=2,
+        extra_body={"use_beam_search": True, **EXACT},
+    )
+    assert len(answer.choices) == 2
+    for choice in answer.choices:
+        reference = smol_oracle.score(prompt(3), choice.token_ids, root / "random-0", 16)
+        assert choice.logprobs.token_logprobs == pytest.approx(reference.logprobs, abs=5e-4)
+
+
+def test_structured_output_and_tools(client):
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 12}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model="json",
+        messages=QUESTION,
+        temperature=0,
+        max_tokens=60,
+        response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+    )
+    assert set(json.loads(answer.choices[0].message.content)) == {"city"}
+    function = {"name": "find", "description": "Find it.", "parameters": schema, "strict": True}
+    answer = client.chat.completions.create(
+        model="json",
+        messages=QUESTION,
+        temperature=0,
+        max_tokens=80,
+        tools=[{"type": "function", "function": function}],
+        tool_choice={"type": "function", "function": {"name": "find"}},
+    )
+    call = answer.choices[0].message.tool_calls[0]
+    assert call.function.name == "find"
+    assert set(json.loads(call.function.arguments)) == {"city"}
+
+
+def test_prompt_length_over_http(client, smol_oracle, root):
+    asked = prompt(4, 24)
+    for length in (9, 24):
+        tokens = tokens_of(client, "r1", asked, vllm_xargs={"pedro_prompt_length": length})
+        check_greedy(smol_oracle, asked, tokens, root / "random-1", length)
+    for value in (0, -1, 25, "nine", 1.5):
+        with pytest.raises(openai.BadRequestError, match="prompt_length"):
+            tokens_of(client, "r1", asked, vllm_xargs={"pedro_prompt_length": value})
+    with pytest.raises(openai.BadRequestError, match="with a PEDRO adapter"):
+        tokens_of(client, "smol", asked, vllm_xargs={"pedro_prompt_length": 3})
+    with pytest.raises(openai.BadRequestError, match="reserved"):
+        tokens_of(client, "smol", asked, vllm_xargs={"vllm_pedro": "x"})
+
+
+def test_lora_and_pedro_in_one_batch(server, client, smol_oracle, root):
+    """Eight at once; rows are as when asked alone, PEDRO rows as the reference."""
+    names = ["lora", "r0", "smol", "r1", "lora", "r2", "r0", "smol"]
+    alone = {name: tokens_of(client, name, prompt(5), 12) for name in set(names)}
+    assert alone["lora"] != alone["smol"]
+    together = {}
+
+    def ask(row, name):
+        together[row] = tokens_of(client, name, prompt(5), 12)
+
+    threads = [threading.Thread(target=ask, args=pair) for pair in enumerate(names)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for row, name in enumerate(names):
+        if name.startswith("r"):
+            check_greedy(smol_oracle, prompt(5), together[row], root / f"random-{name[1]}")
+        else:
+            assert together[row] == alone[name]
+
+
+def test_load_swap_and_unload(server, client, smol_oracle, root, tmp_path):
+    asked = prompt(6)
+    assert load(server, "mine", root / "random-0") == (
+        200,
+        "Success: LoRA adapter 'mine' added successfully.",
+    )
+    assert "mine" in [model.id for model in client.models.list().data]
+    check_greedy(smol_oracle, asked, tokens_of(client, "mine", asked), root / "random-0")
+    status, text = load(server, "mine", "random-1")
+    assert status == 400
+    assert "already been loaded" in text
+    # Relative to the root.
+    assert load(server, "mine", "random-1", load_inplace=True)[0] == 200
+    check_greedy(smol_oracle, asked, tokens_of(client, "mine", asked), root / "random-1")
+    # A failed swap leaves what was there.
+    assert load(server, "mine", "nothing-there", load_inplace=True)[0] == 400
+    check_greedy(smol_oracle, asked, tokens_of(client, "mine", asked), root / "random-1")
+    assert unload(server, "mine") == (200, "Success: LoRA adapter 'mine' removed successfully.")
+    assert unload(server, "mine")[0] == 404
+    with pytest.raises(openai.NotFoundError):
+        tokens_of(client, "mine", asked)
+
+
+def test_the_same_folder_with_other_content(server, client, smol_oracle, root):
+    """Only a reload counts; and then no KV block of the former content is used."""
+    place, asked = root / "changing", prompt(7, 40)
+    shutil.copytree(root / "random-0", place)
+    assert load(server, "changing", place)[0] == 200
+    check_greedy(smol_oracle, asked, tokens_of(client, "changing", asked), root / "random-0")
+    shutil.copytree(root / "random-1", place, dirs_exist_ok=True)
+    other = prompt(8, 40)
+    check_greedy(smol_oracle, other, tokens_of(client, "changing", other), root / "random-0")
+    assert load(server, "changing", place, load_inplace=True)[0] == 200
+    check_greedy(smol_oracle, asked, tokens_of(client, "changing", asked), root / "random-1")
+    # A broken reload, and the former content is served from memory.
+    (place / "adapter_model.safetensors").write_bytes(b"broken")
+    status, text = load(server, "changing", place, load_inplace=True)
+    assert status == 400
+    assert "truncated" in text
+    check_greedy(smol_oracle, other, tokens_of(client, "changing", other), root / "random-1")
+    # Once it has left the memory, all that is left is a 400 that says why.
+    for name in ("r0", "r2", "r3", "json"):
+        tokens_of(client, name, prompt(9), 1)
+    with pytest.raises(openai.BadRequestError, match=r"changing.*truncated") as caught:
+        tokens_of(client, "changing", prompt(10, 20))
+    assert str(root) not in caught.value.message
+    unload(server, "changing")
+
+
+def test_running_streams_finish_on_the_vectors_they_have(server, client, smol_oracle, root):
+    """One adapter is swapped, one unloaded, while streams of both run."""
+    asked = prompt(11)
+    load(server, "swapped", "random-0")
+    load(server, "leaving", "random-3")
+    streams = {
+        name: client.completions.create(
+            model=name, prompt=asked, max_tokens=24, temperature=0, stream=True, extra_body=EXACT
+        )
+        for name in ("swapped", "leaving", "r1")
+    }
+    got = {name: list(next(stream).choices[0].token_ids) for name, stream in streams.items()}
+    assert load(server, "swapped", "random-2", load_inplace=True)[0] == 200
+    assert unload(server, "leaving")[0] == 200
+    new = tokens_of(client, "swapped", asked)
+    for name, stream in streams.items():
+        for chunk in stream:
+            got[name] += chunk.choices[0].token_ids
+    for name, number in (("swapped", 0), ("leaving", 3), ("r1", 1)):
+        assert len(got[name]) == 24
+        check_greedy(smol_oracle, asked, got[name], root / f"random-{number}")
+    check_greedy(smol_oracle, asked, new, root / "random-2")
+    unload(server, "swapped")
+
+
+def test_a_name_that_nobody_loaded_is_found_in_the_root(server, client):
+    assert "pirate" not in [model.id for model in client.models.list().data]
+    answer = client.chat.completions.create(
+        model="pirate", messages=QUESTION, temperature=0, max_tokens=24
+    )
+    assert "Arr" in answer.choices[0].message.content
+    pirate = next(model for model in client.models.list().data if model.id == "pirate")
+    assert pirate.parent == "smol"
+    assert unload(server, "pirate")[0] == 200
+    for name in ("not-there", "../outside", "..", "pirate/", "x" * 300, "a\nb"):
+        with pytest.raises(openai.NotFoundError):
+            tokens_of(client, name, prompt(0), 1)
+
+
+def test_a_lora_folder_is_loaded_by_the_same_endpoint(server, client):
+    expected = tokens_of(client, "lora", prompt(5))
+    assert load(server, "second", "lora-folder")[0] == 200
+    assert tokens_of(client, "second", prompt(5)) == expected
+    # From LoRA to PEDRO and back under one name.
+    assert load(server, "second", "random-0", load_inplace=True)[0] == 200
+    assert tokens_of(client, "second", prompt(5)) == tokens_of(client, "r0", prompt(5))
+    assert load(server, "second", "lora-folder", load_inplace=True)[0] == 200
+    assert tokens_of(client, "second", prompt(5)) == expected
+    assert unload(server, "second")[0] == 200
+
+
+@pytest.mark.parametrize("kind", BREAKAGES)
+def test_broken_folders_are_refused_with_the_reason(kind, server, root):
+    folder = root / "broken"
+    shutil.copytree(root / "random-0", folder)
+    BREAKAGES[kind](folder)
+    status, text = load(server, "broken", folder)
+    shutil.rmtree(folder)
+    error = json.loads(text)["error"]
+    assert status == error["code"] == 400
+    assert "'broken'" in error["message"]
+    assert (
+        "expected" in error["message"]
+        or "unknown keys" in error["message"]
+        or ("never loaded" in error["message"])
+        or "truncated" in error["message"]
+    )
+    assert str(root) not in text
+    assert "Traceback" not in text
+
+
+def test_adapters_that_do_not_fit_are_refused(server, client, root, smol, tiny, write_adapter):
+    write_adapter(tiny, folder=root / "tiny")
+    write_adapter(smol, folder=root / "wide", r=17)
+    write_adapter(smol, folder=root / "nan", seed=3)
+    spoil_values(root / "nan")
+    for name, reason in (
+        ("tiny", "another backbone"),
+        ("wide", "--max-pedro-rank 17"),
+        ("nan", "finite values"),
+    ):
+        status, text = load(server, name, name)
+        assert status == 400
+        assert reason in text
+        # The same when it is looked up by name, streamed or not.
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError, match=reason) as caught:
+                client.completions.create(model=name, prompt="Hello", max_tokens=1, stream=stream)
+            assert str(root) not in caught.value.message
+
+
+def spoil_values(folder):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    first = next(iter(tensors))
+    tensors[first] = torch.full_like(tensors[first], float("nan"))
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def test_nothing_outside_the_root_can_be_loaded(server, root, outside):
+    (root / "link").symlink_to(outside)
+    for path in (outside, "../outside", "link", "random-0/../../outside", "/etc", "..", "."):
+        status, text = load(server, "sly", path)
+        assert status == 400
+        assert "--pedro-root" in text
+        assert str(root) not in text
+    for path in ("a\u0000b", "x" * 5000, "x" * 400, "a\nb", ""):
+        assert load(server, "sly", path)[0] == 400
+    for name in ("a/b", "..", "", "x" * 300, "a\u0000b", "smol"):
+        assert load(server, name, "random-0")[0] == 400
+
+
+def test_bodies_that_are_no_requests(server):
+    for endpoint in ("load_lora_adapter", "unload_lora_adapter"):
+        for body in ({}, {"lora_name": 1}, [], {"lora_name": None, "lora_path": None}):
+            status, text = curl(f"{server.url}/v1/{endpoint}", body)
+            assert status in (400, 422)
+            assert "Traceback" not in text
+
+
+def test_a_stream_beside_failures_is_unharmed(server, client, smol_oracle, root):
+    asked = prompt(12)
+    stream = client.completions.create(
+        model="r0", prompt=asked, max_tokens=20, temperature=0, stream=True, extra_body=EXACT
+    )
+    tokens = list(next(stream).choices[0].token_ids)
+    (root / "hollow").mkdir(exist_ok=True)
+    for name in ("hollow", "not-there"):
+        assert load(server, name, name)[0] == 400
+        with pytest.raises(openai.APIStatusError):
+            tokens_of(client, name, asked)
+    for chunk in stream:
+        tokens += chunk.choices[0].token_ids
+    assert len(tokens) == 20
+    check_greedy(smol_oracle, asked, tokens, root / "random-0")
+
+
+def test_metrics_and_memory(server, client, root):
+    """More adapters than fit; then all are unloaded and the memory is free."""
+    before = metrics(server.url)
+    names = [f"m{i}" for i in range(4)]
+    for number, name in enumerate(names):
+        assert load(server, name, f"random-{number}")[0] == 200
+    registered = metrics(server.url)["adapters_registered"]
+    for turn in range(2):
+        for name in names:
+            tokens_of(client, name, prompt(13 + turn, 18), 2)
+    after = settled(server, before, "prefills_total{state=disk}")
+
+    def grown(name):
+        return after[name] - before[name]
+
+    assert after["adapters_registered"] == registered
+    assert after["adapters_resident{tier=device}"] == 2  # max_pedros
+    assert after["adapters_resident{tier=host}"] == 3  # max_cpu_pedros
+    prefills = sum(grown(f"prefills_total{{state={s}}}") for s in ("device", "host", "disk"))
+    assert prefills == 8
+    assert grown("prefills_total{state=disk}") == grown("adapter_loads_total{tier=host}") > 0
+    assert grown("adapter_evictions_total{tier=host}") > 0
+    assert grown("adapter_evictions_total{tier=device}") > 0
+    assert grown("adapter_load_seconds_count{tier=host}") == grown("adapter_loads_total{tier=host}")
+    for name in names:
+        unload(server, name)
+    # The same contents are still served under other names, which keeps them.
+    loaded = [m.id for m in client.models.list().data if m.id not in ("smol", "lora", "json")]
+    for name in loaded:
+        assert unload(server, name)[0] == 200
+    tokens_of(client, "json", prompt(15), 1)
+    end = metrics(server.url)
+    assert end["adapters_registered"] == 1
+    assert end["adapters_resident{tier=device}"] == 1
+    assert end["adapters_resident{tier=host}"] == 1
+    for number in range(4):  # for the tests that follow
+        load(server, f"r{number}", f"random-{number}")
+
+
+def settled(server, before, name):
+    """Metrics once a step's counts have come through."""
+    for _ in range(50):
+        found = metrics(server.url)
+        if found[name] > before[name]:
+            return found
+        time.sleep(0.1)
+    return found
+
+
+def test_the_log_says_what_happened(server):
+    log = server.log.read_text(errors="replace")
+    for line in (
+        "PEDRO: checked and registered 6 adapters in",
+        "PEDRO: loaded adapter 'mine'",
+        "PEDRO: replaced adapter 'mine'",
+        "PEDRO: unloaded adapter 'mine'",
+        "into host memory in",
+        "from host memory",
+        "from the device",
+        "lora_name='json'",  # request logs name the adapter
+    ):
+        assert line in log
+    assert "Traceback" not in log
+    # Operators need the folders that clients are not told of.
+    assert f"{server.log.parent}/root/nan/adapter_model.safetensors" in log
+
+
+def test_the_soak_in_short(server, smol, root):
+    """``benchmarks/soak.py`` for half a minute; adapters of the other tests stay loaded."""
+    import asyncio
+
+    from soak import Plan, Soak
+
+    place = root / "soak"
+    place.mkdir()
+    plan = Plan(seconds=30, clients=12, contents=5, prompts=3, operators=2, alone=False)
+    soak = Soak(server, smol, place, plan, base="smol")
+    report = asyncio.run(soak.run())
+    assert report.problems == []
+    assert max(report.statuses) < 500
+    assert report.counts["equal"] >= 20
+    assert report.counts["swaps"] >= 2
+    assert report.counts["bad folders"] >= 1
+    assert report.counts["pairs of contents told apart"] >= 0.9 * report.counts["pairs of contents"]

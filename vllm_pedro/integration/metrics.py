@@ -1,0 +1,210 @@
+"""What operators see: counts on their way from the workers to vLLM's Prometheus registry.
+
+A worker counts (``serving/stats.py``), its step's output takes the counts to the scheduler, the
+scheduler's statistics take them to the front end, and a stat logger beside vLLM's own publishes
+them there. Labels are ``model_name`` and ``engine``, as vLLM has them, and one of a fixed set;
+never the name of an adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..serving.runtime import PedroRuntime
+from ..serving.stats import PREFILL_STATES, TIERS, merge_stats
+from .options import options_of
+from .patches import wrap
+
+STATS_KEY = "vllm_pedro"
+"""Key of the counts in ``SchedulerStats.ec_connector_stats``, the field that may hold any values.
+It is for connectors of multimodal encoders, which an engine with PEDRO does not have."""
+
+LOAD_SECONDS_BUCKETS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+)
+
+
+def attach_reports(output: Any, runtime: PedroRuntime) -> None:
+    """Put on a step's output what the scheduler has to know: failed requests, and the counts."""
+    # An asynchronous output wraps the one that the scheduler will see.
+    target = getattr(output, "_model_runner_output", output)
+    failed, stats = runtime.take_failed(), runtime.take_stats()
+    if failed:
+        target.pedro_failed = failed
+    if stats:
+        target.pedro_stats = stats
+
+
+class StatsRelay:
+    """The scheduler's side: keeps counts until its next statistics take them along."""
+
+    def __init__(self) -> None:
+        self._stats: dict[str, Any] = {}
+
+    def add(self, model_runner_output: Any) -> None:
+        """Take a step's counts."""
+        stats = getattr(model_runner_output, "pedro_stats", None)
+        if stats:
+            merge_stats(self._stats, stats)
+
+    def attach(self, scheduler_stats: Any) -> None:
+        """Hand the counts on; None, where statistics are off, drops them."""
+        stats, self._stats = self._stats, {}
+        if stats and scheduler_stats is not None:
+            payload = dict(scheduler_stats.ec_connector_stats or {})
+            scheduler_stats.ec_connector_stats = {**payload, STATS_KEY: stats}
+
+
+class PedroMetrics:
+    """A stat logger of vLLM's front end; comes before its other ones."""
+
+    def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
+        from prometheus_client import Counter, Gauge, Histogram
+
+        self.is_pedro_name: Callable[[str], bool] = lambda name: False
+        self._labels = {
+            i: (vllm_config.model_config.served_model_name, str(i)) for i in engine_indexes
+        }
+        names = ["model_name", "engine"]
+        self._resident = Gauge(
+            "vllm:pedro_adapters_resident",
+            "PEDRO adapters in device slots and in host memory.",
+            [*names, "tier"],
+            multiprocess_mode="mostrecent",
+        )
+        self._registered = Gauge(
+            "vllm:pedro_adapters_registered",
+            "PEDRO adapters that are served under a model name.",
+            names,
+            multiprocess_mode="mostrecent",
+        )
+        # A counter's name ends in _total when it is shown.
+        self._counters = {
+            "hits": Counter(
+                "vllm:pedro_adapter_hits",
+                "Adapters that a prompt needed and that the tier held.",
+                [*names, "tier"],
+            ),
+            "loads": Counter(
+                "vllm:pedro_adapter_loads",
+                "Adapters loaded: into host memory from disk, onto the device from host memory.",
+                [*names, "tier"],
+            ),
+            "evictions": Counter(
+                "vllm:pedro_adapter_evictions",
+                "Adapters that made room for others, least recently used first.",
+                [*names, "tier"],
+            ),
+            "removals": Counter(
+                "vllm:pedro_adapter_removals",
+                "Adapters dropped because they were unloaded or replaced.",
+                [*names, "tier"],
+            ),
+            "prefills": Counter(
+                "vllm:pedro_prefills",
+                "Prompts with a PEDRO adapter by where the adapter was found.",
+                [*names, "state"],
+            ),
+        }
+        self._seconds = Histogram(
+            "vllm:pedro_adapter_load_seconds",
+            "Seconds that loads took.",
+            [*names, "tier"],
+            buckets=LOAD_SECONDS_BUCKETS,
+        )
+        for labels in self._labels.values():  # shown as zero from the start
+            self._registered.labels(*labels)
+            for tier in TIERS:
+                self._resident.labels(*labels, tier)
+                self._seconds.labels(*labels, tier)
+            for name, counter in self._counters.items():
+                for value in PREFILL_STATES if name == "prefills" else TIERS:
+                    counter.labels(*labels, value)
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        """Publish a step's counts, and take them away before the other loggers see them."""
+        if scheduler_stats is None:
+            return
+        payload = scheduler_stats.ec_connector_stats
+        if payload and STATS_KEY in payload:
+            self.observe(payload.pop(STATS_KEY), engine_idx)
+            scheduler_stats.ec_connector_stats = payload or None
+        # vLLM makes a label of the LoRAs in use: their number is bounded by max_loras.
+        for names in (scheduler_stats.running_lora_adapters, scheduler_stats.waiting_lora_adapters):
+            for name in [n for n in names if self.is_pedro_name(n)]:
+                del names[name]
+
+    def observe(self, stats: dict[str, Any], engine_idx: int = 0) -> None:
+        """Publish counts as :meth:`PedroRuntime.take_stats` gives them."""
+        labels = self._labels[engine_idx]
+        for tier, count in stats.get("resident", {}).items():
+            self._resident.labels(*labels, tier).set(count)
+        for name, counter in self._counters.items():
+            for value, count in stats.get(name, {}).items():
+                counter.labels(*labels, value).inc(count)
+        for tier, seconds in stats.get("seconds", {}).items():
+            histogram = self._seconds.labels(*labels, tier)
+            for value in seconds:
+                histogram.observe(value)
+
+    def set_registered(self, count: int) -> None:
+        """How many model names are PEDRO adapters."""
+        for labels in self._labels.values():
+            self._registered.labels(*labels).set(count)
+
+    # The rest of what vLLM asks of a stat logger.
+
+    def log_engine_initialized(self) -> None: ...
+
+    def log(self) -> None: ...
+
+    def record_sleep_state(self, sleep: int = 0, level: int = 0) -> None: ...
+
+    def record_admission_rejection(self, reason: str) -> None: ...
+
+
+def metrics_of(engine_client: Any) -> PedroMetrics | None:
+    """The metrics of a front end, or None where statistics are off."""
+    manager = getattr(engine_client, "logger_manager", None)
+    loggers = manager.stat_loggers if manager is not None else []
+    return next((entry for entry in loggers if isinstance(entry, PedroMetrics)), None)
+
+
+def install() -> None:
+    """Give a switched-on engine's front end the metrics.
+
+    Upstream: a stat logger that comes as a plugin is made before vLLM's own, which then unregisters
+    all metrics named ``vllm:``; and statistics have no field for a plugin's.
+    Can go when: plugins may add metrics, and scheduler statistics carry theirs.
+    """
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    def init(original: Callable[..., None]) -> Callable[..., None]:
+        def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, vllm_config, *args, **kwargs)
+            if options_of(vllm_config) is not None:
+                # The first, since it takes the counts out of a field that others read.
+                self.stat_loggers.insert(0, PedroMetrics(vllm_config, self.engine_indexes))
+
+        return __init__
+
+    wrap(StatLoggerManager, "__init__", init)

@@ -1,0 +1,413 @@
+"""Adapters as models of the OpenAI API: listed, loaded, swapped, unloaded and found on demand.
+
+A name stands for the content that was loaded under it, not for whatever its folder holds later. A
+module given at start-up is checked without its weights; they are read when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from ..errors import PedroError
+from .cli import AdapterModules, PedroModulePath
+from .folders import check_name, public_reason, resolve_folder
+from .metrics import metrics_of
+from .options import options_of
+from .patches import become, wrap
+from .processor import (
+    PROMPT_LENGTH_KEY,
+    AdapterRegistry,
+    RefusedRequestError,
+    check_prompt_length,
+    peft_type_of,
+)
+from .request import PedroRequest, ServedPedroRequest
+
+logger = logging.getLogger("vllm.vllm_pedro")
+
+
+class NameLocks:
+    """A lock for each name, as long as somebody uses it.
+
+    Upstream keeps one for every name that was ever asked for, whether it existed or not.
+    """
+
+    def __init__(self) -> None:
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def __getitem__(self, name: str) -> asyncio.Lock:
+        lock = self._locks.get(name)
+        if lock is None:
+            lock = self._locks[name] = asyncio.Lock()
+        return lock
+
+
+class PedroServingModelsMixin:
+    """What vLLM's ``OpenAIServingModels`` does differently when PEDRO is on.
+
+    ``lora_requests`` stays vLLM's table of all adapters by name: LoRA's requests, a
+    :class:`PedroRequest` for a module whose content was not asked for yet, and a
+    :class:`ServedPedroRequest` once it was.
+    """
+
+    engine_client: Any
+    input_processor: Any
+    lora_requests: dict[str, Any]
+    lora_id_counter: Any
+    lora_resolvers: list[Any]
+    lora_resolver_lock: Any
+    base_model_paths: list[Any]
+
+    def enable_pedro(self, modules: Any) -> None:
+        """Called once, after the original ``__init__``."""
+        given = isinstance(modules, AdapterModules)
+        self.pedro_root: Path | None = modules.root if given else None
+        self._pedro_static: list[PedroModulePath] = modules.pedro if given else []
+        self._pedro_registry: AdapterRegistry = self.input_processor.pedro_registry
+        self._pedro_starting = False
+        self._pedro_metrics = metrics_of(self.engine_client)
+        self.lora_resolver_lock = NameLocks()
+        # A request whose adapter went away while it waited asks here what its name means now.
+        self.engine_client.pedro_renew = self.pedro_renew
+        if self._pedro_metrics is not None:
+            self._pedro_metrics.is_pedro_name = lambda name: self._pedro_entry(name) is not None
+
+    def _pedro_entry(self, name: str | None) -> Any:
+        entry = self.lora_requests.get(name) if name else None
+        return entry if isinstance(entry, PedroRequest) else None
+
+    # At start-up.
+
+    async def init_static_loras(self) -> None:
+        """Check PEDRO's modules, all of them, before any request; weights are read later.
+
+        Raises:
+            ValueError: Names every module that cannot be served.
+        """
+        start = time.perf_counter()
+        wrong = await asyncio.to_thread(self._pedro_inspect)
+        if wrong:
+            shown = "; ".join(wrong[:10])
+            more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+            raise ValueError(f"--pedro-modules: {len(wrong)} cannot be served: {shown}{more}")
+        for module in self._pedro_static:
+            self.lora_requests[module.name] = PedroRequest(
+                module.name,
+                self.lora_id_counter.inc(1),
+                os.path.realpath(os.path.expanduser(module.path)),
+                base_model_name=self._pedro_base(module.base_model_name),
+            )
+        if self._pedro_static:
+            logger.info(
+                "PEDRO: checked and registered %d adapters in %.2f s",
+                len(self._pedro_static),
+                time.perf_counter() - start,
+            )
+        self._pedro_starting = True
+        try:
+            await super().init_static_loras()  # type: ignore[misc]
+        finally:
+            self._pedro_starting = False
+        self._pedro_count()
+
+    def _pedro_inspect(self) -> list[str]:
+        wrong = []
+        for module in self._pedro_static:
+            try:
+                if self.is_base_model(module.name):  # type: ignore[attr-defined]
+                    raise PedroError("the name is that of the base model")
+                self._pedro_registry.inspect(os.path.realpath(os.path.expanduser(module.path)))
+            except PedroError as error:
+                wrong.append(f"{module.name}: {error}")
+        return wrong
+
+    # At run time.
+
+    async def show_available_models(self) -> Any:
+        """As upstream, except that the answer does not say where PEDRO folders are."""
+        models = await super().show_available_models()  # type: ignore[misc]
+        for card in models.data:
+            if self._pedro_entry(card.id) is not None:
+                card.root = card.id
+        return models
+
+    async def load_lora_adapter(self, request: Any, base_model_name: str | None = None) -> Any:
+        """Load or replace an adapter; a LoRA folder is handed on to vLLM.
+
+        What cannot be loaded is a 400 with the reason, and leaves what the name stood for.
+        """
+        name, given = request.lora_name, request.lora_path
+        if not name or not given:
+            return await super().load_lora_adapter(request, base_model_name)  # type: ignore[misc]
+        try:
+            folder = resolve_folder(given, None if self._pedro_starting else self.pedro_root)
+            if not await self._pedro_takes(folder):
+                if self.pedro_root is not None and not self._pedro_starting:
+                    request = request.model_copy(update={"lora_path": folder})
+                answer = await self._load_lora(request, base_model_name)
+                self._pedro_count()
+                return answer
+            check_name(name)
+        except PedroError as error:
+            return self._pedro_refusal(name, error)
+        async with self.lora_resolver_lock[name]:
+            refused = await self._check_load_lora_adapter_request(request)  # type: ignore[attr-defined]
+            if refused is not None:
+                return refused
+            try:
+                entry = await self._pedro_read(name, folder, base_model_name)
+            except PedroError as error:
+                return self._pedro_refusal(name, error, folder)
+            await self._pedro_register(entry)
+        return f"Success: LoRA adapter '{name}' added successfully."
+
+    async def _load_lora(self, request: Any, base_model_name: str | None) -> Any:
+        """vLLM's own way; what the name stood for before may be PEDRO's."""
+        old = self._pedro_entry(request.lora_name)
+        answer = await super().load_lora_adapter(request, base_model_name)  # type: ignore[misc]
+        if old is not None and self._pedro_entry(request.lora_name) is None:
+            await self._pedro_release(old)
+        return answer
+
+    async def _pedro_takes(self, folder: str) -> bool:
+        """Whether a folder is PEDRO's to load, or to refuse; otherwise it is LoRA's."""
+        if self.engine_client.vllm_config.lora_config is None:
+            return True
+        if not await asyncio.to_thread(os.path.isdir, folder):
+            # LoRA takes names of repositories too, but not below a root.
+            return self.pedro_root is not None and not self._pedro_starting
+        return await asyncio.to_thread(peft_type_of, folder) in ("PEDRO", None)
+
+    async def unload_lora_adapter(self, request: Any) -> Any:
+        """Unload an adapter: its memory is free once no running request needs it."""
+        name = request.lora_name
+        if self._pedro_entry(name) is None:
+            return await super().unload_lora_adapter(request)  # type: ignore[misc]
+        async with self.lora_resolver_lock[name]:
+            refused = await self._check_unload_lora_adapter_request(request)  # type: ignore[attr-defined]
+            if refused is not None:
+                return refused
+            old = self.lora_requests.pop(name)
+            if isinstance(old, PedroRequest):
+                await self._pedro_release(old)
+            self._pedro_count()
+            logger.info("PEDRO: unloaded adapter %r", name)
+        return f"Success: LoRA adapter '{name}' removed successfully."
+
+    async def resolve_lora(self, lora_name: str) -> Any:
+        """Find an adapter that nobody loaded: a folder of that name in ``--pedro-root``."""
+        found = await self._pedro_find(lora_name)
+        if found is None and self.lora_resolvers:
+            return await super().resolve_lora(lora_name)  # type: ignore[misc]
+        if found is None:
+            return _error(f"The model `{lora_name[:200]}` does not exist.", HTTPStatus.NOT_FOUND)
+        return found
+
+    async def _pedro_find(self, name: str) -> Any:
+        if self.pedro_root is None:
+            return None
+        try:
+            check_name(name)
+            folder = resolve_folder(name, self.pedro_root)
+        except PedroError:
+            return None
+        if not await asyncio.to_thread(os.path.isdir, folder):
+            return None
+        if self.lora_resolvers and await asyncio.to_thread(peft_type_of, folder) != "PEDRO":
+            return None
+        async with self.lora_resolver_lock[name]:
+            if name in self.lora_requests:
+                return self.lora_requests[name]
+            try:
+                entry = await self._pedro_read(name, folder)
+            except PedroError as error:
+                return self._pedro_refusal(name, error, folder)
+            await self._pedro_register(entry)
+            return entry
+
+    async def pedro_ready(self, request: Any) -> Any:
+        """Before a request is answered: read its adapter if nobody asked for it yet.
+
+        Here rather than when the request is processed, since a stream's status is sent before.
+
+        Returns:
+            None, or what to answer in the request's place.
+        """
+        name = request.model
+        if self._pedro_entry(name) is None:
+            return None
+        try:
+            check_prompt_length((getattr(request, "vllm_xargs", None) or {}).get(PROMPT_LENGTH_KEY))
+        except RefusedRequestError as error:
+            return _error(str(error), param=PROMPT_LENGTH_KEY)
+        if isinstance(self.lora_requests[name], ServedPedroRequest):
+            return None
+        async with self.lora_resolver_lock[name]:
+            entry = self._pedro_entry(name)
+            if entry is None or isinstance(entry, ServedPedroRequest):
+                return None
+            try:
+                read = await self._pedro_read(name, entry.lora_path, entry.base_model_name)
+            except PedroError as error:
+                return self._pedro_refusal(name, error, entry.lora_path)
+            if self.lora_requests.get(name) is entry:
+                self.lora_requests[name] = read
+        return None
+
+    async def pedro_renew(self, old: ServedPedroRequest) -> ServedPedroRequest:
+        """What a name stands for now, after the content it stood for could not be had.
+
+        If nobody has replaced it, its folder was changed and the former content has left the
+        memory: from here on the name stands for what the folder holds now.
+
+        Raises:
+            RefusedRequestError: The name is gone, or its folder cannot be served.
+        """
+        name = old.lora_name
+        async with self.lora_resolver_lock[name]:
+            entry = self._pedro_entry(name)
+            if entry is None:
+                raise RefusedRequestError(
+                    f"adapter {name!r} was unloaded while the request waited", parameter="model"
+                )
+            if isinstance(entry, ServedPedroRequest) and entry.digest != old.digest:
+                return entry
+            try:
+                read = await self._pedro_read(name, entry.lora_path, entry.base_model_name)
+            except PedroError as error:
+                reason = public_reason(error, entry.lora_path)
+                logger.warning("PEDRO: adapter %r can no longer be had: %s", name, error)
+                raise RefusedRequestError(
+                    f"adapter {name!r}: {reason}", parameter="model"
+                ) from None
+            if read.digest != old.digest:
+                logger.warning(
+                    "PEDRO: the files of adapter %r changed without a reload and its former "
+                    "content is no longer in memory: serving the new content",
+                    name,
+                )
+                await self._pedro_register(read)
+            return read
+
+    # Inside.
+
+    async def _pedro_read(
+        self, name: str, folder: str, base_model_name: str | None = None
+    ) -> ServedPedroRequest:
+        known = await asyncio.to_thread(self._pedro_registry.read, folder)
+        old = self.lora_requests.get(name)
+        return ServedPedroRequest(
+            name,
+            old.lora_int_id if old is not None else self.lora_id_counter.inc(1),
+            folder,
+            base_model_name=self._pedro_base(base_model_name),
+            digest=known.digest,
+            needs_all_states=known.needs_all_states,
+        )
+
+    def _pedro_base(self, name: str | None) -> str | None:
+        """One of the base model's names; anything else is left out, as upstream does."""
+        return name if name and self.is_base_model(name) else None  # type: ignore[attr-defined]
+
+    async def _pedro_register(self, entry: ServedPedroRequest) -> None:
+        old = self.lora_requests.get(entry.lora_name)
+        self.lora_requests[entry.lora_name] = entry
+        await self._pedro_tell_workers("pedro_restore", entry.digest)
+        if isinstance(old, PedroRequest):
+            if getattr(old, "digest", "") != entry.digest:
+                self.engine_client.pedro_supersede(entry.lora_name)
+            await self._pedro_release(old)
+        self._pedro_count()
+        logger.info(
+            "PEDRO: %s adapter %r (%s) from %s",
+            "loaded" if old is None else "replaced",
+            entry.lora_name,
+            entry.digest[:12],
+            entry.lora_path,
+        )
+
+    async def _pedro_release(self, old: PedroRequest) -> None:
+        """Free what is kept for an entry, as far as no other name needs it."""
+        entries = [e for e in self.lora_requests.values() if isinstance(e, PedroRequest)]
+        if all(e.lora_path != old.lora_path for e in entries):
+            self._pedro_registry.forget(old.lora_path)
+        digest = getattr(old, "digest", "")
+        if digest and all(getattr(e, "digest", "") != digest for e in entries):
+            await self._pedro_tell_workers("pedro_retire", digest)
+
+    async def _pedro_tell_workers(self, method: str, digest: str) -> None:
+        answers = await self.engine_client.collective_rpc(method, args=(digest,))
+        if self._pedro_metrics is not None and answers and answers[0]:
+            self._pedro_metrics.observe(answers[0])
+
+    def _pedro_count(self) -> None:
+        if self._pedro_metrics is not None:
+            count = sum(isinstance(e, PedroRequest) for e in self.lora_requests.values())
+            self._pedro_metrics.set_registered(count)
+
+    def _pedro_refusal(self, name: str, error: PedroError, folder: str | None = None) -> Any:
+        # One line, whatever the folder is called.
+        reason = " ".join(str(error).split())
+        logger.warning("PEDRO: adapter %r cannot be loaded: %s", name[:200], reason)
+        return _error(f"adapter {name[:200]!r}: {public_reason(error, folder)}")
+
+
+def _error(
+    message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST, param: str | None = "model"
+) -> Any:
+    from vllm.entrypoints.serve import create_error_response
+
+    kind = "NotFoundError" if status is HTTPStatus.NOT_FOUND else "BadRequestError"
+    return create_error_response(message=message, err_type=kind, status_code=status, param=param)
+
+
+def install_models() -> None:
+    """Turn a switched-on server's table of models into PEDRO's.
+
+    Upstream: ``OpenAIServingModels`` is created by name and knows LoRA alone; its resolvers must
+    give a ``LoRARequest`` that the engine loads at once.
+    Can go when: its class can be configured, or other kinds of adapters are known.
+    """
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+    def init(original: Callable[..., None]) -> Callable[..., None]:
+        def __init__(
+            self: Any, engine_client: Any, *args: Any, lora_modules: Any = None, **kwargs: Any
+        ) -> None:
+            original(self, engine_client, *args, lora_modules=lora_modules, **kwargs)
+            if options_of(getattr(engine_client, "vllm_config", None)) is not None:
+                become(self, PedroServingModelsMixin)
+                self.enable_pedro(lora_modules)
+
+        return __init__
+
+    wrap(OpenAIServingModels, "__init__", init)
+
+
+def install_model_check() -> None:
+    """Read a request's adapter before the request is answered.
+
+    Upstream: what is wrong with an adapter is found when the request is processed, and then the
+    status of a stream has already been sent.
+    Can go when: adapters are checked before a stream begins.
+    """
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+
+    def check(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def _check_model(self: Any, request: Any) -> Any:
+            refused = await original(self, request)
+            if refused is None and isinstance(self.models, PedroServingModelsMixin):
+                refused = await self.models.pedro_ready(request)
+            return refused
+
+        return _check_model
+
+    wrap(BaseServing, "_check_model", check)

@@ -34,10 +34,8 @@ def entry(kind: str, median: float, moved: int) -> dict[str, object]:
 
 
 def test_known_timings_give_known_ratios(bench_ops: ModuleType) -> None:
-    report = {
-        "benchmarks": [entry("ours", 2e-5, 40_000), entry("reference", 6e-5, 40_000)]
-        + [entry("LoRA", 1e-4, 80_000)]
-    }
+    timed = (("ours", 2e-5, 40_000), ("reference", 6e-5, 40_000), ("LoRA", 1e-4, 80_000))
+    report = {"benchmarks": [entry(*values) for values in timed]}
     ours, reference, lora = bench_ops.rows_of(report)
     assert ours[4:] == ("ours", "20.0 (10.0-40.0)", "2.00", "", "3.00", "5.00")
     assert reference[6:] == ("0.67", "", "", "1.67")

@@ -208,7 +208,7 @@ def comparisons(
                 named = replace(
                     workload, name=f"mix: {mix}", rule=f"{workload.rule}; {MIX_RULES[mix]}"
                 )
-                cases = _cases(engines, [2 * rows], False)
+                cases = _cases(engines, [1 if mix == "identical" else 2 * rows], False)
                 result.append(Comparison(family, 0.0, named, mix, cases))
         elif family == "concurrency":
             for level in sizes.concurrencies:
@@ -268,7 +268,8 @@ def _tenant_sweep(engines: Sequence[str], sizes: Sizes) -> list[Comparison]:
     result = []
     for count in sizes.tenants:
         number = max(4 * sizes.rows, count)
-        workload = closed_loop(fixed_lengths(number, 32, 16, f"{count:,} tenants"), sizes.rows)
+        name = f"{count:,} tenants" if count > 1 else "1 tenant"
+        workload = closed_loop(fixed_lengths(number, 32, 16, name), sizes.rows)
         few = [e for e in engines if count <= sizes.lora_tenants or e.endswith("-compiled")]
         cases = _cases(few, [1, count] if count > 1 else [1], False)
         result.append(Comparison("tenants", float(count), workload, "uniform", cases))
@@ -358,7 +359,6 @@ class Options:
         minutes: No repeat begins that would end later; one always runs.
         slots: Adapters on the device at once; None fits the workload, up to 33.
         kv_bytes: KV cache of each engine.
-        keep_apart: Start one engine at a time. Then repeats cannot alternate.
     """
 
     model: str

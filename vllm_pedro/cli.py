@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 PROGRAM = "vllm-pedro"
 
 # Their arguments belong to another parser, which answers --help too.
-HANDED_ON = ("demo", "serve")
+HANDED_ON = {
+    "bench": "vllm_pedro.bench.main",
+    "demo": "vllm_pedro.demo",
+    "serve": "vllm_pedro.integration.serve",
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -43,6 +47,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    commands.add_parser(
+        "bench", help="measure base, PEDRO and LoRA side by side (--quick)", add_help=False
+    )
     commands.add_parser("demo", help="see adapters at work on a small model", add_help=False)
     commands.add_parser(
         "serve",
@@ -242,8 +249,7 @@ def _row(tensors: list[Tensor]) -> str:
 
 def hand_on(command: str, argv: Sequence[str]) -> int:
     """Run a subcommand that reads its own arguments."""
-    module = "vllm_pedro.demo" if command == "demo" else "vllm_pedro.integration.serve"
-    run: Callable[[Sequence[str]], int | None] = importlib.import_module(module).main
+    run: Callable[[Sequence[str]], int | None] = importlib.import_module(HANDED_ON[command]).main
     try:
         return run(argv) or 0
     except ModuleNotFoundError as error:

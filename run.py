@@ -227,7 +227,7 @@ def requirements(device: str) -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     lines: list[str] = [*project["dependencies"]]
-    for extra in (device, "fetch", "train", "dev"):
+    for extra in (device, "fetch", "train", "plot", "compare", "bench", "dev"):
         lines += extras[extra]
     # Builds this package without pip's isolation, in which a build would not see torch.
     lines.append("setuptools>=77")

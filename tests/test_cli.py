@@ -57,7 +57,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 # The command itself ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["demo", "fetch-model", "init", "inspect", "serve"])
+@pytest.mark.parametrize("command", ["bench", "demo", "fetch-model", "init", "inspect", "serve"])
 def test_help_names_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["--help"])

@@ -857,3 +857,132 @@ def test_shape_is_the_configs(llama: PedroModel) -> None:
     assert llama.shape == BackboneShape(
         3, 32, {"q_proj": 32, "k_proj": 16, "v_proj": 16, "gate_proj": 48, "up_proj": 48}
     )
+
+
+# ---- prompts that end where labels begin
+
+
+def test_prompt_ends_where_labels_begin(llama: PedroModel) -> None:
+    ids, mask = pad([[5, 6, 7, 8, 9], [8, 9, 4]], "left")
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, :-2] = -100  # three prompt tokens
+    labels[1, :-1] = -100  # two
+    found = llama(ids, attention_mask=mask, labels=labels)
+    want = llama(ids, attention_mask=mask, labels=labels, prompt_lengths=[3, 2])
+    whole = llama(ids, attention_mask=mask)
+    assert torch.equal(found.logits, want.logits)
+    assert torch.equal(found.loss, want.loss)
+    assert not close(found.logits, whole.logits)
+    # What is said explicitly goes before what labels tell.
+    told = llama(ids, attention_mask=mask, labels=labels, prompt_mask=mask.bool())
+    assert torch.equal(told.logits, whole.logits)
+    unlabelled = llama(ids, attention_mask=mask, labels=torch.full_like(labels, -100))
+    assert torch.equal(unlabelled.logits, whole.logits)
+
+
+def test_labels_without_a_prompt_pool_the_first_token_and_warn(llama: PedroModel) -> None:
+    ids, mask = pad([[5, 6, 7], [8, 9]], "left")
+    labels = ids.masked_fill(mask == 0, -100)
+    with pytest.warns(UserWarning, match="labels begin at the first token"):
+        found = llama(ids, attention_mask=mask, labels=labels)
+    want = llama(ids, attention_mask=mask, prompt_lengths=[1, 1])
+    assert torch.equal(found.logits, want.logits)
+
+
+def test_labels_beside_a_filled_cache_say_nothing_about_prompts(llama: PedroModel) -> None:
+    ids = tokens(1, 8)
+    cache = llama(ids[:, :5], use_cache=True).past_key_values
+    found = llama(ids[:, 5:], labels=ids[:, 5:], past_key_values=cache).logits
+    assert close(found, llama(ids, prompt_lengths=[5]).logits[:, 5:])
+
+
+# ---- packed sequences
+
+SEQUENCES = ([5, 6, 7, 8, 9, 10, 11], [8, 9, 4, 5], [12, 13, 14, 15, 16])
+LENGTHS = (4, 1, 3)
+
+
+def pack() -> dict[str, Tensor]:
+    return {
+        "input_ids": torch.tensor([[token for row in SEQUENCES for token in row]]),
+        "position_ids": torch.tensor([[i for row in SEQUENCES for i in range(len(row))]]),
+    }
+
+
+def separate(model: PedroModel) -> Tensor:
+    """Logits of the sequences one by one, one behind the other, `[T, vocabulary]`."""
+    pairs = zip(SEQUENCES, LENGTHS, strict=True)
+    alone = [model(torch.tensor([row]), prompt_lengths=[n]).logits[0] for row, n in pairs]
+    return torch.cat(alone)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_packed_is_separate(name: str, implementation: str) -> None:
+    model = make(name, attn_implementation=implementation)
+    found = model(**pack(), prompt_lengths=list(LENGTHS)).logits[0]
+    assert close(found, separate(model))
+    assert not close(found, model(**pack()).logits[0])
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("norm", INPUT_NORMS)
+@pytest.mark.parametrize("r", [0, 4])
+def test_packed_pooling(pooling: str, norm: str | None, r: int) -> None:
+    model = make(config=PedroConfig(r=r, pooling=pooling, input_norm=norm))
+    packed = pack()
+    want = separate(model)
+    assert close(model(**packed, prompt_lengths=list(LENGTHS)).logits[0], want)
+    places = packed["position_ids"]
+    ends = torch.tensor([n for n, row in zip(LENGTHS, SEQUENCES, strict=True) for _ in row])
+    mask = places < ends
+    assert close(model(**packed, prompt_mask=mask).logits[0], want)
+    labels = packed["input_ids"].masked_fill(mask, -100)
+    assert close(model(**packed, labels=labels).logits[0], want)
+
+
+def test_packed_rows_beside_each_other(llama: PedroModel) -> None:
+    ids = torch.tensor([[*SEQUENCES[0], *SEQUENCES[1]], [*SEQUENCES[2], 3, 4, 5, 6, 7, 8]])
+    places = torch.tensor([[*range(7), *range(4)], [*range(5), *range(6)]])
+    found = llama(ids, position_ids=places, prompt_lengths=[4, 1, 3, 2]).logits
+    alone = llama(torch.tensor([SEQUENCES[1]]), prompt_lengths=[1]).logits[0]
+    assert close(found[0, 7:], alone)
+    last = llama(ids[1:, 5:], prompt_lengths=[2]).logits[0]
+    assert close(found[1, 5:], last)
+
+
+def test_packed_prompts_that_cannot_be(llama: PedroModel) -> None:
+    packed = pack()
+    empty = torch.ones_like(packed["input_ids"], dtype=torch.bool)
+    empty[0, 7:11] = False
+    for changes, said in (
+        ({"prompt_lengths": [1, 1]}, "each of the 3 packed sequences, found 2"),
+        ({"prompt_lengths": [8, 1, 1]}, r"\[7, 4, 5\], found \[8, 1, 1\]"),
+        ({"prompt_mask": empty}, "packed sequences 1 have no prompt token"),
+        ({"prompt_mask": empty[:, 1:]}, r"prompt_mask: expected \[1, 16\]"),
+        ({"use_cache": True}, "no KV cache"),
+    ):
+        with pytest.raises(PedroError, match=said):
+            llama(**packed, **changes)
+
+
+# ---- the state dict
+
+
+def test_state_dict_is_the_adapters_alone() -> None:
+    model = make()
+    model.add_adapter("other", PedroConfig(r=0))
+    state = model.state_dict()
+    assert {name.split(".")[0] for name in state} == {"vector_generators"}
+    assert len(state) == len(model.adapter_tensors()) + len(model.adapter_tensors("other"))
+    fresh = get_pedro_model(make_backbone(), CONFIG)
+    fresh.add_adapter("other", PedroConfig(r=0))
+    result = fresh.load_state_dict(state)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert torch.equal(fresh(tokens()).logits, model(tokens()).logits)
+    del state[next(iter(state))]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        fresh.load_state_dict(state)
+    # The backbone's own is whole.
+    assert set(model.base_model.state_dict()) == set(make_backbone().state_dict())

@@ -19,6 +19,7 @@ from vllm_pedro.config import (
     PedroConfig,
 )
 from vllm_pedro.errors import PedroError
+from vllm_pedro.training import cli as training_cli
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
 PROGRAM = "vllm-pedro"
 
 # Their arguments belong to another parser, which answers --help too.
-HANDED_ON = ("demo", "serve")
+HANDED_ON = {
+    "bench": "vllm_pedro.bench.main",
+    "demo": "vllm_pedro.demo",
+    "serve": "vllm_pedro.integration.serve",
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -42,6 +47,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    commands.add_parser(
+        "bench", help="measure base, PEDRO and LoRA side by side (--quick)", add_help=False
+    )
     commands.add_parser("demo", help="see adapters at work on a small model", add_help=False)
     commands.add_parser(
         "serve",
@@ -72,7 +80,10 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="show what runs PEDRO's operators here: native code, Triton or plain PyTorch",
     )
+    training_cli.add_inspect_options(inspect)
     inspect.set_defaults(run=run_inspect)
+
+    training_cli.add_parsers(commands)
 
     defaults = PedroConfig()
     init = commands.add_parser(
@@ -137,7 +148,9 @@ def run_inspect(args: argparse.Namespace) -> int:
     shape = None
     if args.model is not None:
         shape = BackboneShape.from_hf_config(_model_config(args.model))
-    print(describe(load_adapter(args.adapter, shape)))
+    adapter = load_adapter(args.adapter, shape)
+    print(describe(adapter))
+    training_cli.inspect_more(adapter, args)
     return 0
 
 
@@ -236,8 +249,7 @@ def _row(tensors: list[Tensor]) -> str:
 
 def hand_on(command: str, argv: Sequence[str]) -> int:
     """Run a subcommand that reads its own arguments."""
-    module = "vllm_pedro.demo" if command == "demo" else "vllm_pedro.integration.serve"
-    run: Callable[[Sequence[str]], int | None] = importlib.import_module(module).main
+    run: Callable[[Sequence[str]], int | None] = importlib.import_module(HANDED_ON[command]).main
     try:
         return run(argv) or 0
     except ModuleNotFoundError as error:
@@ -255,6 +267,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv and argv[0] in HANDED_ON:
             return hand_on(argv[0], argv[1:])
+        if argv and argv[0] == "train":
+            return training_cli.main_train(make_parser(), argv)
         args = make_parser().parse_args(argv)
         return int(args.run(args))
     except PedroError as error:

@@ -12,16 +12,20 @@ pass goes like this:
    its projections multiply their outputs; after it, everything it should have done is checked.
 4. The vectors ride on the KV cache, so whatever reorders, repeats or copies the cache does the
    same to them.
+
+A sequence is a row of the input, or, in packed training, a stretch of one: the vectors then have a
+row for each sequence, and each token is told which one is its own.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PASS_KEY = "pedro_pass"
+IGNORED_LABEL: Final = -100  # what transformers' losses leave out
 
 # Which modules of a decoder layer compute the projections, and in which order a fused one stacks
 # them. The order cannot be read off a model, so fused ones are trusted only where it is known.
@@ -125,6 +130,8 @@ class _Prompts:
         lengths: `[B]`, pooled length of each row in real tokens; None for all of them.
         mask: bool `[B, width]`, the pooled tokens, instead of lengths.
         expands: whether the backbone may be called with a multiple of B rows (beams, samples).
+        sequences: `[B, width]`, which of N packed sequences each token belongs to; `lengths` is
+            then `[N]`. None if every row is one sequence.
     """
 
     width: int | None = None
@@ -132,6 +139,54 @@ class _Prompts:
     lengths: Tensor | None = None
     mask: Tensor | None = None
     expands: bool = False
+    sequences: Tensor | None = None
+
+    def packed(self, tokens: Tensor, pooling: str) -> _Packed:
+        """Where the pooled tokens of packed sequences are.
+
+        Args:
+            tokens: the backbone's input, `[B, S, ...]`.
+            pooling: the adapter's; for "last" one token of each sequence is enough.
+        """
+        assert self.sequences is not None
+        sequences = self.sequences.to(tokens.device)
+        if sequences.shape != tokens.shape[:2]:
+            raise PedroError(
+                f"position_ids: expected {list(tokens.shape[:2])}, found {list(sequences.shape)}"
+            )
+        of_token = sequences.flatten()
+        number = int(of_token[-1]) + 1
+        sizes = of_token.bincount(minlength=number)
+        pooled = torch.ones_like(of_token, dtype=torch.bool)
+        place = torch.arange(len(of_token), device=tokens.device)
+        place = place - (sizes.cumsum(0) - sizes)[of_token]
+        if self.lengths is not None:
+            lengths = self.lengths.to(tokens.device)
+            if len(lengths) != number:
+                raise PedroError(
+                    f"prompt_lengths: expected one for each of the {number} packed sequences, "
+                    f"found {len(lengths)}"
+                )
+            _check_lengths(lengths, sizes)
+            pooled = place < lengths[of_token]
+        if self.mask is not None:
+            if self.mask.shape != tokens.shape[:2]:
+                raise PedroError(
+                    f"prompt_mask: expected {list(tokens.shape[:2])}, found {list(self.mask.shape)}"
+                )
+            pooled = pooled & self.mask.to(tokens.device).flatten()
+        counts = of_token[pooled].bincount(minlength=number)
+        empty = (counts == 0).nonzero().flatten().tolist()
+        if empty:
+            raise PedroError(f"packed sequences {shorten(empty)} have no prompt token to pool")
+        chosen = pooled.nonzero().flatten()
+        ends = counts.cumsum(0)
+        if pooling == "last":
+            return _Packed(chosen[ends - 1][:, None], None, sequences)
+        columns = torch.arange(int(counts.max()), device=tokens.device)
+        mask = columns < counts[:, None]
+        index = chosen[((ends - counts)[:, None] + columns).clamp(max=len(chosen) - 1)]
+        return _Packed(index, mask, sequences)
 
     def pooled_tokens(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """Mask of the pooled tokens, bool `[B, S]`; None means every token.
@@ -169,14 +224,9 @@ class _Prompts:
 
         pooled = attention_mask
         if self.lengths is not None:
-            lengths = self._expand(self.lengths, rows).to(pooled.device)[:, None]
-            available = pooled.sum(dim=1, keepdim=True)
-            if bool(((lengths < 1) | (lengths > available)).any()):
-                raise PedroError(
-                    "prompt_lengths: expected between 1 and the number of tokens in each row, "
-                    f"{available.flatten().tolist()}, found {lengths.flatten().tolist()}"
-                )
-            pooled = pooled & (pooled.cumsum(dim=1) <= lengths)
+            lengths = self._expand(self.lengths, rows).to(pooled.device)
+            _check_lengths(lengths, pooled.sum(dim=1))
+            pooled = pooled & (pooled.cumsum(dim=1) <= lengths[:, None])
         if self.mask is not None:
             mask = self._expand(self.mask, rows).to(pooled.device)
             if mask.shape != pooled.shape:
@@ -204,6 +254,81 @@ def _pad_columns(mask: Tensor, width: int) -> Tensor:
     return nn.functional.pad(mask, (0, width - mask.shape[1]), value=False)
 
 
+def _check_lengths(lengths: Tensor, available: Tensor) -> None:
+    if bool(((lengths < 1) | (lengths > available)).any()):
+        raise PedroError(
+            "prompt_lengths: expected between 1 and the number of tokens in each row, "
+            f"{available.tolist()}, found {lengths.tolist()}"
+        )
+
+
+def _packed_sequences(position_ids: Tensor | None) -> Tensor | None:
+    """Which packed sequence each token belongs to, `[B, S]`, numbered over all rows.
+
+    The rule is that of transformers, which makes the attention mask from it: without an
+    attention mask and a KV cache, a new sequence begins where positions do not go on by one.
+
+    Returns:
+        None where every row is one sequence.
+    """
+    if position_ids is None or position_ids.dim() != 2:
+        return None
+    begins = torch.diff(position_ids, dim=-1) != 1
+    if not bool(begins.any()):
+        return None
+    begins = nn.functional.pad(begins, (1, 0), value=True)
+    return begins.flatten().cumsum(0).view_as(position_ids) - 1
+
+
+def _tokens_before_labels(labels: Tensor, real: Tensor | None, sequences: Tensor | None) -> Tensor:
+    """The tokens before the first label of each sequence, bool `[B, S]`.
+
+    A sequence whose very first token has a label has no prompt by that rule. No model predicts
+    that token, so taking it for the prompt gives nothing away; anything more would.
+
+    Args:
+        labels: `[B, S]`, -100 where there is none.
+        real: `[B, S]`, False at padding; None for no padding.
+        sequences: as `_packed_sequences` gives them; None where every row is one.
+    """
+    rows, width = labels.shape
+    if sequences is None:
+        sequences = torch.arange(rows, device=labels.device)[:, None].expand(rows, width)
+    sequences = sequences.to(labels.device)
+    real = torch.ones_like(labels, dtype=torch.bool) if real is None else real.to(labels.device)
+    places = torch.arange(rows * width, device=labels.device).view(rows, width)
+
+    def first(chosen: Tensor) -> Tensor:
+        found = torch.full((int(sequences.max()) + 1,), rows * width, device=labels.device)
+        candidates = torch.where(chosen, places, rows * width).flatten()
+        return found.scatter_reduce(0, sequences.flatten(), candidates, "amin")[sequences]
+
+    first_label, first_token = first((labels != IGNORED_LABEL) & real), first(real)
+    if bool((first_label <= first_token).logical_and(real).any()):
+        warnings.warn(
+            "labels begin at the first token of a sequence, so it has no prompt: its first token "
+            "alone is pooled. Give labels to the completion only (-100 elsewhere), or "
+            "prompt_lengths",
+            stacklevel=4,
+        )
+    return (places < torch.maximum(first_label, first_token + 1)) & real
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Where packed sequences are in the input.
+
+    Attributes:
+        index: `[N, P]`, their pooled tokens, counted over the flattened input.
+        mask: bool `[N, P]`, False where a sequence pools fewer than P; None if none does.
+        sequences: `[B, S]`, the sequence of each token.
+    """
+
+    index: Tensor
+    mask: Tensor | None
+    sequences: Tensor
+
+
 @dataclass
 class _Pass:
     """One forward pass of the backbone.
@@ -213,6 +338,7 @@ class _Pass:
         vectors: those made in this pass, or, if `is_prefill` is False, those to reuse.
         mask: bool `[B, S]`, the pooled tokens; None means all.
         is_prefill: whether prompts are being read.
+        packed: where the sequences are, if rows hold several; `mask` is then not used.
         layers_run: indices of the layers that took part.
     """
 
@@ -220,10 +346,11 @@ class _Pass:
     vectors: PromptVectors
     mask: Tensor | None
     is_prefill: bool
+    packed: _Packed | None = None
     layers_run: set[int] = field(default_factory=set)
 
     def vectors_of(self, index: int, hidden: Tensor, cache: Any) -> dict[str, Tensor]:
-        """The vectors of layer `index`, `[B, d_t]` each."""
+        """The vectors of layer `index`, `[B, d_t]` each, or `[N, d_t]` of N packed sequences."""
         self.layers_run.add(index)
         if not self.is_prefill:
             vectors = self.vectors.layers[index]
@@ -236,7 +363,11 @@ class _Pass:
             return vectors
         generator = cast(VectorGenerator, self.generators[index])
         device = generator.up_proj.bias.device
-        mask = None if self.mask is None else self.mask.to(device)
+        mask = self.mask
+        if self.packed is not None:
+            hidden = hidden.flatten(0, 1)[self.packed.index.to(hidden.device)]
+            mask = self.packed.mask
+        mask = None if mask is None else mask.to(device)
         vectors = cast(dict[str, Tensor], generator(hidden.to(device), mask))
         if cache is not None:
             self.vectors.layers[index] = vectors
@@ -251,6 +382,7 @@ class _LayerHooks:
         self.index = index
         self.widths = projections.widths
         self.current: dict[str, Tensor] | None = None
+        self.sequences: Tensor | None = None
         self.applied: list[str] = []
         self.handles = [
             layer.register_forward_pre_hook(self.before, with_kwargs=True),
@@ -268,6 +400,7 @@ class _LayerHooks:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         self.applied = []
+        self.sequences = None if current.packed is None else current.packed.sequences
         self.current = current.vectors_of(self.index, hidden, kwargs.get("past_key_values"))
         return args, kwargs
 
@@ -277,14 +410,17 @@ class _LayerHooks:
         if self.current is None or not any(name in self.current for name in names):
             return None
         parts = []
+        rows = next(iter(self.current.values())).shape[0]
         for name in names:
             vector = self.current.get(name)
             if vector is None:
-                vector = output.new_ones(output.shape[0], self.widths[name])
+                vector = output.new_ones(rows, self.widths[name])
             else:
                 self.applied.append(name)
             parts.append(vector.to(output.device, output.dtype))
         factor = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        if self.sequences is not None:
+            return output * factor[self.sequences.to(output.device)]
         return output * factor[:, None, :]
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -386,12 +522,25 @@ class _Switch:
         self._model.adapter_enabled = self._before
 
 
+def _leave_out_backbone(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
+    for name in [name for name in state_dict if name.startswith(f"{prefix}base_model.")]:
+        del state_dict[name]
+
+
+def _do_not_miss_backbone(module: nn.Module, incompatible_keys: Any) -> None:
+    missing = incompatible_keys.missing_keys
+    missing[:] = [name for name in missing if "base_model" not in name.split(".")]
+
+
 class PedroModel(nn.Module):
     """A frozen transformers causal language model with PEDRO adapters.
 
     The backbone keeps its modules and parameter names; called directly, it behaves as if there
     were no adapters. Attributes that are not found here are the backbone's (`config`, `device`,
-    `gradient_checkpointing_enable`, ...).
+    `gradient_checkpointing_enable`, ...). The state dict holds the adapters and not the frozen
+    backbone, so that checkpoints of a `Trainer` are as small as an adapter.
 
     Args:
         model: the backbone: Llama, Mistral, Qwen2, Qwen3, Gemma 1-3, Phi-3 and others whose
@@ -415,6 +564,7 @@ class PedroModel(nn.Module):
         self.active_adapter: str | None = None
         self.adapter_enabled = True
         self._prompts: _Prompts | None = None
+        self._wants_hidden_states = False
         # Before anything is hooked or frozen: a refused config leaves the model as it was.
         self.add_adapter(adapter_name, config)
         model.requires_grad_(False)
@@ -427,6 +577,15 @@ class PedroModel(nn.Module):
             _LayerHooks(index, layer, projections)
             for index, layer in enumerate(_decoder_layers(model))
         ]
+        self.register_forward_pre_hook(self._before_fused, with_kwargs=True)
+        self.register_forward_hook(self._after_fused, always_call=True)
+        self.register_state_dict_post_hook(_leave_out_backbone)
+        self.register_load_state_dict_post_hook(_do_not_miss_backbone)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether `forward` takes `num_items_in_batch`; `Trainer` asks."""
+        return bool(getattr(self.base_model, "accepts_loss_kwargs", True))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -620,13 +779,18 @@ class PedroModel(nn.Module):
         With an empty KV cache, or none, the rows are read as new sequences and their vectors are
         made from their prompts. With a filled one, the vectors made when it was filled are used.
 
+        Packed sequences are recognised as transformers recognises them, by `position_ids` that
+        start again within a row, without an attention mask and a KV cache. Each is pooled over
+        its own prompt and scaled by its own vectors.
+
         Args:
             input_ids: `[B, S]`.
             attention_mask: `[B, S]`, 1 at real tokens; padding may be on either side.
-            labels: `[B, S]`, as the backbone takes them. Say then with `prompt_lengths` where the
-                prompts end: by default the answers are pooled too, which generation never sees.
-            prompt_lengths: `[B]`, how many of the row's first real tokens are pooled; by default
-                all of them.
+            labels: `[B, S]`, as the backbone takes them.
+            prompt_lengths: how many of a sequence's first real tokens are pooled: `[B]`, or `[N]`
+                for N packed sequences, in order. By default all tokens, or, with labels, those
+                before the first that is not -100: the completion is what has labels, and serving
+                never sees it when it pools.
             prompt_mask: bool `[B, S]`, the pooled tokens, instead of `prompt_lengths`.
             **kwargs: whatever else the backbone takes.
 
@@ -634,12 +798,11 @@ class PedroModel(nn.Module):
             The backbone's output.
 
         Raises:
-            PedroError: prompt lengths that do not fit, a prompt given with a filled KV cache, or
-                a KV cache that was not filled with this adapter.
+            PedroError: prompt lengths that do not fit, a prompt given with a filled KV cache, a
+                KV cache that was not filled with this adapter, or one asked for with packed
+                sequences.
         """
-        prompts = self._prompts_of(
-            prompt_lengths, prompt_mask, None, None, kwargs.get("past_key_values")
-        )
+        prompts = self._prompts_to_read(attention_mask, labels, prompt_lengths, prompt_mask, kwargs)
         with self._reading(prompts):
             return self.base_model(
                 input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs
@@ -683,6 +846,56 @@ class PedroModel(nn.Module):
         with self._reading(prompts):
             return self.base_model.generate(**kwargs)
 
+    def _prompts_to_read(
+        self,
+        attention_mask: Any,
+        labels: Tensor | None,
+        prompt_lengths: Tensor | Sequence[int] | None,
+        prompt_mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> _Prompts:
+        """What `forward` is told of its prompts; switches the cache off in `kwargs` if packed."""
+        cache, sequences = kwargs.get("past_key_values"), None
+        if attention_mask is None and cache is None:
+            sequences = _packed_sequences(kwargs.get("position_ids"))
+        if sequences is not None:
+            if kwargs.get("use_cache"):
+                raise PedroError("packed sequences (position_ids that start again): no KV cache")
+            # A cache would keep transformers from seeing that they are packed.
+            kwargs["use_cache"] = False
+        filled = cache is not None and int(cache.get_seq_length()) > 0
+        if labels is not None and prompt_lengths is None and prompt_mask is None and not filled:
+            real = None
+            if isinstance(attention_mask, Tensor) and attention_mask.shape == labels.shape:
+                real = attention_mask.bool()
+            prompt_mask = _tokens_before_labels(labels, real, sequences)
+        return self._prompts_of(prompt_lengths, prompt_mask, None, None, cache, sequences=sequences)
+
+    # TRL replaces `forward` by one that takes the final hidden states from `self.base_model` and
+    # computes the loss itself, and asks for it with `fused_lm_head`. Hooks of `__call__` run
+    # around whatever `forward` is, so the adapter takes part in that too.
+
+    def _before_fused(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not kwargs.get("fused_lm_head"):
+            return None
+        kwargs = dict(kwargs)
+        prompts = self._prompts_to_read(
+            kwargs.get("attention_mask"),
+            kwargs.get("labels"),
+            kwargs.pop("prompt_lengths", None),
+            kwargs.pop("prompt_mask", None),
+            kwargs,
+        )
+        self._prompts = prompts if self.adapter_enabled else None
+        self._wants_hidden_states = True
+        return args, kwargs
+
+    def _after_fused(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._wants_hidden_states:
+            self._prompts, self._wants_hidden_states = None, False
+
     def _prompts_of(
         self,
         lengths: Tensor | Sequence[int] | None,
@@ -691,6 +904,7 @@ class PedroModel(nn.Module):
         attention_mask: Tensor | None,
         cache: Any,
         expands: bool = False,
+        sequences: Tensor | None = None,
     ) -> _Prompts:
         if lengths is not None and mask is not None:
             raise PedroError("prompt_lengths and prompt_mask: give one of them")
@@ -714,7 +928,7 @@ class PedroModel(nn.Module):
         if attention_mask is not None:
             # With a filled cache it is longer than the prompt, and not used.
             attention_mask = None if filled else attention_mask.bool()
-        return _Prompts(width, attention_mask, lengths, mask, expands)
+        return _Prompts(width, attention_mask, lengths, mask, expands, sequences)
 
     @contextmanager
     def _reading(self, prompts: _Prompts) -> Iterator[None]:
@@ -728,8 +942,10 @@ class PedroModel(nn.Module):
     def _before_backbone(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._wants_hidden_states:
+            kwargs = kwargs | {"output_hidden_states": True, "logits_to_keep": 1}
         if self._prompts is None:
-            return None
+            return args, kwargs
         name = self._active()
         cache = kwargs.get("past_key_values")
         if cache is not None and int(cache.get_seq_length()) > 0:
@@ -738,8 +954,12 @@ class PedroModel(nn.Module):
             tokens = kwargs.get("input_ids")
             if tokens is None:
                 tokens = kwargs["inputs_embeds"]
-            mask = self._prompts.pooled_tokens(tokens, kwargs.get("attention_mask"))
-            current = _Pass(self._generators(name), PromptVectors(name), mask, True)
+            mask = packed = None
+            if self._prompts.sequences is not None:
+                packed = self._prompts.packed(tokens, self.pedro_configs[name].pooling)
+            else:
+                mask = self._prompts.pooled_tokens(tokens, kwargs.get("attention_mask"))
+            current = _Pass(self._generators(name), PromptVectors(name), mask, True, packed)
         return args, kwargs | {_PASS_KEY: current}
 
     def _continued(self, name: str, cache: Any) -> _Pass:
@@ -757,8 +977,15 @@ class PedroModel(nn.Module):
 
     def _after_backbone(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
-    ) -> None:
-        current: _Pass | None = kwargs.get(_PASS_KEY)
+    ) -> Any:
+        self._check_layers(module, kwargs.get(_PASS_KEY))
+        if not self._wants_hidden_states:
+            return None
+        from transformers.modeling_outputs import BaseModelOutput
+
+        return BaseModelOutput(last_hidden_state=output.hidden_states[-1])
+
+    def _check_layers(self, module: nn.Module, current: _Pass | None) -> None:
         if current is None:
             return
         missed = set(range(self.shape.num_layers)) - current.layers_run

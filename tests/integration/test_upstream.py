@@ -19,9 +19,11 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
+from vllm.v1.request import Request
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
@@ -79,8 +81,8 @@ KNOWN = {
     (OpenAIServingModels, "_check_load_lora_adapter_request"): "e610e5af04aa",
     (OpenAIServingModels, "_check_unload_lora_adapter_request"): "1d3df3f3b438",
     (OutputProcessor, "process_outputs"): "9e116796002e",
-    (RequestOutputCollector, "put"): "3390ffb9a292",
-    (RequestOutputCollector, "get"): "85d9e7d3ce86",
+    (AsyncMPClient, "call_utility_async"): "56362d56455f",
+    (Request, "update_block_hashes"): "fbb2f6a93ec8",
     (EngineCore, "collective_rpc"): "f0d85bf03430",
     (LoRARequest, "__eq__"): "bba566415278",
     (NewRequestData, "from_request"): "e6258e939d81",

@@ -155,7 +155,13 @@ def _install_engine_core() -> None:
 
         return preprocess_add_request
 
+    # vLLM counts the arguments of what a front end calls: they have to be named.
+    def pedro_replace(self: Any, name: str, path: str, digest: str, needs_all_states: bool) -> int:
+        """Called by a front end: see :meth:`.PedroSchedulerMixin.pedro_replace`."""
+        return int(self.scheduler.pedro_replace(name, path, digest, needs_all_states))
+
     wrap(EngineCore, "preprocess_add_request", preprocess)
+    EngineCore.pedro_replace = pedro_replace
 
 
 def _install_beam_search() -> None:

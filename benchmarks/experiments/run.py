@@ -1,0 +1,175 @@
+"""One table of the paper: methods x tasks x seeds, with the same trainer, data and metric.
+
+A config file says what: a backbone, tasks (data files and a metric), methods, seeds, steps. Each
+run is one line in the results file; runs that are there already are not repeated, so a killed
+experiment goes on where it was. `--table` prints medians and spread.
+
+    python benchmarks/experiments/run.py benchmarks/experiments/table1.json --data DIR
+    python benchmarks/experiments/run.py benchmarks/experiments/table1.json --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, set_seed
+
+from vllm_pedro import PedroConfig, get_pedro_model
+from vllm_pedro.fetch import fetch_model
+from vllm_pedro.training.collator import CompletionCollator
+from vllm_pedro.training.data import load_dataset, read_rows
+from vllm_pedro.training.evaluate import TransformersEngine, evaluate
+from vllm_pedro.training.run import choose_dtype, load_backbone, pad_token_id
+from vllm_pedro.training.trainer import PedroTrainer, PedroTrainingArguments, TrainingDiverged
+
+
+class _AdaLora(TrainerCallback):
+    """AdaLoRA moves its budget between the gradients and their end."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["model"].base_model.update_and_allocate(state.global_step)
+
+
+def add_method(backbone: Any, method: dict[str, Any], steps: int) -> tuple[Any, list[Any]]:
+    """The backbone with a method's parameters on it, and the callbacks the method needs."""
+    settings = dict(method["settings"])
+    kind = method["kind"]
+    if kind == "pedro":
+        return get_pedro_model(backbone, PedroConfig(**settings)), []
+    import peft
+
+    if kind == "adalora":
+        settings |= {"total_step": steps, "tinit": steps // 10, "tfinal": steps // 5}
+    config_class = {
+        "lora": peft.LoraConfig,
+        "ia3": peft.IA3Config,
+        "adalora": peft.AdaLoraConfig,
+        # Backbones without biases have none that BitFit could train; the norms' weights are as few.
+        "ln-tuning": peft.LNTuningConfig,
+        "prompt-tuning": peft.PromptTuningConfig,
+        "p-tuning": peft.PromptEncoderConfig,
+    }[kind]
+    model = peft.get_peft_model(backbone, config_class(task_type="CAUSAL_LM", **settings))
+    return model, [_AdaLora()] if kind == "adalora" else []
+
+
+def run_one(
+    config: dict[str, Any], task: dict[str, Any], method: dict[str, Any], seed: int, root: Path
+) -> dict[str, Any]:
+    """Train one method on one task with one seed, and score it."""
+    folder = config["model"] or str(fetch_model(progress=False))
+    backbone, tokenizer = load_backbone(folder, choose_dtype(config.get("dtype", "auto")))
+    longest = config.get("max_length")
+    data = load_dataset(root / task["train"], tokenizer, longest, config.get("train_rows"))
+    steps = config["max_steps"]
+    set_seed(seed)
+    model, callbacks = add_method(backbone, method, steps)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        args = PedroTrainingArguments(
+            output_dir=scratch,
+            max_steps=steps,
+            per_device_train_batch_size=config["batch_size"],
+            learning_rate=method["learning_rate"],
+            bilevel=method.get("bilevel", False),
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=seed,
+            logging_steps=steps,
+        )
+        trainer = PedroTrainer(
+            model,
+            args,
+            train_dataset=data,
+            data_collator=CompletionCollator(pad_token_id(tokenizer)),
+            callbacks=callbacks,
+        )
+        found: dict[str, Any] = {
+            "task": task["name"],
+            "method": method["name"],
+            "seed": seed,
+            "trainable_parameters": trainable,
+        }
+        try:
+            found["train_loss"] = trainer.train().training_loss
+        except TrainingDiverged as error:
+            return found | {"diverged": str(error)}
+    trained = time.monotonic()
+    rows = read_rows(root / task["dev"], config.get("dev_rows"))
+    engine = TransformersEngine(model, pad_token_id(tokenizer))
+    found |= evaluate(engine, tokenizer, rows, task["metric"], task.get("max_new_tokens", 32))
+    return found | {
+        "train_seconds": round(trained - began, 1),
+        "eval_seconds": round(time.monotonic() - trained, 1),
+    }
+
+
+def table(config: dict[str, Any], results: list[dict[str, Any]]) -> str:
+    """Medians over seeds, with the range, as a Markdown table."""
+    tasks = config["tasks"]
+    lines = [
+        "| method | parameters | " + " | ".join(task["name"] for task in tasks) + " |",
+        "| --- | --- |" + " --- |" * len(tasks),
+    ]
+    for method in config["methods"]:
+        mine = [r for r in results if r["method"] == method["name"]]
+        count = f"{mine[0]['trainable_parameters']:,}" if mine else ""
+        cells = []
+        for task in tasks:
+            runs = [r for r in mine if r["task"] == task["name"]]
+            values = [100 * r[task["score"]] for r in runs if task["score"] in r]
+            text = "-"
+            if values:
+                text = f"{statistics.median(values):.1f}"
+                if len(values) > 1:
+                    text += f" ({min(values):.1f}-{max(values):.1f})"
+            diverged = sum("diverged" in r for r in runs)
+            cells.append(text + (f", {diverged} diverged" if diverged else ""))
+        lines.append(f"| {method['name']} | {count} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--data", type=Path, default=Path(), help="folder of the data files")
+    parser.add_argument("--results", type=Path, help="default: beside the config, .results.jsonl")
+    parser.add_argument("--only", nargs="+", metavar="METHOD")
+    parser.add_argument("--table", action="store_true", help="print what there is; run nothing")
+    args = parser.parse_args()
+    config = json.loads(args.config.read_text())
+    path = args.results or args.config.with_suffix(".results.jsonl")
+    results = []
+    if path.exists():
+        results = [json.loads(line) for line in path.read_text().splitlines()]
+    done = {(r["task"], r["method"], r["seed"]) for r in results}
+    if not args.table:
+        for seed in config["seeds"]:
+            for task in config["tasks"]:
+                for method in config["methods"]:
+                    key = (task["name"], method["name"], seed)
+                    if key in done or (args.only and method["name"] not in args.only):
+                        continue
+                    found = run_one(config, task, method, seed, args.data)
+                    with path.open("a") as file:
+                        file.write(json.dumps(found) + "\n")
+                    results.append(found)
+                    print(json.dumps(found), file=sys.stderr, flush=True)
+                    if torch.cuda.is_available():
+                        torch.cuda.empty_cache()
+    print(table(config, results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

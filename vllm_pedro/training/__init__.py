@@ -1,0 +1,38 @@
+"""Training adapters with transformers' Trainer, and measuring them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .collator import CompletionCollator as CompletionCollator
+    from .collator import PackedCollator as PackedCollator
+    from .data import DataError as DataError
+    from .data import load_dataset as load_dataset
+    from .data import read_rows as read_rows
+    from .trainer import PedroTrainer as PedroTrainer
+    from .trainer import PedroTrainingArguments as PedroTrainingArguments
+    from .trainer import TrainingDiverged as TrainingDiverged
+
+_EXPORTS = {
+    "CompletionCollator": ".collator",
+    "DataError": ".data",
+    "PackedCollator": ".collator",
+    "PedroTrainer": ".trainer",
+    "PedroTrainingArguments": ".trainer",
+    "TrainingDiverged": ".trainer",
+    "load_dataset": ".data",
+    "read_rows": ".data",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use, so that the command line starts without torch."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name], __name__), name)
+    globals()[name] = value
+    return value

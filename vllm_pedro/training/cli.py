@@ -1,0 +1,295 @@
+"""The commands `vllm-pedro train`, `eval` and the parts of `inspect` that need a model or plots.
+
+Parsers are built without torch, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm_pedro.config import ACTIVATIONS, POOLINGS, TARGET_MODULES, PedroConfig
+from vllm_pedro.errors import PedroError
+
+if TYPE_CHECKING:
+    from vllm_pedro.adapter import Adapter
+    from vllm_pedro.training.trainer import PedroTrainingArguments
+
+METRICS = ("accuracy", "f1-em", "exact-match", "loss")
+ENGINES = ("transformers", "vllm")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# The options of TrainingArguments that --help shows; all others are taken too.
+_SHOWN: dict[str, tuple[str, str]] = {
+    "max-steps": ("N", "optimizer steps; in place of --num-train-epochs"),
+    "num-train-epochs": ("N", "passes over the data (3)"),
+    "per-device-train-batch-size": ("N", "rows in a batch (8)"),
+    "gradient-accumulation-steps": ("N", "batches in a step (1)"),
+    "learning-rate": ("X", "(1e-4)"),
+    "warmup-steps": ("X", "steps, or, below 1, their share of all (0.06)"),
+    "weight-decay": ("X", "(0)"),
+    "max-grad-norm": ("X", "gradients are clipped to it (1)"),
+    "seed": ("N", "of the generators and the order of the rows (42)"),
+    "eval-steps": ("N", "evaluate on --dev and save a checkpoint every N steps (100)"),
+    "save-steps": ("N", "without --dev: save a checkpoint every N steps (500)"),
+    "logging-steps": ("N", "(10)"),
+}
+
+
+def add_adapter_options(parser: argparse._ActionsContainer, input_norm: str) -> None:
+    """The options that make a `PedroConfig`."""
+    defaults = PedroConfig()
+    parser.add_argument(
+        "--r", type=int, default=defaults.r, help="inner width; 0: static vectors (%(default)s)"
+    )
+    parser.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        default=defaults.target_modules,
+        help=f"of {', '.join(TARGET_MODULES)} ({' '.join(defaults.target_modules)})",
+    )
+    parser.add_argument(
+        "--pooling", choices=POOLINGS, default=defaults.pooling, help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--input-norm", choices=("none", "rms"), default=input_norm, help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--activation",
+        nargs="+",
+        choices=ACTIVATIONS,
+        default=[defaults.activation],
+        metavar="NAME",
+        help=f"of {', '.join(ACTIVATIONS)}; one, or one for each layer ({defaults.activation})",
+    )
+
+
+def add_train_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `vllm-pedro train`."""
+    data = parser.add_argument_group("model and data")
+    data.add_argument("--model", metavar="FOLDER", required=True, help="the backbone's folder")
+    data.add_argument(
+        "--train",
+        metavar="FILE",
+        required=True,
+        help="JSONL or JSONL.gz: rows with 'prompt' and 'completion', or with 'messages'",
+    )
+    data.add_argument("--dev", metavar="FILE", help="the same, to choose the best checkpoint by")
+    data.add_argument("--output", metavar="FOLDER", required=True, help="for the adapter")
+    data.add_argument("--max-length", type=int, metavar="N", help="leave longer rows out")
+    data.add_argument("--limit", type=int, metavar="N", help="use the first N rows of --train")
+    data.add_argument("--dev-limit", type=int, metavar="N", help="use the first N rows of --dev")
+    data.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="the backbone's (%(default)s)"
+    )
+    add_adapter_options(parser.add_argument_group("adapter"), "rms")
+    more = parser.add_argument_group("training")
+    more.add_argument(
+        "--bilevel",
+        action="store_true",
+        help="learn the activations' coefficients on held-out training data (the paper)",
+    )
+    more.add_argument("--held-out-fraction", type=float, metavar="X", help="for --bilevel (0.2)")
+    more.add_argument("--packing", action="store_true", help="pack the rows of a batch into one")
+    more.add_argument(
+        "--patience", type=int, metavar="N", help="stop after N evaluations without a better loss"
+    )
+    more.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    more.add_argument(
+        "--save-dtype", choices=DTYPES[1:], default="float32", help="of the file (%(default)s)"
+    )
+    for name, (metavar, text) in _SHOWN.items():
+        more.add_argument(f"--{name}", metavar=metavar, help=text)
+    parser.epilog = (
+        "Every other option of transformers' TrainingArguments is taken too, e.g. "
+        "--gradient-checkpointing true, --optim adamw_torch_fused."
+    )
+
+
+def _config(args: argparse.Namespace) -> PedroConfig:
+    return PedroConfig(
+        base_model_name_or_path=args.model,
+        r=args.r,
+        target_modules=args.target_modules,
+        pooling=args.pooling,
+        input_norm=None if args.input_norm == "none" else args.input_norm,
+        activation=args.activation[0] if len(args.activation) == 1 else args.activation,
+    )
+
+
+def training_arguments(args: argparse.Namespace, others: Sequence[str]) -> PedroTrainingArguments:
+    """TrainingArguments from the options that were given, and the defaults of this command.
+
+    Raises:
+        PedroError: an option that TrainingArguments does not have, or a value that it refuses.
+    """
+    from transformers import HfArgumentParser
+
+    from vllm_pedro.training.trainer import PedroTrainingArguments
+
+    argv = ["--output_dir", args.output, "--report_to", "none"]
+    defaults = {"save_total_limit": "2"}
+    if args.dev is None:
+        defaults["save_strategy"] = "steps"
+    else:
+        steps = str(args.eval_steps or 100)
+        defaults |= {"eval_strategy": "steps", "eval_steps": steps, "save_strategy": "steps"}
+        defaults |= {"save_steps": steps, "load_best_model_at_end": "true"}
+        defaults |= {"metric_for_best_model": "eval_loss", "greater_is_better": "false"}
+    given = {name: getattr(args, name.replace("-", "_")) for name in _SHOWN}
+    options = defaults | {
+        name.replace("-", "_"): value for name, value in given.items() if value is not None
+    }
+    for name, value in options.items():
+        argv += [f"--{name}", str(value)]
+    if args.bilevel:
+        argv += ["--bilevel", "true"]
+    if args.held_out_fraction is not None:
+        argv += ["--held_out_fraction", str(args.held_out_fraction)]
+    parser = HfArgumentParser(PedroTrainingArguments, allow_abbrev=False)
+    try:
+        with contextlib.redirect_stderr(_Captured()) as captured:
+            (result,) = parser.parse_args_into_dataclasses([*argv, *others])
+    except SystemExit:
+        said = captured.text.strip().rpartition("error: ")[2]
+        raise PedroError(said or "an option that TrainingArguments refuses") from None
+    except (ValueError, TypeError, ImportError) as error:
+        raise PedroError(str(error)) from error
+    return result
+
+
+class _Captured:
+    """A stream that keeps what argparse complains about."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def add_parsers(commands: Any) -> None:
+    """Add the subcommands of this module."""
+    train = commands.add_parser(
+        "train",
+        help="train an adapter",
+        description="Train an adapter for a model on prompts and completions.",
+        allow_abbrev=False,
+    )
+    add_train_options(train)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="score a model's answers, with or without an adapter",
+        description="Score answers with transformers or vLLM. Prints one JSON object as its last "
+        "line.",
+    )
+    evaluate.add_argument("--model", metavar="FOLDER", required=True, help="the backbone's folder")
+    evaluate.add_argument("--adapter", metavar="FOLDER", help="without: the plain model")
+    evaluate.add_argument("--data", metavar="FILE", required=True, help="JSONL or JSONL.gz")
+    evaluate.add_argument("--metric", choices=METRICS, required=True)
+    evaluate.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="(%(default)s)")
+    evaluate.add_argument("--dtype", choices=DTYPES, default="auto", help="(%(default)s)")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="use the first N rows")
+    evaluate.add_argument(
+        "--max-new-tokens", type=int, metavar="N", default=64, help="of a free answer (%(default)s)"
+    )
+    evaluate.set_defaults(run=run_eval)
+
+
+def main_train(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Run `vllm-pedro train`, whose unknown options go to TrainingArguments."""
+    args, others = parser.parse_known_args(argv)
+    return run_train(args, others, argv)
+
+
+def run_train(args: argparse.Namespace, others: Sequence[str], argv: Sequence[str]) -> int:
+    from vllm_pedro.training.run import TrainingJob, train
+
+    job = TrainingJob(
+        model=args.model,
+        train=args.train,
+        output=args.output,
+        config=_config(args),
+        dev=args.dev,
+        dtype=args.dtype,
+        max_length=args.max_length,
+        limit=args.limit,
+        dev_limit=args.dev_limit,
+        packing=args.packing,
+        patience=args.patience,
+        resume=args.resume,
+        save_dtype=args.save_dtype,
+        command=["vllm-pedro", *argv],
+    )
+    record = train(job, training_arguments(args, others))
+    summary: dict[str, Any] = {"adapter": args.output, **record}
+    print(json.dumps(summary, ensure_ascii=False))
+    return 0
+
+
+def add_inspect_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `vllm-pedro inspect` that look into what was learnt."""
+    parser.add_argument("--layers", action="store_true", help="show statistics of each layer")
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="show how the vectors differ over the prompts of this file; needs --model",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", default=50, help="prompts (%(default)s)")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE.png",
+        help="draw the activation functions, and with --data the vectors' spread",
+    )
+
+
+def inspect_more(adapter: Adapter, args: argparse.Namespace) -> None:
+    """What `inspect` prints and draws when asked for more than the files' contents.
+
+    Raises:
+        PedroError: options that do not go together, or unusable data.
+    """
+    if not (args.layers or args.data or args.plot):
+        return
+    if args.data is not None and args.model is None:
+        raise PedroError("--data needs --model: the vectors are made from the model's states")
+    from vllm_pedro.training import inspection
+
+    if args.layers:
+        print("\n" + inspection.describe_layers(adapter))
+    spread = None
+    if args.data is not None:
+        from vllm_pedro.training.run import load_prompts
+
+        model, prompts = load_prompts(args.model, args.adapter, args.data, args.limit)
+        spread = inspection.spread_over_prompts(inspection.vectors_of_prompts(model, prompts))
+        print("\n" + inspection.describe_spread(spread, len(prompts)))
+    if args.plot is not None:
+        inspection.plot(adapter, args.plot, spread)
+        print(f"\ndrawn: {args.plot}")
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    from vllm_pedro.training.run import evaluate_files
+
+    scores = evaluate_files(
+        args.model,
+        args.data,
+        args.metric,
+        adapter=args.adapter,
+        engine=args.engine,
+        dtype=args.dtype,
+        limit=args.limit,
+        max_new_tokens=args.max_new_tokens,
+    )
+    print(json.dumps(scores, ensure_ascii=False))
+    return 0

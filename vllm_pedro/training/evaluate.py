@@ -1,0 +1,261 @@
+"""How good a model's answers are, with transformers or with vLLM: the same prompts, the same score.
+
+An engine gives token ids for token ids; everything else, from the prompts' tokens to the score, is
+the same code for both, so that two figures differ only where the engines do.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor
+
+from vllm_pedro.errors import PedroError
+from vllm_pedro.model import PedroModel
+from vllm_pedro.training.collator import CompletionCollator
+from vllm_pedro.training.data import DataError, Example, Row, encode, prompt_tokens
+
+METRICS: Final = ("accuracy", "f1-em", "exact-match", "loss")
+MAX_LABELS: Final = 100
+
+
+class Engine(Protocol):
+    """What a metric needs of an engine."""
+
+    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy continuations, in the order of the prompts, without the token that ends them."""
+
+    def choose(
+        self, prompts: Sequence[list[int]], lengths: Sequence[int], allowed: Sequence[list[int]]
+    ) -> list[int]:
+        """For each prompt the likeliest next token of those allowed.
+
+        The first `lengths[i]` tokens of prompt i are pooled.
+        """
+
+    def completion_logprobs(self, examples: Sequence[Example]) -> list[list[float]]:
+        """The log probability of each token of each completion."""
+
+
+# Metrics -----------------------------------------------------------------------------------------
+
+
+def evaluate(
+    engine: Engine, tokenizer: Any, rows: Sequence[Row], metric: str, max_new_tokens: int = 64
+) -> dict[str, float | int]:
+    """Score an engine's answers.
+
+    - "accuracy": the data's completions are the labels. The model's answer is the label that it
+      reaches by always taking the likeliest token with which some label goes on.
+    - "exact-match": a greedy answer is one of the row's answers, but for surrounding and repeated
+      white space.
+    - "f1-em": SQuAD's F1 and exact match, of a greedy answer and the best of the row's answers.
+    - "loss": mean negative log likelihood of the completions' tokens, with the one that ends them.
+
+    Args:
+        engine: what answers.
+        tokenizer: its tokenizer.
+        rows: the questions and their answers.
+        metric: one of `METRICS`.
+        max_new_tokens: where to cut a greedy answer.
+
+    Returns:
+        The scores by name (as fractions, not per cent), and the number of rows.
+
+    Raises:
+        PedroError: an unknown metric, or data it has no meaning for.
+    """
+    if metric == "loss":
+        examples = [encode(tokenizer, row) for row in rows]
+        values = [x for line in engine.completion_logprobs(examples) for x in line]
+        return {"loss": -sum(values) / len(values), "tokens": len(values), "rows": len(rows)}
+    if metric == "accuracy":
+        right = [
+            answer == row.completion
+            for row, answer in zip(rows, classify(engine, tokenizer, rows), strict=True)
+        ]
+        return {"accuracy": sum(right) / len(rows), "rows": len(rows)}
+    if metric not in METRICS:
+        raise PedroError(f"metric: expected one of {list(METRICS)}, found {metric!r}")
+    prompts = [prompt_tokens(tokenizer, row) for row in rows]
+    answers = [
+        tokenizer.decode(tokens, skip_special_tokens=True)
+        for tokens in engine.generate(prompts, max_new_tokens)
+    ]
+    pairs = list(zip(answers, rows, strict=True))
+    if metric == "exact-match":
+        exact = [any(_spaced(a) == _spaced(b) for b in row.answers) for a, row in pairs]
+        return {"exact_match": sum(exact) / len(rows), "rows": len(rows)}
+    f1 = [max(squad_f1(a, b) for b in row.answers) for a, row in pairs]
+    em = [any(squad_normalize(a) == squad_normalize(b) for b in row.answers) for a, row in pairs]
+    return {"f1": sum(f1) / len(rows), "exact_match": sum(em) / len(rows), "rows": len(rows)}
+
+
+def classify(engine: Engine, tokenizer: Any, rows: Sequence[Row]) -> list[str]:
+    """Each row's likeliest label, the labels being the completions in `rows`."""
+    labels = sorted({row.completion for row in rows})
+    if not 2 <= len(labels) <= MAX_LABELS:
+        raise DataError(
+            f"accuracy: expected between 2 and {MAX_LABELS} different completions, the labels, "
+            f"found {len(labels)}; exact-match or f1-em score free answers"
+        )
+    prompts = [prompt_tokens(tokenizer, row) for row in rows]
+    lengths = [len(prompt) for prompt in prompts]
+    # Each row has its own, because a label's tokens can depend on the end of the prompt.
+    left = [
+        {
+            label: encode(tokenizer, Row(row.source, row.prompt, label)).completion
+            for label in labels
+        }
+        for row in rows
+    ]
+    depth = 0
+    while undecided := [i for i, codes in enumerate(left) if len(codes) > 1]:
+        options = {
+            i: sorted({_token(label, depth) for label in left[i].items()}) for i in undecided
+        }
+        asked = [i for i in undecided if len(options[i]) > 1]
+        answers = engine.choose(
+            [prompts[i] for i in asked], [lengths[i] for i in asked], [options[i] for i in asked]
+        )
+        chosen = {i: options[i][0] for i in undecided} | dict(zip(asked, answers, strict=True))
+        for i, token in chosen.items():
+            left[i] = {label: code for label, code in left[i].items() if code[depth] == token}
+            prompts[i] = [*prompts[i], token]
+        depth += 1
+    return [next(iter(codes)) for codes in left]
+
+
+def _token(label: tuple[str, list[int]], depth: int) -> int:
+    text, code = label
+    if depth >= len(code):
+        raise DataError(
+            f"accuracy: the label {text!r} is the beginning of another one, and the tokenizer has "
+            "no end-of-sequence token to tell them apart"
+        )
+    return code[depth]
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
+def squad_normalize(text: str) -> str:
+    """SQuAD's normal form: lower case, no punctuation, no articles, single spaces."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return _spaced(re.sub(r"\b(a|an|the)\b", " ", text))
+
+
+def squad_f1(answer: str, truth: str) -> float:
+    """SQuAD's F1: harmonic mean of precision and recall of the words."""
+    found, wanted = squad_normalize(answer).split(), squad_normalize(truth).split()
+    if not found or not wanted:
+        return float(found == wanted)
+    same = sum((Counter(found) & Counter(wanted)).values())
+    return 2 * same / (len(found) + len(wanted))
+
+
+# transformers ------------------------------------------------------------------------------------
+
+
+class TransformersEngine:
+    """A transformers model: a `PedroModel`, a PEFT model or a bare backbone.
+
+    Args:
+        model: the model.
+        pad_token_id: what to pad with.
+        batch_tokens: how many tokens to have in a batch at most, padding included.
+    """
+
+    def __init__(self, model: Any, pad_token_id: int, batch_tokens: int = 4096) -> None:
+        self._model = model
+        self._pad = pad_token_id
+        self._batch_tokens = batch_tokens
+        self._device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+        self._model.eval()
+        config = self._model.generation_config
+        ends = config.eos_token_id
+        ends = set(ends) if isinstance(ends, list) else {ends}
+        answers: list[list[int]] = [[] for _ in prompts]
+        for chosen in self._batches([len(prompt) + max_new_tokens for prompt in prompts]):
+            examples = [Example(prompts[i], []) for i in chosen]
+            batch = self._collate(examples)
+            output = self._model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=self._pad,
+            )
+            for i, row in zip(chosen, output[:, batch["input_ids"].shape[1] :], strict=True):
+                answers[i] = _until(row.tolist(), ends)
+        return answers
+
+    @torch.inference_mode()
+    def choose(
+        self, prompts: Sequence[list[int]], lengths: Sequence[int], allowed: Sequence[list[int]]
+    ) -> list[int]:
+        self._model.eval()
+        answers = [0] * len(prompts)
+        for chosen in self._batches([len(prompt) for prompt in prompts]):
+            batch = self._collate([Example(prompts[i], []) for i in chosen])
+            if "prompt_lengths" in batch:
+                batch["prompt_lengths"] = torch.tensor([lengths[i] for i in chosen])
+            logits = self._forward(batch, 1)[:, -1]
+            for row, i in enumerate(chosen):
+                scores = logits[row, allowed[i]]
+                answers[i] = allowed[i][int(scores.argmax())]
+        return answers
+
+    @torch.inference_mode()
+    def completion_logprobs(self, examples: Sequence[Example]) -> list[list[float]]:
+        self._model.eval()
+        found: list[list[float]] = [[] for _ in examples]
+        for chosen in self._batches([len(example) for example in examples]):
+            batch = self._collate([examples[i] for i in chosen])
+            width = max(len(examples[i].completion) for i in chosen)
+            logits = self._forward(batch, width + 1)[:, :-1]
+            scores = torch.log_softmax(logits.float(), dim=-1)
+            for row, i in enumerate(chosen):
+                tokens = torch.tensor(examples[i].completion, device=scores.device)
+                line = scores[row, : len(tokens)].gather(1, tokens[:, None])
+                found[i] = line.flatten().tolist()
+        return found
+
+    def _forward(self, batch: dict[str, Tensor], columns: int) -> Tensor:
+        """Logits of the last columns, `[B, columns, vocabulary]`."""
+        logits: Tensor = self._model(**batch, use_cache=False, logits_to_keep=columns).logits
+        return logits[:, -columns:]
+
+    def _collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        batch = CompletionCollator(self._pad)(examples)
+        del batch["labels"]
+        if not isinstance(self._model, PedroModel):
+            del batch["prompt_lengths"]
+        return {name: tensor.to(self._device) for name, tensor in batch.items()}
+
+    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Indices in batches of like length, the longest first."""
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        batches: list[list[int]] = []
+        for i in order:
+            if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= self._batch_tokens:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        return batches
+
+
+def _until(tokens: list[int], ends: set[Any]) -> list[int]:
+    for place, token in enumerate(tokens):
+        if token in ends:
+            return tokens[:place]
+    return tokens

@@ -1,0 +1,200 @@
+"""What an adapter has learnt: its vectors over prompts, and its activation functions, drawn.
+
+Two questions about a trained adapter have an answer in numbers. Has it moved from the identity?
+Then its vectors differ from one. Do the prompts matter? Then the vectors differ from prompt to
+prompt; if they do not, the adapter has collapsed to static vectors, (IA)^3.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_pedro.adapter import Adapter
+from vllm_pedro.errors import PedroError
+from vllm_pedro.generator import activate
+from vllm_pedro.model import PedroModel
+
+# GELU has all its shape here; with an input norm, inputs of the activations lie within.
+PLOT_LIMIT = 4.0
+
+
+@dataclass(frozen=True)
+class LayerSpread:
+    """How one module's vectors of one layer lie over the prompts.
+
+    Attributes:
+        layer: the layer.
+        module: the scaled projection.
+        deviation: root mean square of the vectors' entries minus one, over prompts and entries.
+        spread: the part of it that differs between prompts: root mean square of the entries minus
+            their mean over the prompts.
+    """
+
+    layer: int
+    module: str
+    deviation: float
+    spread: float
+
+    @property
+    def prompt_share(self) -> float:
+        """Spread as a share of the deviation: 0 for static vectors, 1 if all is the prompt's."""
+        return self.spread / self.deviation if self.deviation > 0 else 0.0
+
+
+@torch.no_grad()
+def vectors_of_prompts(
+    model: PedroModel, prompts: Sequence[Sequence[int]]
+) -> list[dict[str, Tensor]]:
+    """The vectors that the active adapter makes of some prompts.
+
+    Args:
+        model: the model.
+        prompts: token ids of N prompts.
+
+    Returns:
+        For each layer, by module, `[N, d_t]` in float32 on the CPU.
+    """
+    if model.active_adapter is None:
+        raise PedroError("no adapter is active")
+    model.eval()
+    device = next(model.parameters()).device
+    generators: Any = model.vector_generators[model.active_adapter]
+    found: list[dict[str, list[Tensor]]] = [{} for _ in generators]
+
+    def keep(layer: int) -> Any:
+        def hook(module: Any, args: Any, output: dict[str, Tensor]) -> None:
+            for name, vector in output.items():
+                found[layer].setdefault(name, []).append(vector[0].float().cpu())
+
+        return hook
+
+    handles = [g.register_forward_hook(keep(layer)) for layer, g in enumerate(generators)]
+    try:
+        for prompt in prompts:
+            ids = torch.tensor([list(prompt)], device=device)
+            model(ids, use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [{name: torch.stack(rows) for name, rows in layer.items()} for layer in found]
+
+
+def spread_over_prompts(vectors: Sequence[dict[str, Tensor]]) -> list[LayerSpread]:
+    """`LayerSpread` of each layer and module, from what `vectors_of_prompts` returns."""
+    rows = []
+    for index, layer in enumerate(vectors):
+        for name, values in layer.items():
+            deviation = (values - 1.0).square().mean().sqrt()
+            # With float32 rows that are all alike, the mean may be off by a rounding.
+            centred = values - values.mean(dim=0)
+            spread = 0.0 if bool((values == values[0]).all()) else centred.square().mean().sqrt()
+            rows.append(LayerSpread(index, name, float(deviation), float(spread)))
+    return rows
+
+
+def describe_spread(rows: Sequence[LayerSpread], number: int) -> str:
+    """The spread as a table, and in one sentence."""
+    lines = [
+        f"vectors over {number} prompts (root mean squares)",
+        f"{'layer':>5}  {'module':<10}{'from one':>11}{'over prompts':>14}{'share':>8}",
+    ]
+    for row in rows:
+        lines.append(
+            f"{row.layer:>5}  {row.module:<10}{row.deviation:>11.4g}{row.spread:>14.4g}"
+            f"{row.prompt_share:>8.1%}"
+        )
+    total = sum(row.deviation**2 for row in rows)
+    share = (sum(row.spread**2 for row in rows) / total) ** 0.5 if total > 0 else 0.0
+    if total == 0:
+        text = "the vectors are all ones: the adapter changes nothing"
+    elif share < 0.01:
+        text = f"the prompt makes {share:.1%} of it: the adapter has collapsed to static vectors"
+    else:
+        text = f"the prompt makes {share:.1%} of what the vectors differ from one"
+    return "\n".join([*lines, text])
+
+
+def describe_layers(adapter: Adapter) -> str:
+    """Layer by layer: b_up, which is the vectors' static part, and the size of the generator."""
+    lines = [
+        f"{'layer':>5}  {'activation':<11}{'b_up mean':>11}{'std':>9}{'min':>9}{'max':>9}"
+        f"{'|W_down|':>10}{'|W_up|':>9}"
+    ]
+    for index in range(adapter.num_layers):
+        layer = adapter.layer(index)
+        bias = layer.bias
+        kind = "-" if layer.down is None else adapter.config.activation_of(index)
+        text = f"{index:>5}  {kind:<11}{float(bias.mean()):>11.4f}"
+        for value in (bias.std(correction=0), bias.min(), bias.max()):
+            text += f"{float(value):>9.4f}"
+        for weight, width in ((layer.down, 10), (layer.up, 9)):
+            text += f"{'-' if weight is None else f'{float(weight.norm()):.4g}':>{width}}"
+        lines.append(text)
+    return "\n".join(lines)
+
+
+def plot(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    spread: Sequence[LayerSpread] | None = None,
+) -> None:
+    """Draw the learned activation functions beside GELU, and the spread over prompts if given.
+
+    Args:
+        adapter: the adapter.
+        path: the image file; its ending says the format, e.g. ".png".
+        spread: as `spread_over_prompts` returns it.
+
+    Raises:
+        PedroError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PedroError("--plot needs matplotlib: pip install 'vllm-pedro[plot]'") from error
+    figure = Figure(figsize=(12 if spread else 6.5, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    curves = figure.add_subplot(1, 2 if spread else 1, 1)
+    x = torch.linspace(-PLOT_LIMIT, PLOT_LIMIT, 401)
+    colours = colormaps["viridis"]
+    last = max(adapter.num_layers - 1, 1)
+    for index in range(adapter.num_layers):
+        layer = adapter.layer(index)
+        if layer.down is None:
+            continue
+        kind = adapter.config.activation_of(index)
+        y = activate(x, kind, layer.numerator, layer.denominator)
+        label = f"layer {index}" if index in (0, adapter.num_layers - 1) else None
+        curves.plot(x, y, color=colours(index / last), linewidth=0.9, label=label)
+    curves.plot(x, activate(x, "gelu"), "k--", linewidth=1.6, label="GELU")
+    curves.set(title="activation functions", xlabel="x", ylabel="g(x)")
+    curves.grid(alpha=0.3)
+    curves.legend()
+    if spread:
+        axes = figure.add_subplot(1, 2, 2)
+        for name in dict.fromkeys(row.module for row in spread):
+            rows = [row for row in spread if row.module == name]
+            layers = [row.layer for row in rows]
+            (line,) = axes.plot(layers, [row.spread for row in rows], marker=".", label=name)
+            deviations = [row.deviation for row in rows]
+            axes.plot(layers, deviations, ":", color=line.get_color())
+        axes.set(
+            title="vectors: over prompts (solid), from one (dotted)",
+            xlabel="layer",
+            ylabel="root mean square",
+        )
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    try:
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise PedroError(f"cannot write {os.fspath(path)}: {error}") from error

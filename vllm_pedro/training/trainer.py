@@ -1,0 +1,414 @@
+"""Training an adapter: transformers' Trainer with the paper's recipe.
+
+Checkpoints, resuming, logging, evaluation and early stopping are Trainer's own. What is added:
+
+- checkpoints are adapter folders, which can be served as they are;
+- logits are computed only where there are labels;
+- bi-level optimisation: the activations' coefficients learn from a held-out part of the training
+  data, the rest of the generators from the other part, in turns, first order (as in DARTS,
+  arXiv 1806.09055);
+- a guard that stops with advice when the training has diverged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from vllm_pedro.adapter import load_adapter
+from vllm_pedro.errors import PedroError
+from vllm_pedro.model import IGNORED_LABEL, PedroModel
+from vllm_pedro.training.data import held_out_split
+
+# What a config must share with a checkpoint's for the parameters to mean the same.
+_STRUCTURE = ("r", "target_modules", "pooling", "input_norm", "activation", "rational_order")
+
+# Healthy runs have gradient norms below 100; diverging ones were seen between 1e6 and 1e9.
+MAX_HEALTHY_NORM = 1e5
+PATIENCE_STEPS = 5
+LOSS_STEPS = 10
+LOSS_RATIO = 3.0
+
+
+class TrainingDiverged(PedroError):
+    """The loss or the gradients left all bounds; the message says what to try."""
+
+
+@dataclass
+class PedroTrainingArguments(TrainingArguments):
+    """TrainingArguments with the paper's defaults, and what PEDRO adds.
+
+    Linear decay after a warm-up of 6 % of the steps, AdamW, no weight decay, learning rate 1e-4.
+
+    Attributes:
+        bilevel: learn the activations' coefficients on a held-out part of the training data.
+        held_out_fraction: how large that part is.
+        coefficient_learning_rate: the coefficients' learning rate; None for `learning_rate`.
+        guard: stop when the training has diverged.
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate."})
+    warmup_steps: float = field(
+        default=0.06, metadata={"help": "Warm-up steps, or, below 1, their share of all steps."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Has no meaning here: rows have no columns."}
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Resume with the patience that was left."}
+    )
+    bilevel: bool = field(
+        default=False,
+        metadata={"help": "Learn the activations' coefficients on held-out training data."},
+    )
+    held_out_fraction: float = field(
+        default=0.2, metadata={"help": "Share of the training data held out for --bilevel."}
+    )
+    coefficient_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the activations' coefficients; as --learning-rate."}
+    )
+    guard: bool = field(
+        default=True, metadata={"help": "Stop when the loss or the gradients have exploded."}
+    )
+
+
+def is_coefficient(name: str) -> bool:
+    """Whether a parameter of this name is one of an activation's."""
+    return name.endswith((".activation.numerator", ".activation.denominator"))
+
+
+class Guard:
+    """Watches losses and gradient norms for divergence.
+
+    Args:
+        advice: what the message tells to try.
+    """
+
+    def __init__(self, advice: str) -> None:
+        self._advice = advice
+        self._high_norms = 0
+        self._first: list[float] = []
+        self._recent: list[float] = []
+
+    def see_loss(self, loss: float, step: int) -> None:
+        """Take note of a step's loss.
+
+        Raises:
+            TrainingDiverged: it is not finite, or the last ten are far above the first ten.
+        """
+        if not math.isfinite(loss):
+            raise self._diverged(step, f"the loss is {loss}")
+        if len(self._first) < LOSS_STEPS:
+            self._first.append(loss)
+            return
+        self._recent = [*self._recent[1 - LOSS_STEPS :], loss]
+        first, recent = sum(self._first) / LOSS_STEPS, sum(self._recent) / LOSS_STEPS
+        if len(self._recent) == LOSS_STEPS and recent > LOSS_RATIO * max(first, 1.0):
+            raise self._diverged(
+                step, f"the loss rose from {first:.3g} to {recent:.3g}, means of {LOSS_STEPS} steps"
+            )
+
+    def see_norm(self, norm: float, step: int) -> None:
+        """Take note of a step's gradient norm, before the optimizer uses the gradients.
+
+        Raises:
+            TrainingDiverged: it is not finite, or was too high for five steps in a row.
+        """
+        if not math.isfinite(norm):
+            raise self._diverged(step, f"the gradient norm is {norm}")
+        self._high_norms = self._high_norms + 1 if norm > MAX_HEALTHY_NORM else 0
+        if self._high_norms >= PATIENCE_STEPS:
+            raise self._diverged(
+                step,
+                f"the gradient norm was above {MAX_HEALTHY_NORM:g} for {PATIENCE_STEPS} steps, "
+                f"now {norm:.3g}",
+            )
+
+    def _diverged(self, step: int, what: str) -> TrainingDiverged:
+        return TrainingDiverged(f"training diverged at step {step}: {what}. {self._advice}")
+
+
+def advice_for(model: Any, args: PedroTrainingArguments) -> str:
+    """What to try when a training of `model` diverges, the likeliest first."""
+    advice = []
+    if isinstance(model, PedroModel) and model.active_adapter is not None:
+        config = model.pedro_configs[model.active_adapter]
+        kinds = [config.activation] if isinstance(config.activation, str) else config.activation
+        if config.r > 0 and config.input_norm is None:
+            advice.append("input norm 'rms' (raw hidden states of real models are large)")
+        if config.r > 0 and "rational" in kinds:
+            advice.append("activation 'gelu' (a rational one has powers up to the sixth)")
+    advice.append(f"a lower learning rate than {args.learning_rate:g}")
+    if args.max_grad_norm <= 0:
+        advice.append("clipping the gradients (max_grad_norm 1.0)")
+    if args.fp16:
+        advice.append("bf16 instead of fp16")
+    return "Try " + ", or ".join(advice) + "."
+
+
+class PedroTrainer(Trainer):
+    """Trainer for a `PedroModel`, or, for comparison, a PEFT model on the same data.
+
+    Args:
+        model: the model; a `PedroModel` with a trainable active adapter.
+        args: the settings.
+        **kwargs: as Trainer takes them. The collators of `vllm_pedro.training.collator` make
+            batches from rows of `vllm_pedro.training.data`.
+
+    Raises:
+        PedroError: settings that cannot be, such as bi-level optimisation of an adapter whose
+            activations have no coefficients.
+    """
+
+    def __init__(self, model: nn.Module, args: PedroTrainingArguments, **kwargs: Any) -> None:
+        if args.n_gpu > 1:
+            raise PedroError(
+                f"{args.n_gpu} GPUs in one process: start one process a GPU (torchrun), or choose "
+                "one GPU with CUDA_VISIBLE_DEVICES"
+            )
+        self.optimizer: Any = None
+        self._held_out: Subset | None = None
+        self._weights: list[nn.Parameter] = []
+        self._coefficients: list[nn.Parameter] = []
+        self._eval_loss, self._eval_tokens = 0.0, 0
+        self.tokens_seen = 0
+        if args.bilevel:
+            kwargs["train_dataset"] = self._hold_out(model, args, kwargs.get("train_dataset"))
+        super().__init__(model=model, args=args, **kwargs)
+        self._guard = Guard(advice_for(model, args)) if args.guard else None
+
+    @property
+    def settings(self) -> PedroTrainingArguments:
+        return cast(PedroTrainingArguments, self.args)
+
+    @property
+    def step(self) -> int:
+        """The optimizer step under way, counted from 1."""
+        return int(self.state.global_step) + 1
+
+    # ---- the loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Cross-entropy at the labels; logits are computed in the columns that have any."""
+        inputs = dict(inputs)
+        labels = inputs["labels"]
+        if "prompt_lengths" in inputs:
+            if not isinstance(self.accelerator.unwrap_model(model), PedroModel):
+                del inputs["prompt_lengths"]
+            # A token is predicted in the column before its own.
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+            columns = (targets != IGNORED_LABEL).any(dim=0).nonzero().flatten()
+            if len(columns) > 0 and not _adds_virtual_tokens(model):
+                targets = targets[:, columns].contiguous()
+                inputs |= {"logits_to_keep": columns, "labels": targets, "shift_labels": targets}
+        result = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = cast(tuple[Tensor, Any], result)
+        if not model.training:
+            tokens = int((labels[:, 1:] != IGNORED_LABEL).sum())
+            self._eval_loss += float(loss) * tokens
+            self._eval_tokens += tokens
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's, with a loss that is the mean over tokens whatever the batches."""
+        self._eval_loss, self._eval_tokens = 0.0, 0
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if self.args.world_size == 1 and self._eval_tokens and output.metrics:
+            output.metrics[f"{prefix}_loss"] = self._eval_loss / self._eval_tokens
+        return output
+
+    # ---- a step
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """One micro-batch; before the first of a bi-level step, the coefficients' turn."""
+        self.tokens_seen += _count_tokens(inputs)
+        if not self.settings.bilevel:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            if self._outer_done < self.step:
+                self._outer_step(model)
+                self._outer_done = self.step
+            with _only(self._weights, self._coefficients):
+                loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._guard is not None:
+            # With several micro-batches each one's loss is its share of the step's.
+            self._guard.see_loss(float(loss) * self._micro_batches, self.step)
+        return loss
+
+    @property
+    def _micro_batches(self) -> int:
+        return int(getattr(self, "current_gradient_accumulation_steps", 1))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self._guard is not None and norm is not None:
+            self._guard.see_norm(float(norm), self.step)
+        return norm
+
+    # ---- bi-level optimisation
+
+    _outer_done = 0
+
+    def _hold_out(self, model: nn.Module, args: PedroTrainingArguments, dataset: Any) -> Subset:
+        if not isinstance(model, PedroModel):
+            raise PedroError("bilevel: only a PedroModel has activations to learn")
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._coefficients = [p for name, p in named if is_coefficient(name)]
+        self._weights = [p for name, p in named if not is_coefficient(name)]
+        if not self._coefficients:
+            raise PedroError(
+                "bilevel: the adapter has no coefficients to learn; it needs activation "
+                "'rational' and r above 0"
+            )
+        if args.fp16 or args.world_size > 1:
+            raise PedroError("bilevel: neither fp16 nor more than one process is supported")
+        if dataset is None:
+            raise PedroError("bilevel: needs a train_dataset, to hold a part of it out")
+        kept, held = held_out_split(len(dataset), args.held_out_fraction, args.seed)
+        self._held_out = Subset(dataset, held)
+        return Subset(dataset, kept)
+
+    def held_out_batch(self, step: int) -> list[Any]:
+        """The held-out rows of one step, a function of seed and step alone, so of no history."""
+        assert self._held_out is not None
+        size, number = self.args.per_device_train_batch_size, len(self._held_out)
+        rows = []
+        for position in range((step - 1) * size, step * size):
+            epoch, place = divmod(position, number)
+            random = torch.Generator().manual_seed(self.args.seed + 1_000_003 * (epoch + 1))
+            rows.append(self._held_out[int(torch.randperm(number, generator=random)[place])])
+        return rows
+
+    def _outer_step(self, model: nn.Module) -> None:
+        """Update the coefficients alone, on a held-out batch."""
+        model.train()
+        batch = self._prepare_inputs(self.data_collator(self.held_out_batch(self.step)))
+        with _only(self._coefficients, self._weights):
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, batch)
+            self.accelerator.backward(loss)
+        limit = self.args.max_grad_norm if self.args.max_grad_norm > 0 else math.inf
+        norm = nn.utils.clip_grad_norm_(self._coefficients, limit)
+        if self._guard is not None:
+            self._guard.see_norm(float(norm), self.step)
+        # The same optimizer does both turns: it passes over parameters without a gradient.
+        optimizer: Any = self.optimizer
+        getattr(optimizer, "optimizer", optimizer).step()
+        model.zero_grad()
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer; biases and coefficients do not decay."""
+        target = self.model if model is None else model
+        if self.optimizer is not None or not isinstance(target, PedroModel):
+            return cast(torch.optim.Optimizer, super().create_optimizer(model))
+        groups: dict[str, list[nn.Parameter]] = {"weights": [], "biases": [], "coefficients": []}
+        for name, parameter in target.named_parameters():
+            if parameter.requires_grad:
+                kind = "weights" if name.endswith(".weight") else "biases"
+                groups["coefficients" if is_coefficient(name) else kind].append(parameter)
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, target)
+        rate = self.settings.coefficient_learning_rate
+        how: dict[str, dict[str, float]] = {
+            "weights": {"weight_decay": self.args.weight_decay},
+            "biases": {"weight_decay": 0.0},
+            "coefficients": {
+                "weight_decay": 0.0,
+                "lr": self.args.learning_rate if rate is None else rate,
+            },
+        }
+        self.optimizer = optimizer_class(
+            [{"params": found, **how[kind]} for kind, found in groups.items() if found], **settings
+        )
+        return cast(torch.optim.Optimizer, self.optimizer)
+
+    # ---- checkpoints are adapter folders
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not isinstance(self.model, PedroModel):
+            super()._save(output_dir, state_dict)
+            return
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        self.model.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        target = self.model if model is None else model
+        if isinstance(target, PedroModel):
+            load_checkpoint(target, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PedroModel):
+            load_checkpoint(self.model, str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+
+def load_checkpoint(model: PedroModel, path: str) -> None:
+    """Fill a model's active adapter from an adapter folder of the same structure.
+
+    Raises:
+        AdapterError: the folder holds no adapter for this backbone.
+        PedroError: the adapter there was made with other settings.
+    """
+    name = model.active_adapter
+    if name is None:
+        raise PedroError("no adapter is active")
+    adapter = load_adapter(path, model.shape)
+    ours, theirs = model.pedro_configs[name], adapter.config
+    for key in _STRUCTURE:
+        if getattr(ours, key) != getattr(theirs, key):
+            raise PedroError(
+                f"{path}: {key} is {getattr(theirs, key)!r} there and {getattr(ours, key)!r} here; "
+                "resume with the settings that the training began with"
+            )
+    with torch.no_grad():
+        for key, parameter in model.adapter_tensors(name).items():
+            parameter.copy_(adapter.tensors[key])
+
+
+class _only:
+    """Lets some parameters alone require gradients, for a block."""
+
+    def __init__(self, wanted: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) -> None:
+        self._wanted, self._others = wanted, others
+
+    def __enter__(self) -> None:
+        for parameter in self._others:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *exception: object) -> None:
+        for parameter in self._others:
+            parameter.requires_grad_(True)
+
+
+def _count_tokens(inputs: dict[str, Any]) -> int:
+    mask = inputs.get("attention_mask")
+    return int(mask.sum()) if mask is not None else int(inputs["input_ids"].numel())
+
+
+def _adds_virtual_tokens(model: Any) -> bool:
+    """Whether PEFT puts tokens of its own before the input, which shifts all columns."""
+    config = getattr(model, "active_peft_config", None)
+    return bool(getattr(config, "is_prompt_learning", False))

@@ -144,10 +144,16 @@ class Soak:
         self.quiet: dict[tuple[int | None, int], Quiet] = {}
         # name -> [(first moment, last moment, content)]; a swap's old and new overlap while it runs
         self.names: dict[str, list[list[Any]]] = {}
+        # A connection for each request: one that waits may be closed as it is used again.
+        once = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self.client = openai.AsyncOpenAI(
-            base_url=f"{server.url}/v1", api_key="-", max_retries=0, timeout=300
+            base_url=f"{server.url}/v1",
+            api_key="-",
+            max_retries=0,
+            timeout=300,
+            http_client=httpx.AsyncClient(limits=once, timeout=300),
         )
-        self.http = httpx.AsyncClient(base_url=server.url, timeout=300)
+        self.http = httpx.AsyncClient(base_url=server.url, limits=once, timeout=300)
         self._spare = 0
 
     def _make_prompts(self) -> list[list[int]]:
@@ -344,6 +350,9 @@ class Soak:
         while not self._over():
             resident = sum(self.server.resident_bytes().values())
             self.report.memory.append((time.monotonic() - self._start, resident))
+            if len(self.report.memory) % 6 == 0:
+                now = f"{self.report.memory[-1][0]:.0f} s, {resident >> 20} MiB"
+                print(now, dict(self.report.counts), file=sys.stderr, flush=True)
             await asyncio.sleep(min(5.0, self.plan.seconds / 24))
 
     async def ask_quietly(self) -> None:

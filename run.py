@@ -86,6 +86,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 LOCK = ROOT / ".venv.lock"
 RECORD = VENV / "vllm-pedro-setup.json"
+NATIVE = ROOT / "vllm_pedro" / "_C.so"
 LOG = VENV / "setup.log"
 
 COMMANDS = ("demo", "test", "lint", "setup")
@@ -241,8 +242,9 @@ def exact_torch(lines: list[str]) -> str | None:
 def setup_key(device: str, python: str) -> str:
     """Changes whenever a finished set-up is out of date."""
     digest = hashlib.sha256()
-    for name in ("pyproject.toml", "setup.py"):
-        digest.update((ROOT / name).read_bytes() + b"\0")
+    native = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    for path in (ROOT / "pyproject.toml", ROOT / "setup.py", *native):
+        digest.update(path.read_bytes() + b"\0")
     # The folder counts because a virtual environment cannot be moved.
     digest.update("\0".join([device, python, str(ROOT), str(SETUP_VERSION)]).encode())
     return digest.hexdigest()
@@ -286,6 +288,8 @@ def venv_version() -> str:
 def is_undamaged() -> bool:
     """Whether .venv holds the most important of what a finished set-up leaves there."""
     packages = VENV / "lib" / f"python{venv_version()}" / "site-packages"
+    if read_record().get("native") and not NATIVE.exists():
+        return False  # built, and gone: git clean, or another checkout
     needed = [packages / name for name in ("torch", "transformers", "vllm", "pytest")]
     needed += [VENV / "bin" / name for name in ("vllm-pedro", "ruff", "mypy")]
     return all(path.exists() for path in needed)
@@ -609,7 +613,8 @@ def install(
         write_record(state="failed", **state)
         raise
     key = setup_key(device, venv_version())
-    write_record(state="complete", key=key, installed=wanted, **state)
+    native = NATIVE.exists()
+    write_record(state="complete", key=key, installed=wanted, native=native, **state)
     progress.note(f"ready: {versions}")
 
 
@@ -653,10 +658,15 @@ def install_packages(
         if device == "cpu":
             run([python, "-m", "pip", "uninstall", "--yes", *CUDA_STRAYS])
 
-    progress.step("installing vllm-pedro, editable")
+    progress.step("installing vllm-pedro, editable, with its native operators")
+    # Without isolation: in it pip would fetch a torch of its own, or find none to build against.
     status, output = run([*pip, "--no-build-isolation", "--no-deps", "--editable", str(ROOT)])
     if status != 0:
         raise pip_failure("installing vllm-pedro", output)
+    if not NATIVE.exists():
+        progress.note(
+            "native operators not built (no C++ compiler?): PyTorch's are used; see the log"
+        )
 
 
 def verify(run: Runner, progress: Progress, device: str) -> str:

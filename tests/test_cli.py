@@ -352,3 +352,14 @@ def test_the_cpu_wheel_still_needs_the_shim() -> None:
     )
     assert result.returncode != 0
     assert "PackageNotFoundError" in result.stderr
+
+
+def test_inspect_shows_what_runs_the_operators(capsys):
+    from vllm_pedro.ops import backends
+
+    assert cli.main(["inspect", "--backends"]) == 0
+    out = capsys.readouterr().out
+    assert backends.cpu in out
+    assert "torch" in out
+    assert cli.main(["inspect"]) != 0
+    assert "needs an adapter folder, or --backends" in capsys.readouterr().err

@@ -39,6 +39,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(module, "LOCK", root / ".venv.lock")
     monkeypatch.setattr(module, "RECORD", root / ".venv" / "vllm-pedro-setup.json")
     monkeypatch.setattr(module, "LOG", root / ".venv" / "setup.log")
+    monkeypatch.setattr(module, "NATIVE", root / "vllm_pedro" / "_C.so")
     monkeypatch.setattr(module, "NEEDED_BYTES", {"cpu": 1, "cuda": 1})
     for name in ("VLLM_PEDRO_DEVICE", "VLLM_PEDRO_TORCH_INDEX", "VIRTUAL_ENV"):
         monkeypatch.delenv(name, raising=False)
@@ -764,3 +765,24 @@ def test_ci_runs_both_and_fails_if_one_does(tmp_path: Path) -> None:
         assert result.returncode == status
         assert result.stdout.splitlines() == ["ran lint", "ran test"]
         assert (f"failed: {failing}" in result.stderr) == (status == 1)
+
+
+# Native operators --------------------------------------------------------------------------------
+
+
+def test_native_sources_and_the_library_are_part_of_a_set_up(run: ModuleType) -> None:
+    source = run.ROOT / "csrc" / "cuda" / "ops.cu"
+    before = run.setup_key("cpu", HERE)
+    source.parent.mkdir(parents=True)
+    source.write_text("// first")
+    first = run.setup_key("cpu", HERE)
+    source.write_text("// second")
+    assert len({before, first, run.setup_key("cpu", HERE)}) == 3
+
+
+def test_a_lost_library_is_noticed(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.Path, "exists", lambda path: path != run.NATIVE)
+    monkeypatch.setattr(run, "read_record", lambda: {"native": False})
+    assert run.is_undamaged()
+    monkeypatch.setattr(run, "read_record", lambda: {"native": True})
+    assert not run.is_undamaged()

@@ -66,9 +66,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="check an adapter and show what is in it",
         description="Read and check an adapter folder; show its config, size and tensors.",
     )
-    inspect.add_argument("adapter", metavar="ADAPTER", help="an adapter folder")
+    inspect.add_argument("adapter", metavar="ADAPTER", nargs="?", help="an adapter folder")
     inspect.add_argument("--model", metavar="FOLDER", help="check too that it fits this model")
     training_cli.add_inspect_options(inspect)
+    inspect.add_argument(
+        "--backends",
+        action="store_true",
+        help="show what runs PEDRO's operators here: native code, Triton or plain PyTorch",
+    )
     inspect.set_defaults(run=run_inspect)
 
     training_cli.add_parsers(commands)
@@ -127,6 +132,12 @@ def run_fetch_model(args: argparse.Namespace) -> int:
 def run_inspect(args: argparse.Namespace) -> int:
     from vllm_pedro.adapter import load_adapter
 
+    if args.backends:
+        print(describe_backends())
+    if args.adapter is None:
+        if not args.backends:
+            raise PedroError("inspect needs an adapter folder, or --backends")
+        return 0
     shape = None
     if args.model is not None:
         shape = BackboneShape.from_hf_config(_model_config(args.model))
@@ -134,6 +145,24 @@ def run_inspect(args: argparse.Namespace) -> int:
     print(describe(adapter))
     training_cli.inspect_more(adapter, args)
     return 0
+
+
+def describe_backends() -> str:
+    """What runs the operators here, and on what."""
+    import torch
+
+    from vllm_pedro.ops import backends
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    lines = [
+        f"operators on the CPU   {backends.cpu}",
+        f"operators on CUDA      {backends.cuda if devices else 'no device found'}",
+        f"torch                  {torch.__version__}",
+        *(f"device                 {name}" for name in devices),
+    ]
+    if backends.note:
+        lines.append(f"native library         {backends.note}")
+    return "\n".join(lines)
 
 
 def run_init(args: argparse.Namespace) -> int:

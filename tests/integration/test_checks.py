@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -135,10 +136,14 @@ def test_unknown_models_are_refused(name, message, tmp_path):
         config(other_model(name, tmp_path), max_model_len=128)
 
 
-def test_the_v2_runner_is_refused_by_name(tiny, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match="unset VLLM_USE_V2_MODEL_RUNNER"):
+def test_the_choice_of_runner_is_left_to_vllm(tiny, monkeypatch):
+    for choice in ("0", "1"):
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", choice)
         config(tiny)
+        assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == choice
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+    config(tiny)
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in os.environ
 
 
 def test_an_unsupported_vllm_is_refused_by_version(tiny, monkeypatch):

@@ -5,14 +5,10 @@ from __future__ import annotations
 import asyncio
 from types import SimpleNamespace
 
-from vllm.v1.engine.async_llm import InputStreamError
-
 from vllm_pedro import PedroRequest
 from vllm_pedro.integration.frontend import (
     ATTEMPTS,
-    SupersededError,
     _generate,
-    _supersede,
     with_prompt_length,
 )
 from vllm_pedro.integration.processor import RefusedRequestError
@@ -32,7 +28,20 @@ def served(digest="one", **fields):
     return ServedPedroRequest("name", 1, "/secret/x", digest=digest, **fields)
 
 
-def run(answers, adapter, renewed="two"):
+class Models:
+    """What names stand for."""
+
+    def __init__(self, current, renewed="two"):
+        self.current, self.renewed = current, renewed
+
+    def pedro_current(self, request):
+        return served(self.current) if self.current else request
+
+    async def pedro_renew(self, old):
+        return served(self.renewed)
+
+
+def run(answers, adapter, current=None):
     """What a client gets from engines that answer so, one after the other; adapters they saw."""
     seen, closed = [], []
 
@@ -51,13 +60,10 @@ def run(answers, adapter, renewed="two"):
 
         return outputs()
 
-    async def renew(old):
-        return served(renewed)
-
     async def collect():
         got = []
         try:
-            async for item in _generate(start, adapter, renew):
+            async for item in _generate(start, adapter, Models(current)):
                 got.append(item.outputs[0].text)
         except RefusedRequestError as error:
             got.append(error)
@@ -72,8 +78,15 @@ def test_an_answer_passes_through():
     assert run([[output("a"), output("b", "stop")]], served()) == (["a", "b"], ["one"])
 
 
+def test_the_content_is_that_of_the_last_moment():
+    assert run([[output("a", "stop")]], served(), current="newer") == (["a"], ["newer"])
+    # A beam's content was fixed when its search began.
+    beam = served(prompt_length=4)
+    assert run([[output("a", "stop")]], beam, current="newer") == (["a"], ["one"])
+
+
 def test_a_request_that_has_not_begun_is_admitted_again_with_what_its_name_means_now():
-    answers = [[GONE], [SupersededError()], [output("a", "stop")]]
+    answers = [[GONE], [GONE], [output("a", "stop")]]
     assert run(answers, served()) == (["a"], ["one", "two", "two"])
 
 
@@ -105,32 +118,6 @@ def test_it_is_not_tried_for_ever():
 def test_a_library_user_learns_the_folder():
     got, _ = run([[GONE]] * ATTEMPTS, PedroRequest("name", 1, "/secret/x"))
     assert "/secret/x: the files changed" in str(got[0])
-
-
-def test_a_swap_reaches_those_that_wait_and_nobody_else():
-    queues = {name: [] for name in ("waiting", "running", "other", "half", "beam")}
-
-    def state(key, name="name", prefilling=True, prompt_length=None):
-        queue = SimpleNamespace(put=queues[key].append)
-        shared = queue_of.setdefault(key, queue)
-        request = served(prompt_length=prompt_length)
-        return SimpleNamespace(
-            queue=shared, lora_name=name, is_prefilling=prefilling, lora_request=request
-        )
-
-    queue_of = {}
-    states = [state("waiting"), state("running", prefilling=False), state("other", name="else")]
-    # One of two parallel samples has begun.
-    states += [state("half"), state("half", prefilling=False), state("beam", prompt_length=3)]
-    states.append(SimpleNamespace(queue=None, lora_name=None, is_prefilling=True))
-    engine = SimpleNamespace(
-        output_processor=SimpleNamespace(request_states=dict(enumerate(states)))
-    )
-    _supersede(engine, "name")
-    assert {key for key, put in queues.items() if put} == {"waiting"}
-    (error,) = queues["waiting"]
-    assert isinstance(error, InputStreamError)
-    assert isinstance(error.cause, SupersededError)
 
 
 def test_prompt_length_is_added_once():

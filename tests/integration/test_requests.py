@@ -263,6 +263,44 @@ def test_an_adapter_that_vanishes_after_admission_ends_its_request_only(
     tiny_oracle.check(outputs[0], folder)
 
 
+def test_a_name_with_other_content_reaches_the_requests_that_wait(
+    llm, tiny, write_adapter, tiny_oracle
+):
+    """Eight run and go on as they began; of those behind them, all but a beam take the new one."""
+    from vllm_pedro.adapter import adapter_digest
+
+    old = write_adapter(tiny, seed=60, scale=0.2, down_scale=15.0)
+    new = write_adapter(tiny, seed=61, scale=0.2, down_scale=15.0, pooling="mean")
+    engine, results = llm.llm_engine, {}
+    request = PedroRequest("mine", 5, str(old))
+    for i in range(10):
+        # The last two have blocks of their first tokens in the cache by then.
+        engine.add_request(f"r{i}", prompt(70, i % 8), greedy(max_tokens=20), lora_request=request)
+    engine.add_request(
+        "beam",
+        prompt(70, 0),
+        greedy(),
+        lora_request=PedroRequest("mine", 5, str(old), prompt_length=60),
+    )
+    engine.add_request("else", prompt(9), greedy(), lora_request=PedroRequest("else", 6, str(old)))
+    for _ in range(9):
+        for output in engine.step():
+            results[output.request_id] = output
+    core = engine.engine_core.engine_core
+    assert core.pedro_replace("mine", str(new), adapter_digest(new), True) == 2
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            results[output.request_id] = output
+    for i in range(10):
+        tiny_oracle.check(results[f"r{i}"], old if i < 8 else new)
+    tiny_oracle.check(results["beam"], old, 60)
+    tiny_oracle.check(results["else"], old)
+    # Blocks are found under the content they were computed with.
+    again = PedroRequest("mine", 5, str(new))
+    outputs = llm.generate([prompt(70, 0)], greedy(), lora_request=again, use_tqdm=False)
+    tiny_oracle.check(outputs[0], new)
+
+
 def test_aborted_requests_leave_no_slot_behind(llm, adapter, expected):
     engine = llm.llm_engine
     request = PedroRequest("good", 1, str(adapter))

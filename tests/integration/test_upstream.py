@@ -19,10 +19,15 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
+from vllm.v1.request import Request
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_pedro.integration.patches import become, wrap
@@ -37,6 +42,7 @@ KNOWN = {
     (BeamSearchInstance, "__init__"): "a5587f260df0",
     (GPUModelRunner, "load_model"): "9508e8f41530",
     (CPUModelRunner, "load_model"): "270bdfc6670d",
+    (GPUModelRunnerV2, "load_model"): "53fc8c4d88ef",
     (EngineArgs, "add_cli_args"): "0b7444570415",
     (EngineArgs, "from_cli_args"): "51a013f61829",
     (BeamSearchOnlineMixin, "beam_search"): "e2e6d1893a8f",
@@ -61,13 +67,22 @@ KNOWN = {
     (GPUModelRunner, "_prepare_inputs"): "c31a77c123a0",
     (GPUModelRunner, "_determine_batch_execution_and_padding"): "8a0228128517",
     (GPUModelRunner, "_dummy_run"): "47b96b71fc65",
+    (GPUModelRunner, "execute_model"): "e058bf791a29",
     (GPUModelRunner, "sample_tokens"): "047e6a4738de",
+    (GPUModelRunnerV2, "initialize_kv_cache"): "6869df8fbc3d",
+    (GPUModelRunnerV2, "gather_batch_req_state"): "18da780f3c3f",
+    (GPUModelRunnerV2, "execute_model"): "e1535583ba75",
+    (GPUModelRunnerV2, "sample_tokens"): "de7f3c7b008b",
+    (DefaultModelState, "add_request"): "289c2c00c244",
+    (DefaultModelState, "remove_request"): "1c8d210d292b",
+    (DefaultModelState, "prepare_dummy_inputs"): "a5a7f1e25853",
+    (CudaGraphManager, "dispatch"): "16099f992970",
     # relied on
     (OpenAIServingModels, "_check_load_lora_adapter_request"): "e610e5af04aa",
     (OpenAIServingModels, "_check_unload_lora_adapter_request"): "1d3df3f3b438",
     (OutputProcessor, "process_outputs"): "9e116796002e",
-    (RequestOutputCollector, "put"): "3390ffb9a292",
-    (RequestOutputCollector, "get"): "85d9e7d3ce86",
+    (AsyncMPClient, "call_utility_async"): "56362d56455f",
+    (Request, "update_block_hashes"): "fbb2f6a93ec8",
     (EngineCore, "collective_rpc"): "f0d85bf03430",
     (LoRARequest, "__eq__"): "bba566415278",
     (NewRequestData, "from_request"): "e6258e939d81",

@@ -7,7 +7,6 @@ from vllm_pedro.adapter import init_adapter, save_adapter
 from vllm_pedro.config import TARGET_MODULES, BackboneShape, PedroConfig
 from vllm_pedro.generator import VectorGenerator
 from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, HostCache
-from vllm_pedro.serving.plan import ScheduledRow
 from vllm_pedro.serving.runtime import PedroRuntime
 from vllm_pedro.serving.slots import VectorSlots
 from vllm_pedro.serving.spec import RequestSpec
@@ -48,7 +47,11 @@ class Harness(PedroRuntime):
         self.finish(names)
 
     def row(self, name):
-        return self._readers[name].slot
+        return self._slots[name]
+
+    def prepare(self, *rows):
+        """Rows as (request, tokens, computed before)."""
+        self.prepare_step(*([row[i] for row in rows] for i in range(3)))
 
 
 def request(folder, digest, length, prompt="p"):
@@ -86,7 +89,7 @@ def test_vectors_equal_the_training_module(tmp_path, variant, modules):
     adapter, digest = write(tmp_path / "x", target_modules=modules, **variant)
     rt = runtime()
     rt.enter("a", request(tmp_path / "x", digest, 5))
-    rt.prepare_step([ScheduledRow("base", 0, 3, 0), ScheduledRow("a", 3, 7, 0)])
+    rt.prepare(("base", 3, 0), ("a", 7, 0))
     assert rt.makes_vectors
     hidden = torch.randn(10, 8, generator=torch.Generator().manual_seed(1)) * 3
     slot = rt.row("a")
@@ -106,10 +109,12 @@ def test_rows_of_several_adapters_in_one_step(tmp_path):
         adapter, digest = write(tmp_path / name, seed=seed, pooling="mean")
         rt.enter(name, request(tmp_path / name, digest, length, prompt=name))
         made[name] = adapter
-    rt.prepare_step(
-        [ScheduledRow("a", 0, 2, 0), ScheduledRow("b", 2, 4, 0), ScheduledRow("c", 6, 1, 0)]
-    )
-    assert len(rt._groups) == 2  # a and c have the same content
+    rt.prepare(("a", 2, 0), ("b", 4, 0), ("c", 1, 0))
+    # a and c have the same content and lie side by side.
+    assert len(rt.bank) == 2
+    slots = rt.store.prompts[:3, 3].tolist()
+    assert slots == sorted(slots)
+    assert rt.store.step.tolist() == [3, 3]
     hidden = torch.randn(7, 8, generator=torch.Generator().manual_seed(2))
     rt.write_vectors(0, hidden)
     for name, rows in (("a", slice(0, 2)), ("b", slice(2, 6)), ("c", slice(6, 7))):
@@ -122,10 +127,10 @@ def test_decode_steps_and_dummy_runs_make_nothing(tmp_path):
     _, digest = write(tmp_path / "x")
     rt = runtime()
     rt.enter("a", request(tmp_path / "x", digest, 2))
-    rt.prepare_step([ScheduledRow("a", 0, 2, 0)])
+    rt.prepare(("a", 2, 0))
     rt.write_vectors(0, torch.randn(2, 8))
     kept = rt.store.vectors[0].clone()
-    rt.prepare_step([ScheduledRow("a", 0, 1, 2)])
+    rt.prepare(("a", 1, 2))
     assert not rt.makes_vectors
     assert rt.store.token_slots[0] == rt.row("a")
     rt.clear_step()
@@ -139,12 +144,12 @@ def test_kept_vectors_are_not_made_again(tmp_path):
     rt = runtime(sequences=2)
     spec = request(tmp_path / "x", digest, 2)
     rt.enter("a", spec)
-    rt.prepare_step([ScheduledRow("a", 0, 2, 0)])
+    rt.prepare(("a", 2, 0))
     hidden = torch.full((2, 8), 2.0)
     rt.write_vectors(0, hidden)
     rt.leave("a")
     rt.enter("b", spec)
-    rt.prepare_step([ScheduledRow("b", 0, 1, 1)])
+    rt.prepare(("b", 1, 1))
     assert not rt.makes_vectors
     torch.testing.assert_close(rt.store.vectors[0][rt.row("b")], expected(adapter, 0, hidden))
 
@@ -153,13 +158,13 @@ def test_preempted_requests_resume(tmp_path):
     _, digest = write(tmp_path / "x")
     rt = runtime(sequences=1)
     rt.enter("a", request(tmp_path / "x", digest, 2, prompt="one"))
-    rt.prepare_step([ScheduledRow("a", 0, 2, 0)])
+    rt.prepare(("a", 2, 0))
     rt.slots.release("a")
     rt.enter("b", request(tmp_path / "x", digest, 2, prompt="two"))
-    rt.prepare_step([ScheduledRow("b", 0, 2, 0)])
+    rt.prepare(("b", 2, 0))
     rt.leave("b", "unknown")
     rt.resume("a")
-    rt.prepare_step([ScheduledRow("a", 0, 4, 0)])
+    rt.prepare(("a", 4, 0))
     assert rt.makes_vectors
     assert rt.row("a") == 1
 
@@ -170,9 +175,9 @@ def test_more_tenants_than_device_slots(tmp_path):
     for i, name in enumerate("abc"):
         adapters[name], digest = write(tmp_path / name, seed=i)
         rt.enter(name, request(tmp_path / name, digest, 2, prompt=name))
-        rt.prepare_step([ScheduledRow(name, 0, 2, 0)])
+        rt.prepare((name, 2, 0))
         rt.write_vectors(0, torch.full((2, 8), float(i + 1)))
-    rt.prepare_step([ScheduledRow(name, i, 1, 2) for i, name in enumerate("abc")])
+    rt.prepare(*((name, 1, 2) for name in "abc"))
     assert len(rt.plan.segments) == 3
     for i, name in enumerate("abc"):
         torch.testing.assert_close(
@@ -188,8 +193,7 @@ def test_an_adapter_that_went_away_fails_its_own_request_only(tmp_path):
     rt.enter("a", request(tmp_path / "gone", gone, 2))
     rt.enter("b", request(tmp_path / "good", good, 2))
     (tmp_path / "gone" / "adapter_model.safetensors").unlink()
-    rows = [ScheduledRow("a", 0, 2, 0), ScheduledRow("b", 2, 2, 0)]
-    rt.prepare_step(rows)
+    rt.prepare(("a", 2, 0), ("b", 2, 0))
     rt.write_vectors(0, torch.randn(4, 8))
     failed = rt.take_failed()
     assert list(failed) == ["a"]
@@ -197,7 +201,7 @@ def test_an_adapter_that_went_away_fails_its_own_request_only(tmp_path):
     assert rt.take_failed() == {}
     assert rt.store.token_slots[:4].tolist() == [0, 0, rt.row("b"), rt.row("b")]
     # A step that was scheduled before the scheduler heard of it runs the row as a base row.
-    rt.prepare_step([ScheduledRow("a", 0, 1, 2), ScheduledRow("b", 1, 1, 2)])
+    rt.prepare(("a", 1, 2), ("b", 1, 2))
     assert len(rt.plan.segments) == 1
 
 
@@ -205,7 +209,7 @@ def test_vectors_are_made_in_float32_and_kept_in_the_model_dtype(tmp_path):
     adapter, digest = write(tmp_path / "x", input_norm=None, activation="rational")
     rt = runtime(dtype=torch.bfloat16)
     rt.enter("a", request(tmp_path / "x", digest, 1))
-    rt.prepare_step([ScheduledRow("a", 0, 1, 0)])
+    rt.prepare(("a", 1, 0))
     hidden = torch.full((1, 8), 300.0, dtype=torch.bfloat16)
     rt.write_vectors(0, hidden)
     row = rt.store.vectors[0][rt.row("a")]
@@ -219,20 +223,20 @@ def test_a_retired_adapter_stays_until_its_last_request_ends(tmp_path):
     _, digest = write(tmp_path / "x")
     for name in ("a", "b"):
         rt.enter(name, request(tmp_path / "x", digest, 2))
-    rt.prepare_step([ScheduledRow("a", 0, 2, 0), ScheduledRow("b", 2, 2, 0)])
+    rt.prepare(("a", 2, 0), ("b", 2, 0))
     rt.retire(digest)
     rt.leave("a")
     assert (len(rt.host), len(rt.bank)) == (1, 1)
     rt.leave("b")
     assert (len(rt.host), len(rt.bank)) == (0, 0)
     rt.enter("late", request(tmp_path / "x", digest, 2, prompt="late"))
-    rt.prepare_step([ScheduledRow("late", 0, 2, 0)])
+    rt.prepare(("late", 2, 0))
     assert (len(rt.host), len(rt.bank)) == (1, 1)
     rt.leave("late")
     assert (len(rt.host), len(rt.bank)) == (0, 0)
     rt.restore(digest)
     rt.enter("new", request(tmp_path / "x", digest, 2, prompt="new"))
-    rt.prepare_step([ScheduledRow("new", 0, 2, 0)])
+    rt.prepare(("new", 2, 0))
     rt.leave("new")
     assert (len(rt.host), len(rt.bank)) == (1, 1)
 
@@ -244,7 +248,7 @@ def test_counts_say_where_adapters_were_found(tmp_path):
     for step, number in enumerate((0, 0, 1, 0)):
         name = f"r{step}"
         rt.enter(name, request(tmp_path / str(number), digests[number], 2, prompt=name))
-        rt.prepare_step([ScheduledRow(name, 0, 2, 0)])
+        rt.prepare((name, 2, 0))
         rt.leave(name)
     stats = rt.take_stats()
     assert stats["prefills"] == {"disk": 2, "device": 1, "host": 1}
@@ -255,5 +259,5 @@ def test_counts_say_where_adapters_were_found(tmp_path):
     assert {tier: len(s) for tier, s in stats["seconds"].items()} == {"host": 2, "device": 3}
     rt.host.discard(digests[0])
     rt.enter("gone", request(tmp_path / "0", "another digest", 2))
-    rt.prepare_step([ScheduledRow("gone", 0, 2, 0)])
+    rt.prepare(("gone", 2, 0))
     assert rt.take_stats()["prefills"] == {"failed": 1}

@@ -2,11 +2,18 @@ import pytest
 import torch
 
 from vllm_pedro.config import BackboneShape
-from vllm_pedro.serving.plan import IDENTITY_SLOT, Segment, StepPlan
+from vllm_pedro.serving.plan import IDENTITY_SLOT, StepPlan, plan_step
 from vllm_pedro.serving.vectors import VectorStore
 
 SHAPE = BackboneShape(2, 8, {"q_proj": 8, "k_proj": 4, "v_proj": 4, "gate_proj": 16, "up_proj": 16})
 ALL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+
+def plan(slots, lengths=None):
+    """A step whose rows read these slots; one token each unless ``lengths`` says otherwise."""
+    lengths = lengths or [1] * len(slots)
+    names = [str(i) for i in range(len(slots))]
+    return plan_step(names, slots, lengths, [0] * len(slots), {})
 
 
 def store(modules=ALL, dtype=torch.float32):
@@ -38,21 +45,48 @@ def test_all_rows_start_as_the_identity():
 
 def test_tokens_of_the_last_step_do_not_linger():
     s = store()
-    s.load_plan(StepPlan([Segment(2, 6, 3)], [], 8))
+    s.load_plan(plan([0, 3], [2, 6]))
     assert s.token_slots.tolist() == [0, 0, 3, 3, 3, 3, 3, 3, 0, 0]
-    s.load_plan(StepPlan([Segment(0, 1, 2), Segment(1, 2, 1)], [], 3))
+    s.load_plan(plan([2, 1], [1, 2]))
     assert s.token_slots.tolist() == [2, 1, 1, 0, 0, 0, 0, 0, 0, 0]
-    s.load_plan(StepPlan([], [], 9))
+    s.load_plan(plan([3, 0, 1]))
+    assert s.token_slots.tolist() == [3, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+    s.load_plan(plan([0] * 9))
     assert s.token_slots.tolist() == [0] * 10
+
+
+def test_the_operators_are_told_what_there_is_to_do():
+    s = store()
+    s.load_plan(plan([0, 2, 1], [1, 3, 2]), [(1, 3, 2, 0), (4, 2, 1, 1)])
+    assert s.step.tolist() == [2, 2]
+    assert s.prompts.tolist() == [[1, 3, 2, 0], [4, 2, 1, 1], [0, 0, 0, 0]]
+    s.load_plan(plan([0, 2, 0]))
+    assert s.step.tolist() == [0, 1]
+    s.load_plan(plan([0, 0]))
+    assert s.step.tolist() == [0, 0]
+    s.load_plan(plan([1]), [(0, 1, 1, 0)])
+    s.load_dummy()
+    assert s.step.tolist() == [0, 0]
+    assert not s.token_slots.any()
+
+
+def test_on_a_device_a_dummy_run_launches_what_a_captured_graph_needs():
+    s = VectorStore(SHAPE, ALL, 3, 10, torch.float32, torch.device("meta"))
+    s.load_dummy()
+    assert s.step.tolist() == [0, 1]
+    s.load_plan(StepPlan())
+    assert s.step.tolist() == [0, 0]
 
 
 def test_addresses_stay_fixed():
     s = store()
-    before = s.token_slots.data_ptr()
-    s.load_plan(StepPlan([Segment(0, 4, 1)], [], 4))
-    assert s.token_slots.data_ptr() == before
+    tensors = (s.token_slots, s.prompts, s.step, *s.vectors)
+    before = [t.data_ptr() for t in tensors]
+    s.load_plan(plan([1], [4]), [(0, 4, 1, 0)])
+    s.load_dummy()
+    assert [t.data_ptr() for t in (s.token_slots, s.prompts, s.step, *s.vectors)] == before
 
 
 def test_a_step_that_is_too_long_is_a_defect():
     with pytest.raises(RuntimeError, match="11 tokens exceeds the 10"):
-        store().load_plan(StepPlan([Segment(0, 11, 1)], [], 11))
+        store().load_plan(plan([1], [11]))

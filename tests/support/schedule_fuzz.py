@@ -750,7 +750,7 @@ class Bench:
         held = {
             "vector rows": self.scheduler._pedro_slots.num_held,
             "vector rows without an owner": self._lost_rows(),
-            "requests in the runtime": len(runtime._specs) + len(runtime._readers),
+            "requests in the runtime": len(runtime._specs) + len(runtime._slots),
             "failed requests": len(runtime.failed),
             "requests in the scheduler": len(scheduler.requests),
             "running": len(scheduler.running),

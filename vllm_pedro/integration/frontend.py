@@ -1,8 +1,8 @@
 """Requests in the front end of ``AsyncLLM``: adapters that change while a request waits.
 
 The content of an adapter is fixed when a request is admitted. It can be gone by the time the prompt
-is prefilled, if the folder was overwritten meanwhile; then, and when its name is given other
-content, a request that has not begun is admitted again.
+is prefilled, if the folder was overwritten meanwhile; then a request that has not begun is admitted
+again. (When a name is given other content, the scheduler hands that to the requests that wait.)
 """
 
 from __future__ import annotations
@@ -16,10 +16,6 @@ from .request import PedroRequest, ServedPedroRequest
 from .scheduler import FAILURE_MARK
 
 ATTEMPTS = 4
-
-
-class SupersededError(Exception):
-    """The request's adapter was replaced before its prompt was prefilled."""
 
 
 def install_generate() -> None:
@@ -43,19 +39,22 @@ def install_generate() -> None:
 
             if not isinstance(lora_request, PedroRequest):
                 return start(lora_request)
-            return _generate(start, lora_request, getattr(self, "pedro_renew", None))
+            return _generate(start, lora_request, getattr(self, "pedro_models", None))
 
         return wrapped
 
     wrap(AsyncLLM, "generate", generate)
-    AsyncLLM.pedro_supersede = _supersede
 
 
 async def _generate(
-    start: Callable[[Any], AsyncGenerator[Any, None]], adapter: Any, renew: Any
+    start: Callable[[Any], AsyncGenerator[Any, None]], adapter: Any, models: Any
 ) -> AsyncGenerator[Any, None]:
     served = isinstance(adapter, ServedPedroRequest)
     reason = ""
+    if served and adapter.prompt_length is None:
+        # The name may have been given other content since the model was looked up. Nothing is
+        # awaited from here until the request is on its way to the scheduler.
+        adapter = models.pedro_current(adapter)
     for attempt in range(ATTEMPTS):
         outputs, begun = start(adapter), False
         try:
@@ -67,15 +66,13 @@ async def _generate(
                 yield output
             else:
                 return
-        except SupersededError:
-            reason = "it was replaced while the request waited"
         finally:
             await outputs.aclose()
         # The beams of one search must all have one adapter's vectors.
         if begun or adapter.prompt_length is not None or attempt == ATTEMPTS - 1:
             break
         if served:
-            adapter = await renew(adapter)
+            adapter = await models.pedro_renew(adapter)
     if served:
         # The reason may name folders; the worker's log has it.
         reason = "it was changed or removed while the request ran; send the request again"
@@ -89,25 +86,6 @@ def failure_of(output: Any) -> str:
         if completion.finish_reason == "error" and str(reason).startswith(FAILURE_MARK):
             return str(reason).removeprefix(FAILURE_MARK)
     return ""
-
-
-def _supersede(self: Any, name: str) -> None:
-    """Have all requests for a name admitted again whose prompts have not been prefilled."""
-    from vllm.v1.engine.async_llm import InputStreamError
-
-    states = [
-        state
-        for state in self.output_processor.request_states.values()
-        if state.lora_name == name
-        and isinstance(state.lora_request, PedroRequest)
-        # The beams of one search must all have one adapter's vectors.
-        and state.lora_request.prompt_length is None
-    ]
-    begun = {id(s.queue) for s in states if not s.is_prefilling}
-    waiting = {id(s.queue): s.queue for s in states if s.queue is not None}
-    for key, queue in waiting.items():
-        if key not in begun:
-            queue.put(InputStreamError(SupersededError()))
 
 
 def install_beam_search() -> None:

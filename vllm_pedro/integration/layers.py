@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TARGET_MODULES, BackboneShape
-from ..ops import bind_layer, prefill_vectors, scale_, scaled
+from ..ops import generate_vectors, scale_qkv_, scaled
 from ..serving.runtime import PedroRuntime
 
 PACKED = {
@@ -24,21 +24,33 @@ class PedroLayer(nn.Module):
 
     Attributes:
         vectors: ``[slots, D]``, the layer's store.
+        generators: ``[adapter slots, row]`` float32, the layer's generators.
         token_slots: ``[max_tokens]`` int64, shared by all layers.
+        prompts: ``[sequences, 4]`` int32, shared by all layers.
+        step: ``[2]`` int32 on the CPU, shared by all layers.
         one: A scalar 1 in the model's dtype, which no compiler can fold away.
     """
 
     vectors: Tensor
+    generators: Tensor
     token_slots: Tensor
+    prompts: Tensor
+    step: Tensor
     one: Tensor
 
-    def __init__(self, vectors: Tensor, token_slots: Tensor) -> None:
+    def __init__(self, runtime: PedroRuntime, index: int) -> None:
         super().__init__()
-        self.register_buffer("vectors", vectors, persistent=False)
-        self.register_buffer("token_slots", token_slots, persistent=False)
-        self.register_buffer(
-            "one", torch.ones((), dtype=vectors.dtype, device=vectors.device), persistent=False
-        )
+        store, generators = runtime.store, runtime.bank.generators[index]
+        vectors = store.vectors[index]
+        for name, tensor in (
+            ("vectors", vectors),
+            ("generators", generators),
+            ("token_slots", store.token_slots),
+            ("prompts", store.prompts),
+            ("step", store.step),
+            ("one", torch.ones((), dtype=vectors.dtype, device=vectors.device)),
+        ):
+            self.register_buffer(name, tensor, persistent=False)
 
 
 def find_decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -102,29 +114,24 @@ def install_hooks(model: nn.Module, shape: BackboneShape, runtime: PedroRuntime)
 
 
 def _hook_layer(layer: Any, index: int, runtime: PedroRuntime) -> None:
-    store = runtime.store
-    state = PedroLayer(store.vectors[index], store.token_slots)
+    state = PedroLayer(runtime, index)
     layer.add_module("pedro", state)
-
-    def write(hidden: Tensor) -> None:
-        if runtime.makes_vectors:
-            runtime.write_vectors(index, hidden)
-
-    bind_layer(state.vectors, write)
-    layer.input_layernorm.register_forward_hook(_input_hook(state, write))
+    layer.input_layernorm.register_forward_hook(_input_hook(state, runtime))
+    widths, stored = layer_widths(layer), runtime.store.columns
     for name, packed in PACKED.items():
-        columns = _columns(store.columns, packed)
+        columns = _columns(stored, packed)
         if columns is None:
             continue
         owner = layer.self_attn if name == "qkv_proj" else layer.mlp
-        projection = getattr(owner, name)
-        offset = 0
+        total = sum(widths[module] for module in packed)
+        offset, start = 0, 0
         for module in packed:
-            if module in store.columns:
+            if module in stored:
+                offset = start
                 break
-            offset += layer_widths(layer)[module]
-        total = sum(layer_widths(layer)[module] for module in packed)
-        projection.register_forward_hook(_scale_hook(state, columns, offset, total, runtime))
+            start += widths[module]
+        hook = _scale_hook(state, columns, offset, total, runtime)
+        getattr(owner, name).register_forward_hook(hook)
 
 
 def _columns(columns: dict[str, slice], packed: tuple[str, ...]) -> slice | None:
@@ -133,7 +140,7 @@ def _columns(columns: dict[str, slice], packed: tuple[str, ...]) -> slice | None
     return slice(held[0].start, held[-1].stop) if held else None
 
 
-def _input_hook(state: PedroLayer, write: Callable[[Tensor], None]) -> Callable[..., None]:
+def _input_hook(state: PedroLayer, runtime: PedroRuntime) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # vLLM's norms take (x, residual) and return (normed, residual + x), which is the layer's
         # input; in the first layer, and in models without the fused form, the argument itself is.
@@ -141,9 +148,10 @@ def _input_hook(state: PedroLayer, write: Callable[[Tensor], None]) -> Callable[
         if torch.compiler.is_compiling():
             # A copy, not the residual itself: Inductor keeps that in float32 across fused kernels,
             # and an operator that reads it would force it into 16 bits there, for base rows too.
-            prefill_vectors(hidden * state.one, state.vectors)
-        else:
-            write(hidden)
+            hidden = hidden * state.one
+        elif not runtime.makes_vectors:
+            return
+        generate_vectors(hidden, state.vectors, state.generators, state.prompts, state.step)
 
     return hook
 
@@ -151,19 +159,21 @@ def _input_hook(state: PedroLayer, write: Callable[[Tensor], None]) -> Callable[
 def _scale_hook(
     state: PedroLayer, columns: slice, offset: int, total: int, runtime: PedroRuntime
 ) -> Callable[..., Any]:
-    whole = offset == 0 and columns.stop - columns.start == total
+    """Scale a packed projection: the fastest exact form of each mode, see docs/kernels.md."""
+    width = columns.stop - columns.start
+    ranges = (offset, columns.start, width)
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         x = output[0] if isinstance(output, tuple) else output
-        if torch.compiler.is_compiling():
-            if whole:
-                x = scaled(x, state.vectors, state.token_slots, columns)
-            else:
-                end = offset + columns.stop - columns.start
-                middle = scaled(x[:, offset:end], state.vectors, state.token_slots, columns)
-                x = torch.cat((x[:, :offset], middle, x[:, end:]), dim=-1)
-            return (x, *output[1:]) if isinstance(output, tuple) else x
-        scale_(x, state.vectors, state.token_slots, columns, runtime.plan, offset)
-        return output
+        if not torch.compiler.is_compiling():
+            scale_qkv_(x, state.vectors, state.token_slots, ranges, state.step)
+            return output
+        if width == total:
+            x = scaled(x, state.vectors, state.token_slots, columns)
+        else:
+            end = offset + width
+            middle = scaled(x[:, offset:end], state.vectors, state.token_slots, columns)
+            x = torch.cat((x[:, :offset], middle, x[:, end:]), dim=-1)
+        return (x, *output[1:]) if isinstance(output, tuple) else x
 
     return hook

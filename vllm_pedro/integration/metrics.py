@@ -39,13 +39,14 @@ LOAD_SECONDS_BUCKETS = (
 
 def attach_reports(output: Any, runtime: PedroRuntime) -> None:
     """Put on a step's output what the scheduler has to know: failed requests, and the counts."""
-    # An asynchronous output wraps the one that the scheduler will see.
-    target = getattr(output, "_model_runner_output", output)
+    # An asynchronous output wraps the one that the scheduler will see: V1's, V2's.
+    for name in ("_model_runner_output", "model_runner_output"):
+        output = getattr(output, name, output)
     failed, stats = runtime.take_failed(), runtime.take_stats()
     if failed:
-        target.pedro_failed = failed
+        output.pedro_failed = failed
     if stats:
-        target.pedro_stats = stats
+        output.pedro_stats = stats
 
 
 class StatsRelay:

@@ -76,7 +76,7 @@ class PedroServingModelsMixin:
         self._pedro_metrics = metrics_of(self.engine_client)
         self.lora_resolver_lock = NameLocks()
         # A request whose adapter went away while it waited asks here what its name means now.
-        self.engine_client.pedro_renew = self.pedro_renew
+        self.engine_client.pedro_models = self
         if self._pedro_metrics is not None:
             self._pedro_metrics.is_pedro_name = lambda name: self._pedro_entry(name) is not None
 
@@ -262,6 +262,11 @@ class PedroServingModelsMixin:
                 self.lora_requests[name] = read
         return None
 
+    def pedro_current(self, request: ServedPedroRequest) -> ServedPedroRequest:
+        """What the name stands for now; for one that is gone, what was asked for."""
+        entry = self.lora_requests.get(request.lora_name)
+        return entry if isinstance(entry, ServedPedroRequest) else request
+
     async def pedro_renew(self, old: ServedPedroRequest) -> ServedPedroRequest:
         """What a name stands for now, after the content it stood for could not be had.
 
@@ -323,7 +328,13 @@ class PedroServingModelsMixin:
         await self._pedro_tell_workers("pedro_restore", entry.digest)
         if isinstance(old, PedroRequest):
             if getattr(old, "digest", "") != entry.digest:
-                self.engine_client.pedro_supersede(entry.lora_name)
+                await self.engine_client.engine_core.call_utility_async(
+                    "pedro_replace",
+                    entry.lora_name,
+                    entry.lora_path,
+                    entry.digest,
+                    entry.needs_all_states,
+                )
             await self._pedro_release(old)
         self._pedro_count()
         logger.info(

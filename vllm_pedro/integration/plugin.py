@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +41,7 @@ def register() -> None:
         ("vllm.v1.worker.worker_base", _install_workers),
         ("vllm.v1.worker.gpu_model_runner", _install_gpu_runner),
         ("vllm.v1.worker.cpu_model_runner", _install_cpu_runner),
+        ("vllm.v1.worker.gpu.model_runner", _install_gpu_runner_v2),
     ):
         when_imported(module, install)
 
@@ -66,8 +66,6 @@ def _install_engine_config() -> None:
 
     def create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if options_of(self) is not None:
-                _choose_runner()
             config = original(self, *args, **kwargs)
             options = options_of(config)
             if options is not None:
@@ -100,14 +98,6 @@ def _install_engine_config() -> None:
 
     wrap(EngineArgs, "create_engine_config", create_engine_config)
     wrap(EngineArgs, "_set_default_max_num_seqs_and_batched_tokens_args", default_budget)
-
-
-def _choose_runner() -> None:
-    """PEDRO runs on the V1 model runner so far; vLLM reads its choice from the environment."""
-    name = "VLLM_USE_V2_MODEL_RUNNER"
-    if os.environ.get(name, "0") not in ("0", ""):
-        raise ValueError(f"PEDRO does not run on vLLM's V2 model runner yet: unset {name}")
-    os.environ[name] = "0"
 
 
 def _install_input_processor() -> None:
@@ -165,7 +155,13 @@ def _install_engine_core() -> None:
 
         return preprocess_add_request
 
+    # vLLM counts the arguments of what a front end calls: they have to be named.
+    def pedro_replace(self: Any, name: str, path: str, digest: str, needs_all_states: bool) -> int:
+        """Called by a front end: see :meth:`.PedroSchedulerMixin.pedro_replace`."""
+        return int(self.scheduler.pedro_replace(name, path, digest, needs_all_states))
+
     wrap(EngineCore, "preprocess_add_request", preprocess)
+    EngineCore.pedro_replace = pedro_replace
 
 
 def _install_beam_search() -> None:
@@ -264,13 +260,26 @@ def _install_cpu_runner() -> None:
     wrap(CPUModelRunner, "load_model", _load_as_pedro)
 
 
+def _install_gpu_runner_v2() -> None:
+    """The same for the V2 runner, whose module shares nothing with V1's."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    from .runner_v2 import PedroRunnerV2Mixin
+
+    wrap(GPUModelRunner, "load_model", lambda original: _load_as(PedroRunnerV2Mixin, original))
+
+
 def _load_as_pedro(original: Callable[..., None]) -> Callable[..., None]:
     from .runner_v1 import PedroRunnerV1Mixin
 
+    return _load_as(PedroRunnerV1Mixin, original)
+
+
+def _load_as(mixin: type, original: Callable[..., None]) -> Callable[..., None]:
     def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
-        if options_of(self.vllm_config) is None or isinstance(self, PedroRunnerV1Mixin):
+        if options_of(self.vllm_config) is None or isinstance(self, mixin):
             return original(self, *args, **kwargs)
-        become(self, PedroRunnerV1Mixin)
+        become(self, mixin)
         return self.load_model(*args, **kwargs)
 
     return load_model

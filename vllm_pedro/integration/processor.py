@@ -21,7 +21,7 @@ from ..adapter import WEIGHTS_NAME, inspect_adapter, load_adapter
 from ..config import CONFIG_NAME, MAX_CONFIG_BYTES, BackboneShape
 from ..errors import PedroError
 from ..serving.adapters import AdapterLimits
-from ..serving.spec import EXTRA_ARGS_KEY, RequestSpec
+from ..serving.spec import EXTRA_ARGS_KEY, RequestSpec, cache_salt
 from .options import options_of
 from .request import PedroRequest, ServedPedroRequest
 
@@ -175,15 +175,6 @@ def digest_tokens(tokens: Sequence[int]) -> str:
     return hashlib.sha256(array("q", tokens).tobytes()).hexdigest()
 
 
-def cache_salt(salt: str | None, spec: RequestSpec) -> str:
-    """Key for the prefix cache: the adapter's content and the whole pooled prompt.
-
-    It salts a request's first block and so, through the chain of block hashes, all of its blocks;
-    KV computed under one adapter and prompt is found by no other.
-    """
-    return f"{salt or ''}|pedro:{spec.digest}:{spec.prompt_length}:{spec.prompt_digest}"
-
-
 def longest_prompt(vllm_config: Any) -> tuple[int, str]:
     """How many tokens one step can take of one prompt, and the option that says so."""
     scheduler, speculative = vllm_config.scheduler_config, vllm_config.speculative_config
@@ -323,6 +314,7 @@ class PedroInputProcessorMixin:
             length,
             digest_tokens(tokens[:length]),
             known.needs_all_states,
+            getattr(lora_request, "prompt_length", None) is not None,
         )
         params = request.sampling_params
         params.extra_args = {**(params.extra_args or {}), EXTRA_ARGS_KEY: spec.to_wire()}

@@ -1,4 +1,4 @@
-"""PEDRO on vLLM's V1 model runner, which the CPU uses."""
+"""PEDRO on vLLM's V1 model runner, which the CPU uses, and GPUs where V2 does not fit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 
 from ..config import BackboneShape
 from ..serving.adapters import AdapterBank, AdapterLimits, HostCache
-from ..serving.plan import ScheduledRow
 from ..serving.runtime import PedroRuntime
 from ..serving.vectors import VectorStore
 from .layers import install_hooks
@@ -81,13 +80,16 @@ class PedroRunnerV1Mixin:
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
         batch = self.input_batch
-        rows, start = [], 0
-        for index, count in enumerate(num_scheduled_tokens.tolist()):
-            computed = int(batch.num_computed_tokens_cpu[index])
-            rows.append(ScheduledRow(batch.req_ids[index], start, count, computed))
-            start += count
-        self.pedro.prepare_step(rows)
+        rows = len(num_scheduled_tokens)
+        self.pedro.prepare_step(
+            batch.req_ids[:rows], num_scheduled_tokens, batch.num_computed_tokens_cpu[:rows]
+        )
         return prepared
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().execute_model(*args, **kwargs)  # type: ignore[misc]
+        self.pedro.step_launched()
+        return output
 
     def _determine_batch_execution_and_padding(
         self, *args: Any, force_eager: bool = False, **kwargs: Any

@@ -5,19 +5,24 @@ Subclasses of vLLM's schedulers, chosen through ``SchedulerConfig.scheduler_cls`
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 
 from ..serving.slots import Assignment, VectorSlots
-from ..serving.spec import EXTRA_ARGS_KEY, RequestSpec
+from ..serving.spec import EXTRA_ARGS_KEY, RequestSpec, cache_salt
 from .metrics import StatsRelay
 from .options import options_of
 
 ASSIGNMENTS = "pedro_assignments"
 """Attribute of ``SchedulerOutput``: request id -> row of the vector store, for those that enter."""
 
+
+WAITING = (RequestStatus.WAITING, RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR)
+"""Of a request that was never scheduled."""
 
 FAILURE_MARK = "PEDRO: "
 """Begins the ``stop_reason`` of a request that ended because its adapter could not be had."""
@@ -48,6 +53,33 @@ class PedroSchedulerMixin:
     def add_request(self, request: Any) -> None:
         request.pedro = spec_of_params(request.sampling_params)
         super().add_request(request)  # type: ignore[misc]
+
+    def pedro_replace(self, name: str, path: str, digest: str, needs_all_states: bool) -> int:
+        """A name stands for other content: give it to the requests that have not begun.
+
+        They keep their places in the queue. Those that have begun, preempted ones too, finish on
+        the content they have.
+
+        Returns:
+            How many requests it reached.
+        """
+        count = 0
+        for request in self.requests.values():  # type: ignore[attr-defined]
+            old: RequestSpec | None = request.pedro
+            if old is None or old.name != name or old.digest == digest or old.is_fixed:
+                continue
+            if request.status not in WAITING or request.num_computed_tokens:
+                continue
+            new = replace(old, path=path, digest=digest, needs_all_states=needs_all_states)
+            request.pedro = new
+            params = request.sampling_params
+            params.extra_args = {**params.extra_args, EXTRA_ARGS_KEY: new.to_wire()}
+            salt = request.cache_salt.removesuffix(cache_salt("", old))
+            request.cache_salt = cache_salt(salt, new)
+            request.block_hashes.clear()
+            request.update_block_hashes()
+            count += 1
+        return count
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._pedro_entering.clear()

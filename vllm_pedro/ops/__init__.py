@@ -1,6 +1,130 @@
-"""Operators used on the serving path."""
+"""Operators on the serving path; one name each in reference, Triton, native code and tests.
 
-from .scale import scale_, scaled
-from .vectors import bind_layer, prefill_vectors, unbind_layers
+All take ``step``, two int32 on the CPU: how many prompts make vectors in this step, and how many of
+its rows have an adapter. It is read on the host, so that a step with nothing to do launches nothing
+and waits for nothing; the kernels themselves skip rows that read the identity row.
+"""
 
-__all__ = ["bind_layer", "prefill_vectors", "scale_", "scaled", "unbind_layers"]
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .layout import GeneratorLayout
+from .library import Backends, backends
+
+__all__ = [
+    "Backends",
+    "GeneratorLayout",
+    "backends",
+    "gelu_and_mul_scaled",
+    "gelu_tanh_and_mul_scaled",
+    "generate_vectors",
+    "scale_qkv_",
+    "scaled",
+    "silu_and_mul_scaled",
+]
+
+
+def generate_vectors(
+    hidden: Tensor, vectors: Tensor, generators: Tensor, prompts: Tensor, step: Tensor
+) -> None:
+    """Make the vectors of a step's prompts for one layer, in float32, and write them to the store.
+
+    Args:
+        hidden: ``[tokens, d]``, the residual stream before the layer's input norm.
+        vectors: ``[slots, D]``, the layer's vector store, in the dtype of ``hidden``; rows change.
+        generators: ``[adapter slots, row]`` float32, see :class:`GeneratorLayout`.
+        prompts: ``[max prompts, 4]`` int32: first token, tokens, row of ``vectors``, row of
+            ``generators``. Prompts of one adapter lie side by side.
+        step: ``[2]`` int32 on the CPU; the first ``step[0]`` prompts count.
+    """
+    torch.ops.vllm_pedro.generate_vectors(hidden, vectors, generators, prompts, step)
+
+
+def scale_qkv_(
+    qkv: Tensor, vectors: Tensor, token_slots: Tensor, ranges: Sequence[int], step: Tensor
+) -> None:
+    """Multiply columns of a packed projection by each token's vectors, in place.
+
+    Rows that read the identity row are neither read nor written.
+
+    Args:
+        qkv: ``[tokens, width]``; modified.
+        vectors: ``[slots, D]``, one layer's vector store, in the dtype of ``qkv``.
+        token_slots: ``[>= tokens]`` int64, the row of ``vectors`` that each token reads.
+        ranges: Flat triples of column of ``qkv``, column of ``vectors``, width.
+        step: ``[2]`` int32 on the CPU; nothing happens where ``step[1]`` is 0.
+    """
+    torch.ops.vllm_pedro.scale_qkv_(qkv, vectors, token_slots, ranges, step)
+
+
+def silu_and_mul_scaled(
+    gate_up: Tensor,
+    vectors: Tensor,
+    token_slots: Tensor,
+    gate_column: int,
+    up_column: int,
+    step: Tensor,
+) -> Tensor:
+    """``silu(l_g * G) * (l_u * U)`` in one pass, in float32, rounded once.
+
+    Args:
+        gate_up: ``[tokens, 2 * width]``, G beside U.
+        vectors: ``[slots, D]``, one layer's vector store, in the dtype of ``gate_up``.
+        token_slots: ``[>= tokens]`` int64, the row of ``vectors`` that each token reads.
+        gate_column: First column of ``vectors`` for G, or -1 to leave G as it is.
+        up_column: The same for U.
+        step: ``[2]`` int32 on the CPU; ``vectors`` is not read where ``step[1]`` is 0.
+
+    Returns:
+        ``[tokens, width]``.
+    """
+    return torch.ops.vllm_pedro.silu_and_mul_scaled(
+        gate_up, vectors, token_slots, gate_column, up_column, step
+    )
+
+
+def gelu_and_mul_scaled(
+    gate_up: Tensor,
+    vectors: Tensor,
+    token_slots: Tensor,
+    gate_column: int,
+    up_column: int,
+    step: Tensor,
+) -> Tensor:
+    """:func:`silu_and_mul_scaled` with GELU in its exact form (erf)."""
+    return torch.ops.vllm_pedro.gelu_and_mul_scaled(
+        gate_up, vectors, token_slots, gate_column, up_column, step
+    )
+
+
+def gelu_tanh_and_mul_scaled(
+    gate_up: Tensor,
+    vectors: Tensor,
+    token_slots: Tensor,
+    gate_column: int,
+    up_column: int,
+    step: Tensor,
+) -> Tensor:
+    """:func:`silu_and_mul_scaled` with the tanh form of GELU."""
+    return torch.ops.vllm_pedro.gelu_tanh_and_mul_scaled(
+        gate_up, vectors, token_slots, gate_column, up_column, step
+    )
+
+
+def scaled(x: Tensor, vectors: Tensor, token_slots: Tensor, columns: slice) -> Tensor:
+    """Gather and multiply, written so that Inductor fuses it into what comes after.
+
+    Args:
+        x: ``[tokens, width]``, a packed projection.
+        vectors: ``[slots, D]``, one layer's vector store, in the dtype of ``x``.
+        token_slots: ``[>= tokens]`` int64, the row of ``vectors`` that each token reads.
+        columns: The columns of ``vectors`` that belong to ``x``.
+
+    Returns:
+        A new ``[tokens, width]``. Rows that read the identity row are bit-equal to ``x``.
+    """
+    return x * vectors[:, columns][token_slots[: x.shape[0]]]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..adapter import Adapter, load_adapter
 from ..config import TARGET_MODULES, BackboneShape, PedroConfig
 from ..errors import AdapterError
+from ..ops.layout import ACTIVATIONS, POOLINGS, GeneratorLayout
 from .spec import RequestSpec
 from .stats import AdapterStats
 
@@ -131,18 +134,6 @@ class HostCache:
         return True
 
 
-@dataclass(slots=True)
-class SlotInfo:
-    """What a device slot holds."""
-
-    digest: str
-    rank: int
-    pooling: str
-    input_norm: str | None
-    kinds: tuple[str, ...]
-    rational_order: tuple[int, int]
-
-
 class AdapterBank:
     """Generator weights on the device: ``max_pedros`` slots, preallocated, least recently used out.
 
@@ -150,15 +141,17 @@ class AdapterBank:
     projection has a row for every column of the vector store; rows of modules that an adapter does
     not target are zero with bias one, so that they yield exactly one.
 
-    Attributes:
-        down: Per layer ``[slots, max_rank, d]``.
-        up: Per layer ``[slots, D, max_rank]``.
-        bias: Per layer ``[slots, D]``.
-        numerator, denominator: Per layer ``[slots, order]``; only the leading coefficients that the
-            slot's rational order names are used.
-    """
+    On CUDA an adapter is packed into pinned memory and copied on a stream of its own, while the
+    device works on earlier steps. The copy waits for the last step that read the slot it goes to,
+    and the step that reads it waits for the copy; the host waits for neither.
 
-    MAX_ORDER = 32
+    Attributes:
+        capacity: Number of slots.
+        generators: Per layer ``[slots, row]`` float32, see :class:`GeneratorLayout`.
+        layout: Where each tensor lies in a row.
+        down, up, bias: Per layer, views of ``generators``: ``[slots, max_rank, d]``,
+            ``[slots, D, max_rank]``, ``[slots, D]``.
+    """
 
     def __init__(
         self,
@@ -170,20 +163,18 @@ class AdapterBank:
         self.limits = limits
         self.columns = columns
         self.stats = AdapterStats()
-        layers, d, rank = limits.shape.num_layers, limits.shape.hidden_size, limits.max_rank
+        shape = limits.shape
         width = max(c.stop for c in columns.values())
-        self.down = [torch.zeros(slots, rank, d, device=device) for _ in range(layers)]
-        self.up = [torch.zeros(slots, width, rank, device=device) for _ in range(layers)]
-        self.bias = [torch.ones(slots, width, device=device) for _ in range(layers)]
-        self.numerator = [
-            torch.zeros(slots, self.MAX_ORDER + 1, device=device) for _ in range(layers)
-        ]
-        self.denominator = [
-            torch.zeros(slots, self.MAX_ORDER, device=device) for _ in range(layers)
-        ]
-        self.info: list[SlotInfo | None] = [None] * slots
+        self.layout = GeneratorLayout(shape.hidden_size, width, limits.max_rank)
+        self.generators = [self.layout.empty(slots, device) for _ in range(shape.num_layers)]
+        views = [self.layout.views(g) for g in self.generators]
+        self.down = [v.down for v in views]
+        self.up = [v.up for v in views]
+        self.bias = [v.bias for v in views]
+        self.capacity = slots
         self._lru: OrderedDict[str, int] = OrderedDict()
         self._free = list(range(slots - 1, -1, -1))
+        self._copies = _SideStream(slots, self.layout.row, shape.num_layers, device)
 
     def __len__(self) -> int:
         return len(self._lru)
@@ -192,15 +183,9 @@ class AdapterBank:
         return digest in self._lru
 
     @property
-    def capacity(self) -> int:
-        """Number of slots."""
-        return len(self.info)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
-        tensors = (*self.down, *self.up, *self.bias, *self.numerator, *self.denominator)
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for t in self.generators)
 
     def make_resident(self, digest: str, get: Callable[[], Adapter], keep: set[str]) -> int:
         """Bring an adapter onto the device.
@@ -242,7 +227,6 @@ class AdapterBank:
         slot = self._lru.pop(digest, None)
         if slot is None:
             return False
-        self.info[slot] = None
         self._free.append(slot)
         return True
 
@@ -258,33 +242,98 @@ class AdapterBank:
             logger.info("PEDRO: evicted %s from the device", short(victim))
         return self._free.pop()
 
+    def before_reading(self, slots: Iterable[int]) -> None:
+        """A step is about to read these slots: let the device wait for copies into them."""
+        self._copies.before_reading(slots)
+
+    def after_reading(self, slots: Iterable[int]) -> None:
+        """The step that reads these slots was launched: later copies into them wait for it."""
+        self._copies.after_reading(slots)
+
     def _copy(self, slot: int, adapter: Adapter) -> None:
+        packed = self._copies.staging()
+        for layer in range(self.limits.shape.num_layers):
+            self._pack(packed[layer : layer + 1], adapter, layer)
+        self._copies.send(packed, self.generators, slot)
+
+    def _pack(self, row: Tensor, adapter: Adapter, layer: int) -> None:
+        """One layer of an adapter as ``[1, row]`` float32 on the CPU."""
         config, shape = adapter.config, self.limits.shape
-        kinds = []
-        for layer in range(shape.num_layers):
-            weights = adapter.layer(layer)
-            kind = config.activation_of(layer)
-            kinds.append(kind)
-            up, bias = self.up[layer][slot].zero_(), self.bias[layer][slot].fill_(1.0)
-            start = 0
-            for module in config.target_modules:
-                width = shape.widths[module]
-                here = slice(start, start + width)
-                bias[self.columns[module]].copy_(weights.bias[here])
-                if weights.up is not None:
-                    up[self.columns[module], : config.r].copy_(weights.up[here])
-                start += width
-            if weights.down is not None:
-                self.down[layer][slot, : config.r].copy_(weights.down)
-            if weights.numerator is not None and weights.denominator is not None:
-                m, n = config.rational_order
-                self.numerator[layer][slot, : m + 1].copy_(weights.numerator)
-                self.denominator[layer][slot, :n].copy_(weights.denominator)
-        self.info[slot] = SlotInfo(
-            adapter.digest,
+        weights = adapter.layer(layer)
+        row.zero_()
+        views = self.layout.views(row)
+        header, up, bias = views.header[0], views.up[0], views.bias[0].fill_(1.0)
+        start = 0
+        for module in config.target_modules:
+            width = shape.widths[module]
+            here = slice(start, start + width)
+            bias[self.columns[module]].copy_(weights.bias[here])
+            if weights.up is not None:
+                up[self.columns[module], : config.r].copy_(weights.up[here])
+            start += width
+        if weights.down is not None:
+            views.down[0, : config.r].copy_(weights.down)
+        m, n = config.rational_order
+        if weights.numerator is not None and weights.denominator is not None:
+            views.numerator[0, : m + 1].copy_(weights.numerator)
+            views.denominator[0, :n].copy_(weights.denominator)
+        numbers = (
+            ACTIVATIONS.index(config.activation_of(layer)),
             config.r,
-            config.pooling,
-            config.input_norm,
-            tuple(kinds),
-            (config.rational_order[0], config.rational_order[1]),
+            m,
+            n,
+            POOLINGS.index(config.pooling),
+            config.input_norm is not None,
         )
+        header[: len(numbers)] = torch.tensor(numbers, dtype=torch.float32)
+
+
+class _SideStream:
+    """Copies of adapters into device slots, on CUDA beside the work of earlier steps."""
+
+    STAGES = 2
+
+    def __init__(self, slots: int, row: int, layers: int, device: torch.device) -> None:
+        self._shape = (layers, row)
+        self._stream: Any = None
+        if device.type != "cuda":
+            return
+        self._stream = torch.cuda.Stream(device)
+        self._stages = [
+            (torch.empty(self._shape, pin_memory=True), torch.cuda.Event())
+            for _ in range(self.STAGES)
+        ]
+        self._copied = [torch.cuda.Event() for _ in range(slots)]
+        self._read = [torch.cuda.Event() for _ in range(slots)]
+
+    def staging(self) -> Tensor:
+        """``[layers, row]`` in host memory to pack an adapter into."""
+        if self._stream is None:
+            return torch.empty(self._shape)
+        packed, sent = self._stages[0]
+        sent.synchronize()  # its last copy, two adapters ago
+        return packed
+
+    def send(self, packed: Tensor, generators: Sequence[Tensor], slot: int) -> None:
+        """Copy an adapter into a slot."""
+        if self._stream is None:
+            for layer, target in enumerate(generators):
+                target[slot].copy_(packed[layer])
+            return
+        self._stream.wait_event(self._read[slot])
+        with torch.cuda.stream(self._stream):
+            for layer, target in enumerate(generators):
+                target[slot].copy_(packed[layer], non_blocking=True)
+            self._stages[0][1].record()
+            self._copied[slot].record()
+        self._stages.append(self._stages.pop(0))
+
+    def before_reading(self, slots: Iterable[int]) -> None:
+        if self._stream is not None:
+            for slot in slots:
+                torch.cuda.current_stream().wait_event(self._copied[slot])
+
+    def after_reading(self, slots: Iterable[int]) -> None:
+        if self._stream is not None:
+            for slot in slots:
+                self._read[slot].record()

@@ -8,33 +8,21 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..adapter import Adapter
 from ..errors import PedroError
-from ..generator import generate_vectors, pool_prompt
+from ..ops import generate_vectors
 from .adapters import AdapterBank, HostCache
-from .plan import Reader, ScheduledRow, StepPlan, plan_step
+from .plan import IDENTITY_SLOT, Ints, Reader, StepPlan, plan_step
 from .slots import Assignment
 from .spec import RequestSpec
 from .stats import AdapterStats
 from .vectors import VectorStore
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Group:
-    """The prompts of a step that share an adapter."""
-
-    slot: int
-    starts: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    rows_tensor: torch.Tensor | None = None
 
 
 class PedroRuntime:
@@ -56,8 +44,9 @@ class PedroRuntime:
         self.plan = StepPlan()
         self.failed: dict[str, str] = {}
         self._specs: dict[str, RequestSpec] = {}
-        self._readers: dict[str, Reader] = {}
-        self._groups: list[_Group] = []
+        self._slots: dict[str, int] = {}
+        self._without_vectors: dict[str, Reader] = {}
+        self._reading: list[int] = []
         self._retired: OrderedDict[str, None] = OrderedDict()
 
     # The life of a request.
@@ -70,10 +59,11 @@ class PedroRuntime:
         """Rows for the requests that enter in this step, or come back after preemption."""
         for request_id, assignment in assignments.items():
             spec = self._specs[request_id]
-            self._readers[request_id] = Reader(
-                spec.digest, spec.prompt_length, assignment.slot, not assignment.makes
-            )
-            if not assignment.makes:
+            self._slots[request_id] = assignment.slot
+            if assignment.makes:
+                self._without_vectors[request_id] = Reader(spec.digest, spec.prompt_length)
+            else:
+                self._without_vectors.pop(request_id, None)
                 self.stats.prefills["kept"] += 1
 
     def finish(self, request_ids: Iterable[str]) -> None:
@@ -81,10 +71,17 @@ class PedroRuntime:
         retired = set()
         for request_id in request_ids:
             spec = self._specs.pop(request_id, None)
-            self._readers.pop(request_id, None)
-            if spec is not None and spec.digest in self._retired:
+            if spec is None:
+                continue
+            self._slots.pop(request_id, None)
+            self._without_vectors.pop(request_id, None)
+            if spec.digest in self._retired:
                 retired.add(spec.digest)
         self._drop(retired)
+
+    def slot_of(self, request_id: str) -> int:
+        """The row of the vector store that a request reads."""
+        return self._slots.get(request_id, IDENTITY_SLOT)
 
     # The life of an adapter.
 
@@ -112,30 +109,41 @@ class PedroRuntime:
 
     # A step.
 
-    def prepare_step(self, rows: Sequence[ScheduledRow]) -> None:
-        """Get ready for one forward pass over ``rows``, the batch in order.
+    def prepare_step(self, request_ids: Sequence[str], lengths: Ints, computed: Ints) -> None:
+        """Get ready for one forward pass.
 
         A request whose adapter cannot be had (its folder changed or went away since the request was
         admitted) is entered in :attr:`failed`, and its tokens run as base tokens; the caller ends
         that request with an error and drops what it computed. No other row notices.
+
+        Args:
+            request_ids: The batch in order.
+            lengths: ``[rows]``, how many of its tokens this step computes; at least 1.
+            computed: ``[rows]``, how many were computed before, or came from the prefix cache.
         """
-        if not self._readers:
-            self.clear_step()
-            return
-        self.plan = plan_step(rows, self._readers.get)
-        self._make_adapters_resident()
-        self.store.load_plan(self.plan)
+        if self._slots:
+            get = self._slots.get
+            row_slots = [get(request_id, IDENTITY_SLOT) for request_id in request_ids]
+            self.plan = plan_step(request_ids, row_slots, lengths, computed, self._without_vectors)
+        else:
+            self.plan = StepPlan()
+        self.store.load_plan(self.plan, self._make_adapters_resident())
 
     def clear_step(self) -> None:
         """Dummy, profiling and capture runs: no row reads or makes vectors."""
         self.plan = StepPlan()
-        self._groups = []
-        self.store.load_plan(self.plan)
+        self._reading = []
+        self.store.load_dummy()
+
+    def step_launched(self) -> None:
+        """The forward pass of the step was launched."""
+        if self._reading:
+            self.bank.after_reading(self._reading)
 
     @property
     def makes_vectors(self) -> bool:
         """Whether this step's forward pass has to run the vector generators."""
-        return bool(self._groups)
+        return bool(self._reading)
 
     @torch.inference_mode()
     def write_vectors(self, layer: int, hidden: torch.Tensor) -> None:
@@ -146,25 +154,10 @@ class PedroRuntime:
             hidden: ``[tokens, d]``, the residual stream before the layer's input norm, over the
                 whole flattened batch.
         """
-        vectors = self.store.vectors[layer]
-        for group in self._groups:
-            info = self.bank.info[group.slot]
-            assert info is not None
-            pooled = self._pool(hidden, group, info.pooling, info.input_norm)
-            rank, slot = info.rank, group.slot
-            m, n = info.rational_order
-            made = generate_vectors(
-                pooled,
-                self.bank.down[layer][slot, :rank] if rank else None,
-                self.bank.up[layer][slot, :, :rank] if rank else None,
-                self.bank.bias[layer][slot],
-                info.kinds[layer],
-                self.bank.numerator[layer][slot, : m + 1],
-                self.bank.denominator[layer][slot, :n],
-            )
-            if group.rows_tensor is None:
-                group.rows_tensor = torch.tensor(group.rows, device=vectors.device)
-            vectors[group.rows_tensor] = made.to(vectors.dtype)
+        store = self.store
+        generate_vectors(
+            hidden, store.vectors[layer], self.bank.generators[layer], store.prompts, store.step
+        )
 
     def take_failed(self) -> dict[str, str]:
         """Requests whose adapter could not be had, with the reason; empties the record."""
@@ -173,28 +166,32 @@ class PedroRuntime:
 
     # Inside.
 
-    def _make_adapters_resident(self) -> None:
-        groups: dict[str, _Group] = {}
-        needed = {p.digest for p in self.plan.prefills}
-        for prefill in self.plan.prefills:
+    def _make_adapters_resident(self) -> list[tuple[int, int, int, int]]:
+        """Bring the step's adapters onto the device; its prompts, grouped by adapter."""
+        prefills = self.plan.prefills
+        if not prefills:
+            self._reading = []
+            return []
+        prompts = []
+        needed = {p.digest for p in prefills}
+        for prefill in prefills:
             spec = self._specs[prefill.request_id]
-            group = groups.get(prefill.digest)
             if prefill.digest in self.bank:
                 state = "device"
             else:
                 state = "host" if prefill.digest in self.host else "disk"
-            if group is None:
-                try:
-                    slot = self.bank.make_resident(prefill.digest, self._getter(spec), keep=needed)
-                except PedroError as error:
-                    self._fail(prefill.request_id, spec, str(error))
-                    continue
-                group = groups[prefill.digest] = _Group(slot)
+            try:
+                slot = self.bank.make_resident(prefill.digest, self._getter(spec), keep=needed)
+            except PedroError as error:
+                self._fail(prefill.request_id, spec, str(error))
+                continue
             self.stats.prefills[state] += 1
-            group.starts.append(prefill.start)
-            group.lengths.append(prefill.length)
-            group.rows.append(prefill.slot)
-        self._groups = list(groups.values())
+            self._without_vectors.pop(prefill.request_id)
+            prompts.append((prefill.start, prefill.length, prefill.slot, slot))
+        prompts.sort(key=lambda prompt: prompt[3])
+        self._reading = sorted({prompt[3] for prompt in prompts})
+        self.bank.before_reading(self._reading)
+        return prompts
 
     def _drop(self, digests: set[str]) -> None:
         """Free these adapters' memory, except what a request still needs."""
@@ -211,23 +208,7 @@ class PedroRuntime:
         self.failed[request_id] = reason
         self.stats.prefills["failed"] += 1
         # Forgotten from here on: what was already scheduled of it runs as base tokens.
-        slot = self._readers.pop(request_id).slot
+        self._without_vectors.pop(request_id)
+        slot = self._slots.pop(request_id)
         self._specs.pop(request_id)
-        self.plan.segments = [s for s in self.plan.segments if s.slot != slot]
-
-    @staticmethod
-    def _pool(
-        hidden: torch.Tensor, group: _Group, pooling: str, input_norm: str | None
-    ) -> torch.Tensor:
-        """Pooled hidden states ``[rows, d]`` float32 of a group's prompts."""
-        if pooling == "last":
-            last = [s + n - 1 for s, n in zip(group.starts, group.lengths, strict=True)]
-            # As prompts of one token each, all rows in one go.
-            states = hidden[torch.tensor(last, device=hidden.device)][:, None]
-            return pool_prompt(states, pooling, input_norm)
-        return torch.stack(
-            [
-                pool_prompt(hidden[start : start + length], pooling, input_norm)
-                for start, length in zip(group.starts, group.lengths, strict=True)
-            ]
-        )
+        self.plan.row_slots[self.plan.row_slots == slot] = IDENTITY_SLOT

@@ -29,6 +29,8 @@ class RequestSpec:
         prompt_digest: Digest of the first P tokens; the vectors depend on it and ``digest`` alone.
         needs_all_states: Whether the pooling reads every prompt token (mean, max), so that making
             the vectors takes no cache hit.
+        is_fixed: Whether this content is meant, rather than what its name stands for: the beams of
+            one search must all have one adapter's vectors.
     """
 
     name: str
@@ -37,6 +39,7 @@ class RequestSpec:
     prompt_length: int
     prompt_digest: str
     needs_all_states: bool = False
+    is_fixed: bool = False
 
     @property
     def vector_key(self) -> VectorKey:
@@ -51,3 +54,12 @@ class RequestSpec:
     def from_wire(cls, value: dict[str, Any]) -> RequestSpec:
         """Inverse of :meth:`to_wire`."""
         return cls(**value)
+
+
+def cache_salt(salt: str | None, spec: RequestSpec) -> str:
+    """Key for the prefix cache: the adapter's content and the whole pooled prompt.
+
+    It salts a request's first block and so, through the chain of block hashes, all of its blocks;
+    KV computed under one adapter and prompt is found by no other.
+    """
+    return f"{salt or ''}|pedro:{spec.digest}:{spec.prompt_length}:{spec.prompt_digest}"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 
 from ..config import TARGET_MODULES, BackboneShape
@@ -19,7 +23,13 @@ class VectorStore:
         columns: Column range of each module.
         vectors: Per layer ``[num_sequences + 1, D]`` in the model's dtype.
         token_slots: ``[max_tokens]`` int64; the row that each token of the step reads.
+        prompts: ``[num_sequences, 4]`` int32; see :func:`vllm_pedro.ops.generate_vectors`.
+        step: ``[2]`` int32 on the CPU; how many prompts make vectors in this step, and how many
+            rows have an adapter.
     """
+
+    STAGES = 3
+    """Pinned buffers that take turns: a step is prepared while copies of earlier ones may wait."""
 
     def __init__(
         self,
@@ -50,9 +60,12 @@ class VectorStore:
         self.token_slots = torch.full(
             (max_tokens,), IDENTITY_SLOT, dtype=torch.int64, device=device
         )
-        pin = device.type == "cuda"
-        self._staging = torch.full((max_tokens,), IDENTITY_SLOT, dtype=torch.int64, pin_memory=pin)
-        self._staging_np = self._staging.numpy()
+        self.prompts = torch.zeros(num_sequences, 4, dtype=torch.int32, device=device)
+        self.step = torch.zeros(2, dtype=torch.int32)
+        self._step = self.step.numpy()
+        self._stages: list[_Stage] = []
+        if device.type != "cpu":
+            self._stages = [_Stage(max_tokens, num_sequences, device) for _ in range(self.STAGES)]
         self._dirty = 0
 
     @property
@@ -60,18 +73,74 @@ class VectorStore:
         """Bytes of all layers' vectors."""
         return sum(v.numel() * v.element_size() for v in self.vectors)
 
-    def load_plan(self, plan: StepPlan) -> None:
-        """Point every token of the step at its row, and all later tokens at the identity."""
-        if plan.num_tokens > len(self._staging_np):
+    def load_plan(self, plan: StepPlan, prompts: Sequence[tuple[int, int, int, int]] = ()) -> None:
+        """Point every token of the step at its row, and all later tokens at the identity.
+
+        Buffers are filled in place and, on a device, by copies that the host does not wait for.
+
+        Args:
+            plan: The step's plan.
+            prompts: Rows for :attr:`prompts`.
+        """
+        active, tokens = plan.num_rows_with_adapter, plan.num_tokens
+        if tokens > len(self.token_slots):
             raise RuntimeError(
-                f"a step of {plan.num_tokens} tokens exceeds the {len(self._staging_np)} that the "
+                f"a step of {tokens} tokens exceeds the {len(self.token_slots)} that the "
                 "vector store was sized for"
             )
-        extent = max(self._dirty, max((s.start + s.length for s in plan.segments), default=0))
+        self._step[0], self._step[1] = len(prompts), active
+        tokens = tokens if active else 0
+        extent = max(self._dirty, tokens)
+        self._dirty = tokens
         if extent == 0:
             return
-        self._staging_np[:extent] = IDENTITY_SLOT
-        for segment in plan.segments:
-            self._staging_np[segment.start : segment.start + segment.length] = segment.slot
-        self.token_slots[:extent].copy_(self._staging[:extent], non_blocking=True)
-        self._dirty = extent if plan.segments else 0
+        if self._stages:
+            stage = self._stages.pop(0)
+            self._stages.append(stage)
+            stage.wait()
+            slots, rows = stage.token_slots, stage.prompts
+        else:
+            slots, rows = self.token_slots, self.prompts
+        numbers = slots.numpy()
+        if tokens == len(plan.row_slots):
+            numbers[:tokens] = plan.row_slots
+        elif tokens:
+            numbers[:tokens] = np.repeat(plan.row_slots, plan.lengths)
+        numbers[tokens:extent] = IDENTITY_SLOT
+        if prompts:
+            rows.numpy()[: len(prompts)] = prompts
+        if self._stages:
+            self.token_slots[:extent].copy_(slots[:extent], non_blocking=True)
+            if prompts:
+                self.prompts[: len(prompts)].copy_(rows[: len(prompts)], non_blocking=True)
+            stage.sent()
+
+    def load_dummy(self) -> None:
+        """For dummy, profiling and capture runs: no vectors are made, all tokens read the identity.
+
+        On a device the operators are still launched, because the run may be captured into a graph
+        that serves steps with adapters later.
+        """
+        self.load_plan(StepPlan())
+        if self._stages:
+            self._step[1] = 1
+
+
+class _Stage:
+    """Host copies of a step's device buffers, not to be written while their copy is under way."""
+
+    def __init__(self, max_tokens: int, num_sequences: int, device: torch.device) -> None:
+        pin = device.type == "cuda"
+        self.token_slots = torch.zeros(max_tokens, dtype=torch.int64, pin_memory=pin)
+        self.prompts = torch.zeros(num_sequences, 4, dtype=torch.int32, pin_memory=pin)
+        self._event: Any = torch.cuda.Event() if pin else None
+
+    def wait(self) -> None:
+        """Until the last copy from here is done; with three stages it is, two steps later."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def sent(self) -> None:
+        """Copies from here were enqueued."""
+        if self._event is not None:
+            self._event.record()

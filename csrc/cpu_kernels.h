@@ -1,0 +1,55 @@
+// What the operators' CPU kernels take; addresses and strides only, strides in elements.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.h"
+
+namespace vllm_pedro {
+
+enum class Type { f32, bf16, f16 };
+enum class Gate { silu, gelu, gelu_tanh };
+
+struct ScaleArgs {
+  void* x;
+  int64_t x_stride;
+  const void* vectors;
+  int64_t vectors_stride;
+  const int64_t* token_slots;
+  const int64_t* ranges;
+  int64_t num_ranges;
+};
+
+struct ActArgs {
+  void* out;
+  const void* x;
+  int64_t x_stride;
+  const void* vectors;
+  int64_t vectors_stride;
+  const int64_t* token_slots;  // null: no row has an adapter
+  int64_t width;
+  int64_t gate_column, up_column;  // -1: not scaled
+};
+
+struct GenerateArgs {
+  const void* hidden;
+  int64_t hidden_stride;
+  void* vectors;
+  const float* generators;
+  const int32_t* prompts;
+  Layout at;
+};
+
+struct Kernels {
+  void (*scale)(const ScaleArgs&, Type, int64_t begin, int64_t end);
+  void (*act)(const ActArgs&, Type, Gate, int64_t begin, int64_t end);
+  void (*latent)(const GenerateArgs&, Type, int64_t prompt, float* out, float* scratch);
+  void (*columns)(
+      const GenerateArgs&, Type, int64_t prompt, const float* latent, int64_t begin, int64_t end);
+};
+
+// The widest instruction set that this processor has.
+const Kernels& cpu_kernels();
+const char* cpu_instruction_set();
+
+}  // namespace vllm_pedro

@@ -1,0 +1,488 @@
+// CUDA kernels of vllm_pedro's operators; schemas and CPU kernels are in ../ops.cpp, and what each
+// operator means stands in vllm_pedro/ops/reference.py.
+//
+// All arithmetic is in float32. Memory is read and written 16 bytes at a time where widths and
+// addresses allow it. Counts are read on the host (`step` lies on the CPU), so a step with nothing
+// to do launches nothing, and nothing waits for the device.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "../layout.h"
+
+namespace vllm_pedro {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kThreads = 256;
+constexpr int kMaxRanges = 3;
+// Most blocks that share one prompt's mean or maximum, and how many blocks are worth launching.
+constexpr int64_t kSplits = 32;
+constexpr int64_t kPoolBlocks = 512;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+template <typename T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float(float x) { return x; }
+template <> __device__ __forceinline__ __nv_bfloat16 from_float(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <> __device__ __forceinline__ __half from_float(float x) { return __float2half_rn(x); }
+
+// N elements that are moved in one access.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T values[N];
+};
+
+struct Ranges {
+  int64_t x[kMaxRanges], vectors[kMaxRanges], width[kMaxRanges];
+};
+
+// One block for each token and kThreads packs of the ranges' columns, laid side by side.
+template <typename T, int N>
+__global__ void scale_kernel(
+    T* x,
+    const T* __restrict__ vectors,
+    const int64_t* __restrict__ token_slots,
+    int64_t x_stride,
+    int64_t vectors_stride,
+    Ranges ranges) {
+  const int64_t token = blockIdx.x;
+  const int64_t slot = token_slots[token];
+  if (slot == 0) return;
+  int64_t j = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * N;
+  int range = 0;
+  while (range < kMaxRanges && j >= ranges.width[range]) j -= ranges.width[range++];
+  if (range == kMaxRanges) return;
+  using P = Pack<T, N>;
+  P* at = reinterpret_cast<P*>(x + token * x_stride + ranges.x[range] + j);
+  P value = *at;
+  const P by = *reinterpret_cast<const P*>(
+      vectors + slot * vectors_stride + ranges.vectors[range] + j);
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    value.values[i] = from_float<T>(to_float(value.values[i]) * to_float(by.values[i]));
+  *at = value;
+}
+
+struct Silu {
+  static __device__ __forceinline__ float apply(float x) { return x / (1.0f + __expf(-x)); }
+};
+struct GeluErf {
+  static __device__ __forceinline__ float apply(float x) {
+    return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+  }
+};
+struct GeluTanh {
+  static __device__ __forceinline__ float apply(float x) {
+    const float y = 0.79788456080286536f * (x + 0.044715f * x * x * x);
+    return x / (1.0f + __expf(-2.0f * y));
+  }
+};
+
+template <typename Act, typename T, int N>
+__global__ void act_kernel(
+    T* __restrict__ out,
+    const T* __restrict__ x,
+    const T* __restrict__ vectors,
+    const int64_t* __restrict__ token_slots,
+    int64_t x_stride,
+    int64_t vectors_stride,
+    int64_t width,
+    int64_t gate_column,
+    int64_t up_column) {
+  const int64_t token = blockIdx.x;
+  const int64_t j = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * N;
+  if (j >= width) return;
+  using P = Pack<T, N>;
+  const P gate = *reinterpret_cast<const P*>(x + token * x_stride + j);
+  const P up = *reinterpret_cast<const P*>(x + token * x_stride + width + j);
+  float g[N], u[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    g[i] = to_float(gate.values[i]);
+    u[i] = to_float(up.values[i]);
+  }
+  const int64_t slot = token_slots ? token_slots[token] : 0;
+  if (slot != 0) {
+    const T* by = vectors + slot * vectors_stride + j;
+    if (gate_column >= 0) {
+      const P l = *reinterpret_cast<const P*>(by + gate_column);
+#pragma unroll
+      for (int i = 0; i < N; ++i) g[i] *= to_float(l.values[i]);
+    }
+    if (up_column >= 0) {
+      const P l = *reinterpret_cast<const P*>(by + up_column);
+#pragma unroll
+      for (int i = 0; i < N; ++i) u[i] *= to_float(l.values[i]);
+    }
+  }
+  P result;
+#pragma unroll
+  for (int i = 0; i < N; ++i) result.values[i] = from_float<T>(Act::apply(g[i]) * u[i]);
+  *reinterpret_cast<P*>(out + token * width + j) = result;
+}
+
+// Sum over a block of kThreads, in every thread.
+__device__ __forceinline__ float block_sum(float x) {
+  __shared__ float warps[kThreads / 32];
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+  __syncthreads();
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kThreads / 32; ++i) total += warps[i];
+  return total;
+}
+
+// The pooled state of one share of one prompt's tokens: `partial` [prompts, splits, d]. With the
+// pooling "last" the whole of it is in share 0.
+template <typename T>
+__global__ void pool_kernel(
+    float* __restrict__ partial,
+    const T* __restrict__ hidden,
+    const float* __restrict__ generators,
+    const int32_t* __restrict__ prompts,
+    int64_t hidden_stride,
+    Layout at) {
+  const int64_t prompt = blockIdx.x, share = blockIdx.y, splits = gridDim.y;
+  const int32_t* fields = prompts + prompt * kPromptFields;
+  const float* header = generators + fields[kSlot] * at.row;
+  if (header[1] == 0.0f) return;  // static vectors
+  const int pooling = static_cast<int>(header[4]);
+  const bool norm = header[5] != 0.0f;
+  const int64_t length = fields[kLength];
+  const int64_t each = (length + splits - 1) / splits;
+  int64_t first = share * each, end = min(first + each, length);
+  if (pooling == kLast) {
+    first = share == 0 ? length - 1 : length;
+    end = length;
+  }
+  float* out = partial + (prompt * splits + share) * at.hidden_size;
+  for (int64_t j = threadIdx.x; j < at.hidden_size; j += kThreads)
+    out[j] = pooling == kMax ? -INFINITY : 0.0f;
+  for (int64_t t = first; t < end; ++t) {
+    const T* h = hidden + (fields[kStart] + t) * hidden_stride;
+    float factor = 1.0f;
+    if (norm) {
+      float squares = 0.0f;
+      for (int64_t j = threadIdx.x; j < at.hidden_size; j += kThreads)
+        squares += to_float(h[j]) * to_float(h[j]);
+      squares = block_sum(squares);
+      factor = rsqrtf(squares / static_cast<float>(at.hidden_size) + 1e-6f);
+    }
+    // Each thread has columns of its own, so nothing is to be synchronised.
+    for (int64_t j = threadIdx.x; j < at.hidden_size; j += kThreads) {
+      const float x = to_float(h[j]) * factor;
+      if (pooling == kMax)
+        out[j] = (x > out[j] || x != x) ? x : out[j];  // NaN wins, as it does in torch
+      else
+        out[j] += x;
+    }
+  }
+}
+
+__device__ __forceinline__ float horner(const float* coefficients, int count, float x) {
+  float result = coefficients[count - 1];
+  for (int i = count - 2; i >= 0; --i) result = result * x + coefficients[i];
+  return result;
+}
+
+// g(p @ W_down)[k] of one prompt.
+__global__ void latent_kernel(
+    float* __restrict__ latent,
+    const float* __restrict__ partial,
+    const float* __restrict__ generators,
+    const int32_t* __restrict__ prompts,
+    int64_t splits,
+    Layout at) {
+  const int64_t prompt = blockIdx.x, k = blockIdx.y;
+  const int32_t* fields = prompts + prompt * kPromptFields;
+  const float* generator = generators + fields[kSlot] * at.row;
+  if (k >= static_cast<int64_t>(generator[1])) return;
+  const int pooling = static_cast<int>(generator[4]);
+  const int64_t shares = pooling == kLast ? 1 : splits;
+  const float* w = generator + at.down() + k * at.hidden_size;
+  float sum = 0.0f;
+  for (int64_t j = threadIdx.x; j < at.hidden_size; j += kThreads) {
+    const float* p = partial + prompt * splits * at.hidden_size + j;
+    float pooled = p[0];
+    for (int64_t share = 1; share < shares; ++share) {
+      const float other = p[share * at.hidden_size];
+      if (pooling == kMax)
+        pooled = (other > pooled || other != other) ? other : pooled;
+      else
+        pooled += other;
+    }
+    if (pooling == kMean) pooled /= static_cast<float>(fields[kLength]);
+    sum += w[j] * pooled;
+  }
+  const float x = block_sum(sum);
+  if (threadIdx.x != 0) return;
+  const int kind = static_cast<int>(generator[0]);
+  float y;
+  if (kind == kGelu) {
+    y = GeluErf::apply(x);
+  } else if (kind == kRelu) {
+    y = x > 0.0f || x != x ? x : 0.0f;
+  } else {
+    const int m = static_cast<int>(generator[2]), n = static_cast<int>(generator[3]);
+    y = horner(generator + at.numerator(), m + 1, x) /
+        (1.0f + fabsf(x * horner(generator + at.denominator(), n, x)));
+  }
+  latent[prompt * at.max_rank + k] = y;
+}
+
+// latent @ W_up + b_up of one prompt, into its row of the store.
+template <typename T>
+__global__ void columns_kernel(
+    T* __restrict__ vectors,
+    const float* __restrict__ latent,
+    const float* __restrict__ generators,
+    const int32_t* __restrict__ prompts,
+    Layout at) {
+  const int64_t prompt = blockIdx.x;
+  const int64_t j = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
+  if (j >= at.width) return;
+  const int32_t* fields = prompts + prompt * kPromptFields;
+  const float* generator = generators + fields[kSlot] * at.row;
+  const int64_t rank = static_cast<int64_t>(generator[1]);
+  float sum = 0.0f;
+  for (int64_t k = 0; k < rank; ++k)
+    sum += latent[prompt * at.max_rank + k] * generator[at.up() + k * at.width + j];
+  vectors[fields[kRow] * at.width + j] = from_float<T>(sum + generator[at.bias() + j]);
+}
+
+static cudaStream_t current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+static const int32_t* step_of(const Tensor& step) {
+  STD_TORCH_CHECK(
+      step.is_cpu() && step.scalar_type() == ScalarType::Int && step.numel() == 2,
+      "step must be 2 int32 on the CPU: prompts that make vectors, rows with an adapter");
+  return static_cast<const int32_t*>(step.const_data_ptr());
+}
+
+static void check_rows(const Tensor& x, const Tensor& vectors, const Tensor& token_slots) {
+  STD_TORCH_CHECK(
+      x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1),
+      "the projection must be [tokens, width] with contiguous rows");
+  STD_TORCH_CHECK(
+      vectors.dim() == 2 && vectors.stride(1) == 1 && vectors.scalar_type() == x.scalar_type(),
+      "vectors must be [slots, D] with contiguous rows, in the dtype of the projection");
+  STD_TORCH_CHECK(
+      token_slots.dim() == 1 && token_slots.scalar_type() == ScalarType::Long &&
+          token_slots.size(0) >= x.size(0),
+      "token_slots must be int64, with an entry for each token");
+  STD_TORCH_CHECK(
+      vectors.is_cuda() && token_slots.is_cuda(), "all but step must be on the same CUDA device");
+}
+
+static void check_column(int64_t column, int64_t width, const Tensor& vectors) {
+  STD_TORCH_CHECK(
+      column >= -1 && (column < 0 || column + width <= vectors.size(1)),
+      "columns ", column, " to ", column + width, " lie outside of vectors");
+}
+
+// Calls f with a value of the tensor's type.
+template <typename F>
+static void by_type(const Tensor& x, F f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::BFloat16: return f(__nv_bfloat16{});
+    case ScalarType::Half: return f(__half{});
+    default: STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
+  }
+}
+
+static bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
+
+static void generate_vectors(
+    const Tensor& hidden,
+    Tensor vectors,
+    const Tensor& generators,
+    const Tensor& prompts,
+    const Tensor& step) {
+  const int64_t count = step_of(step)[0];
+  if (count == 0) return;
+  STD_TORCH_CHECK(
+      hidden.dim() == 2 && (hidden.stride(1) == 1 || hidden.size(1) <= 1),
+      "hidden must be [tokens, d] with contiguous rows");
+  STD_TORCH_CHECK(
+      vectors.dim() == 2 && vectors.is_contiguous() && vectors.scalar_type() == hidden.scalar_type(),
+      "vectors must be a contiguous [slots, D] in the dtype of hidden");
+  STD_TORCH_CHECK(
+      generators.dim() == 2 && generators.is_contiguous() &&
+          generators.scalar_type() == ScalarType::Float,
+      "generators must be a contiguous float32 [slots, row]");
+  STD_TORCH_CHECK(
+      prompts.dim() == 2 && prompts.is_contiguous() && prompts.scalar_type() == ScalarType::Int &&
+          prompts.size(1) == kPromptFields && prompts.size(0) >= count,
+      "prompts must be a contiguous int32 [>= ", count, ", 4]");
+  STD_TORCH_CHECK(
+      vectors.is_cuda() && generators.is_cuda() && prompts.is_cuda(),
+      "all but step must be on the same CUDA device");
+  const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
+  const cudaStream_t stream = current_stream(hidden);
+  const Layout at(hidden.size(1), vectors.size(1), generators.size(1));
+  const int64_t splits = std::max<int64_t>(1, std::min(kSplits, kPoolBlocks / count));
+  Tensor partial =
+      torch::stable::new_empty(generators, {count, splits, at.hidden_size}, ScalarType::Float);
+  Tensor latent = torch::stable::new_empty(
+      generators, {count, std::max<int64_t>(1, at.max_rank)}, ScalarType::Float);
+  float* partials = static_cast<float*>(partial.mutable_data_ptr());
+  float* latents = static_cast<float*>(latent.mutable_data_ptr());
+  const float* weights = static_cast<const float*>(generators.const_data_ptr());
+  const int32_t* fields = static_cast<const int32_t*>(prompts.const_data_ptr());
+  const unsigned n = static_cast<unsigned>(count);
+  by_type(hidden, [&](auto type) {
+    using T = decltype(type);
+    pool_kernel<T><<<dim3(n, static_cast<unsigned>(splits)), kThreads, 0, stream>>>(
+        partials, static_cast<const T*>(hidden.const_data_ptr()), weights, fields,
+        hidden.stride(0), at);
+    if (at.max_rank > 0)
+      latent_kernel<<<dim3(n, static_cast<unsigned>(at.max_rank)), kThreads, 0, stream>>>(
+          latents, partials, weights, fields, splits, at);
+    const unsigned blocks = static_cast<unsigned>((at.width + kThreads - 1) / kThreads);
+    columns_kernel<T><<<dim3(n, blocks), kThreads, 0, stream>>>(
+        static_cast<T*>(vectors.mutable_data_ptr()), latents, weights, fields, at);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+static void scale_qkv_(
+    Tensor qkv,
+    const Tensor& vectors,
+    const Tensor& token_slots,
+    std::vector<int64_t> flat,
+    const Tensor& step) {
+  if (step_of(step)[1] == 0 || qkv.size(0) == 0) return;
+  check_rows(qkv, vectors, token_slots);
+  STD_TORCH_CHECK(flat.size() % 3 == 0, "ranges must be triples: column, vector column, width");
+  const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
+  const cudaStream_t stream = current_stream(qkv);
+  for (size_t begin = 0; begin < flat.size(); begin += 3 * kMaxRanges) {
+    Ranges ranges{};
+    int64_t total = 0, offsets = 0;
+    for (size_t i = 0; i < kMaxRanges && begin + 3 * i < flat.size(); ++i) {
+      const int64_t* r = flat.data() + begin + 3 * i;
+      STD_TORCH_CHECK(
+          r[0] >= 0 && r[2] >= 0 && r[0] + r[2] <= qkv.size(1),
+          "columns ", r[0], " to ", r[0] + r[2], " lie outside of the projection");
+      STD_TORCH_CHECK(r[1] >= 0, "columns of vectors must not be negative");
+      check_column(r[1], r[2], vectors);
+      ranges.x[i] = r[0];
+      ranges.vectors[i] = r[1];
+      ranges.width[i] = r[2];
+      total += r[2];
+      offsets |= r[0] | r[1] | r[2];
+    }
+    if (total == 0) continue;
+    by_type(qkv, [&](auto type) {
+      using T = decltype(type);
+      constexpr int kPack = 16 / sizeof(T);
+      T* x = static_cast<T*>(qkv.mutable_data_ptr());
+      const T* by = static_cast<const T*>(vectors.const_data_ptr());
+      const int64_t* slots = static_cast<const int64_t*>(token_slots.const_data_ptr());
+      const bool wide = aligned(x) && aligned(by) &&
+          (offsets | qkv.stride(0) | vectors.stride(0)) % kPack == 0;
+      const int64_t pack = wide ? kPack : 1;
+      const int64_t each = kThreads * pack;
+      const dim3 grid(
+          static_cast<unsigned>(qkv.size(0)), static_cast<unsigned>((total + each - 1) / each));
+      if (wide)
+        scale_kernel<T, kPack><<<grid, kThreads, 0, stream>>>(
+            x, by, slots, qkv.stride(0), vectors.stride(0), ranges);
+      else
+        scale_kernel<T, 1><<<grid, kThreads, 0, stream>>>(
+            x, by, slots, qkv.stride(0), vectors.stride(0), ranges);
+    });
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+}
+
+template <typename Act>
+static Tensor act_and_mul_scaled(
+    const Tensor& gate_up,
+    const Tensor& vectors,
+    const Tensor& token_slots,
+    int64_t gate_column,
+    int64_t up_column,
+    const Tensor& step) {
+  const bool any = step_of(step)[1] != 0;
+  check_rows(gate_up, vectors, token_slots);
+  STD_TORCH_CHECK(gate_up.size(1) % 2 == 0, "gate_up must have an even number of columns");
+  const int64_t width = gate_up.size(1) / 2;
+  check_column(gate_column, width, vectors);
+  check_column(up_column, width, vectors);
+  Tensor out = torch::stable::new_empty(gate_up, {gate_up.size(0), width});
+  if (out.numel() == 0) return out;
+  const torch::stable::accelerator::DeviceGuard guard(gate_up.get_device_index());
+  const cudaStream_t stream = current_stream(gate_up);
+  by_type(gate_up, [&](auto type) {
+    using T = decltype(type);
+    constexpr int kPack = 16 / sizeof(T);
+    const T* x = static_cast<const T*>(gate_up.const_data_ptr());
+    const T* by = static_cast<const T*>(vectors.const_data_ptr());
+    T* y = static_cast<T*>(out.mutable_data_ptr());
+    const int64_t* slots =
+        any ? static_cast<const int64_t*>(token_slots.const_data_ptr()) : nullptr;
+    const int64_t columns = std::max<int64_t>(gate_column, 0) | std::max<int64_t>(up_column, 0);
+    const bool wide = aligned(x) && aligned(by) && aligned(y) &&
+        (columns | width | gate_up.stride(0) | vectors.stride(0)) % kPack == 0;
+    const int64_t each = kThreads * static_cast<int64_t>(wide ? kPack : 1);
+    const dim3 grid(
+        static_cast<unsigned>(gate_up.size(0)), static_cast<unsigned>((width + each - 1) / each));
+    if (wide)
+      act_kernel<Act, T, kPack><<<grid, kThreads, 0, stream>>>(
+          y, x, by, slots, gate_up.stride(0), vectors.stride(0), width, gate_column, up_column);
+    else
+      act_kernel<Act, T, 1><<<grid, kThreads, 0, stream>>>(
+          y, x, by, slots, gate_up.stride(0), vectors.stride(0), width, gate_column, up_column);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
+static bool has_cuda_kernels() { return true; }
+
+}  // namespace vllm_pedro
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vllm_pedro, m) {
+  m.def("_has_cuda_kernels() -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_pedro, CUDA, m) {
+  m.impl("generate_vectors", TORCH_BOX(&vllm_pedro::generate_vectors));
+  m.impl("scale_qkv_", TORCH_BOX(&vllm_pedro::scale_qkv_));
+  m.impl("silu_and_mul_scaled", TORCH_BOX(&vllm_pedro::act_and_mul_scaled<vllm_pedro::Silu>));
+  m.impl("gelu_and_mul_scaled", TORCH_BOX(&vllm_pedro::act_and_mul_scaled<vllm_pedro::GeluErf>));
+  m.impl(
+      "gelu_tanh_and_mul_scaled",
+      TORCH_BOX(&vllm_pedro::act_and_mul_scaled<vllm_pedro::GeluTanh>));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_pedro, CompositeExplicitAutograd, m) {
+  m.impl("_has_cuda_kernels", TORCH_BOX(&vllm_pedro::has_cuda_kernels));
+}

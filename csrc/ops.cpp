@@ -1,0 +1,230 @@
+// Schemas and CPU kernels of vllm_pedro's operators, through libtorch's stable ABI: one build loads
+// on torch 2.11 and later. What each operator means stands in vllm_pedro/ops/reference.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "cpu_kernels.h"
+
+namespace vllm_pedro {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Elements that are worth a thread of their own.
+constexpr int64_t kGrain = 1 << 15;
+
+static Type type_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Type::f32;
+    case ScalarType::BFloat16: return Type::bf16;
+    case ScalarType::Half: return Type::f16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
+  return Type::f32;
+}
+
+static const int32_t* step_of(const Tensor& step) {
+  STD_TORCH_CHECK(
+      step.is_cpu() && step.scalar_type() == ScalarType::Int && step.numel() == 2,
+      "step must be 2 int32 on the CPU: prompts that make vectors, rows with an adapter");
+  return static_cast<const int32_t*>(step.const_data_ptr());
+}
+
+static void check_rows(const Tensor& x, const Tensor& vectors, const Tensor& token_slots) {
+  STD_TORCH_CHECK(
+      x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1),
+      "the projection must be [tokens, width] with contiguous rows");
+  STD_TORCH_CHECK(
+      vectors.dim() == 2 && vectors.stride(1) == 1 && vectors.scalar_type() == x.scalar_type(),
+      "vectors must be [slots, D] with contiguous rows, in the dtype of the projection");
+  STD_TORCH_CHECK(
+      token_slots.dim() == 1 && token_slots.stride(0) == 1 &&
+          token_slots.scalar_type() == ScalarType::Long && token_slots.size(0) >= x.size(0),
+      "token_slots must be int64 and contiguous, with an entry for each token");
+}
+
+static void check_column(int64_t column, int64_t width, const Tensor& vectors) {
+  STD_TORCH_CHECK(
+      column >= -1 && (column < 0 || column + width <= vectors.size(1)),
+      "columns ", column, " to ", column + width, " lie outside of vectors");
+}
+
+static void generate_vectors(
+    const Tensor& hidden,
+    Tensor vectors,
+    const Tensor& generators,
+    const Tensor& prompts,
+    const Tensor& step) {
+  const int64_t count = step_of(step)[0];
+  if (count == 0) return;
+  const Type type = type_of(hidden, "hidden");
+  STD_TORCH_CHECK(
+      hidden.dim() == 2 && (hidden.stride(1) == 1 || hidden.size(1) <= 1),
+      "hidden must be [tokens, d] with contiguous rows");
+  STD_TORCH_CHECK(
+      vectors.dim() == 2 && vectors.is_contiguous() && vectors.scalar_type() == hidden.scalar_type(),
+      "vectors must be a contiguous [slots, D] in the dtype of hidden");
+  STD_TORCH_CHECK(
+      generators.dim() == 2 && generators.is_contiguous() &&
+          generators.scalar_type() == ScalarType::Float,
+      "generators must be a contiguous float32 [slots, row]");
+  STD_TORCH_CHECK(
+      prompts.dim() == 2 && prompts.is_contiguous() && prompts.scalar_type() == ScalarType::Int &&
+          prompts.size(1) == kPromptFields && prompts.size(0) >= count,
+      "prompts must be a contiguous int32 [>= ", count, ", 4]");
+  GenerateArgs args{
+      hidden.const_data_ptr(),
+      hidden.stride(0),
+      vectors.mutable_data_ptr(),
+      static_cast<const float*>(generators.const_data_ptr()),
+      static_cast<const int32_t*>(prompts.const_data_ptr()),
+      Layout(hidden.size(1), vectors.size(1), generators.size(1))};
+  const Layout& at = args.at;
+  int64_t pooled_tokens = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t* p = args.prompts + i * kPromptFields;
+    STD_TORCH_CHECK(
+        p[kStart] >= 0 && p[kLength] >= 1 && p[kStart] + p[kLength] <= hidden.size(0) &&
+            p[kRow] > 0 && p[kRow] < vectors.size(0) && p[kSlot] >= 0 &&
+            p[kSlot] < generators.size(0),
+        "prompt ", i, " lies outside of hidden, vectors or generators");
+    pooled_tokens += p[kLength];
+  }
+  const Kernels& kernels = cpu_kernels();
+  std::vector<float> latents(static_cast<size_t>(count * std::max<int64_t>(at.max_rank, 1)));
+  const int64_t work = (pooled_tokens + count * at.max_rank) * at.hidden_size;
+  torch::stable::parallel_for(
+      0, count, std::max<int64_t>(1, kGrain * count / std::max<int64_t>(work, 1)),
+      [&](int64_t begin, int64_t end) {
+        std::vector<float> scratch(static_cast<size_t>(2 * at.hidden_size));
+        for (int64_t i = begin; i < end; ++i)
+          kernels.latent(args, type, i, latents.data() + i * at.max_rank, scratch.data());
+      });
+  // Rows of one adapter lie side by side in `prompts`, so a chunk of W_up is read from memory once.
+  constexpr int64_t kChunk = 512;
+  const int64_t chunks = (at.width + kChunk - 1) / kChunk;
+  torch::stable::parallel_for(
+      0, chunks, std::max<int64_t>(1, kGrain / (kChunk * count)),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t chunk = begin; chunk < end; ++chunk)
+          for (int64_t i = 0; i < count; ++i)
+            kernels.columns(
+                args, type, i, latents.data() + i * at.max_rank, chunk * kChunk,
+                std::min(at.width, (chunk + 1) * kChunk));
+      });
+}
+
+static void scale_qkv_(
+    Tensor qkv,
+    const Tensor& vectors,
+    const Tensor& token_slots,
+    std::vector<int64_t> ranges,
+    const Tensor& step) {
+  if (step_of(step)[1] == 0) return;
+  const Type type = type_of(qkv, "qkv");
+  check_rows(qkv, vectors, token_slots);
+  STD_TORCH_CHECK(ranges.size() % 3 == 0, "ranges must be triples: column, vector column, width");
+  int64_t scaled = 0;
+  for (size_t i = 0; i < ranges.size(); i += 3) {
+    STD_TORCH_CHECK(
+        ranges[i] >= 0 && ranges[i + 2] >= 0 && ranges[i] + ranges[i + 2] <= qkv.size(1),
+        "columns ", ranges[i], " to ", ranges[i] + ranges[i + 2], " lie outside of the projection");
+    STD_TORCH_CHECK(ranges[i + 1] >= 0, "columns of vectors must not be negative");
+    check_column(ranges[i + 1], ranges[i + 2], vectors);
+    scaled += ranges[i + 2];
+  }
+  const ScaleArgs args{
+      qkv.mutable_data_ptr(),
+      qkv.stride(0),
+      vectors.const_data_ptr(),
+      vectors.stride(0),
+      static_cast<const int64_t*>(token_slots.const_data_ptr()),
+      ranges.data(),
+      static_cast<int64_t>(ranges.size())};
+  const Kernels& kernels = cpu_kernels();
+  torch::stable::parallel_for(
+      0, qkv.size(0), std::max<int64_t>(1, kGrain / std::max<int64_t>(scaled, 1)),
+      [&](int64_t begin, int64_t end) { kernels.scale(args, type, begin, end); });
+}
+
+template <Gate gate>
+static Tensor act_and_mul_scaled(
+    const Tensor& gate_up,
+    const Tensor& vectors,
+    const Tensor& token_slots,
+    int64_t gate_column,
+    int64_t up_column,
+    const Tensor& step) {
+  const bool any = step_of(step)[1] != 0;
+  const Type type = type_of(gate_up, "gate_up");
+  check_rows(gate_up, vectors, token_slots);
+  STD_TORCH_CHECK(gate_up.size(1) % 2 == 0, "gate_up must have an even number of columns");
+  const int64_t width = gate_up.size(1) / 2;
+  check_column(gate_column, width, vectors);
+  check_column(up_column, width, vectors);
+  Tensor out = torch::stable::new_empty(gate_up, {gate_up.size(0), width});
+  const ActArgs args{
+      out.mutable_data_ptr(),
+      gate_up.const_data_ptr(),
+      gate_up.stride(0),
+      vectors.const_data_ptr(),
+      vectors.stride(0),
+      any ? static_cast<const int64_t*>(token_slots.const_data_ptr()) : nullptr,
+      width,
+      gate_column,
+      up_column};
+  const Kernels& kernels = cpu_kernels();
+  torch::stable::parallel_for(
+      0, gate_up.size(0), std::max<int64_t>(1, kGrain / (4 * std::max<int64_t>(width, 1))),
+      [&](int64_t begin, int64_t end) { kernels.act(args, type, gate, begin, end); });
+  return out;
+}
+
+static std::string instruction_set() { return cpu_instruction_set(); }
+
+// Raised with every change of a schema or of layout.h; vllm_pedro/ops/library.py expects this one.
+static int64_t interface_version() { return 1; }
+
+}  // namespace vllm_pedro
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vllm_pedro, m) {
+  m.def(
+      "generate_vectors(Tensor hidden, Tensor(a!) vectors, Tensor generators, Tensor prompts, "
+      "Tensor step) -> ()");
+  m.def(
+      "scale_qkv_(Tensor(a!) qkv, Tensor vectors, Tensor token_slots, int[] ranges, "
+      "Tensor step) -> ()");
+  m.def(
+      "silu_and_mul_scaled(Tensor gate_up, Tensor vectors, Tensor token_slots, int gate_column, "
+      "int up_column, Tensor step) -> Tensor");
+  m.def(
+      "gelu_and_mul_scaled(Tensor gate_up, Tensor vectors, Tensor token_slots, int gate_column, "
+      "int up_column, Tensor step) -> Tensor");
+  m.def(
+      "gelu_tanh_and_mul_scaled(Tensor gate_up, Tensor vectors, Tensor token_slots, "
+      "int gate_column, int up_column, Tensor step) -> Tensor");
+  m.def("_instruction_set() -> str");
+  m.def("_interface_version() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_pedro, CPU, m) {
+  using vllm_pedro::Gate;
+  m.impl("generate_vectors", TORCH_BOX(&vllm_pedro::generate_vectors));
+  m.impl("scale_qkv_", TORCH_BOX(&vllm_pedro::scale_qkv_));
+  m.impl("silu_and_mul_scaled", TORCH_BOX(&vllm_pedro::act_and_mul_scaled<Gate::silu>));
+  m.impl("gelu_and_mul_scaled", TORCH_BOX(&vllm_pedro::act_and_mul_scaled<Gate::gelu>));
+  m.impl("gelu_tanh_and_mul_scaled", TORCH_BOX(&vllm_pedro::act_and_mul_scaled<Gate::gelu_tanh>));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_pedro, CompositeExplicitAutograd, m) {
+  m.impl("_instruction_set", TORCH_BOX(&vllm_pedro::instruction_set));
+  m.impl("_interface_version", TORCH_BOX(&vllm_pedro::interface_version));
+}

@@ -1,0 +1,177 @@
+"""The operators against their definitions and the reference, through whatever backend is there."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vllm_pedro import ops
+from vllm_pedro.generator import generate_vectors as generate
+from vllm_pedro.generator import pool_prompt
+from vllm_pedro.ops import GeneratorLayout, reference, samples
+from vllm_pedro.ops.layout import ACTIVATIONS, POOLINGS
+
+REGISTERED = torch.ops.vllm_pedro
+
+
+def test_the_backend_in_use_equals_the_reference():
+    assert samples.check(ops) > 1000
+
+
+def test_the_reference_scales_by_definition():
+    s = samples.scale_sample("some rows", samples.WIDTHS[1], torch.bfloat16)
+    q, k, _v, _f = samples.WIDTHS[1]
+    got = s.qkv.clone()
+    reference.scale_qkv_(got, s.vectors, s.token_slots, s.ranges["q, v"], s.step)
+    for t in range(len(got)):
+        for j in range(got.shape[1]):
+            by = 1.0 if q <= j < q + k else s.vectors[s.token_slots[t], j]
+            assert got[t, j] == s.qkv[t, j] * by
+
+
+def test_the_reference_makes_vectors_by_definition():
+    g = samples.generate_sample(samples.SIZES[0], torch.float32)
+    reference.generate_vectors(*g.args())
+    views = GeneratorLayout(*samples.SIZES[0]).views(g.generators)
+    for start, length, row, slot in g.prompts[:6].tolist():
+        kind, rank, m, n, pooling, norm = (int(x) for x in views.header[slot, :6])
+        pooled = pool_prompt(
+            g.hidden[start : start + length], POOLINGS[pooling], "rms" if norm else None
+        )
+        want = generate(
+            pooled,
+            views.down[slot, :rank] if rank else None,
+            views.up[slot, :, :rank] if rank else None,
+            views.bias[slot],
+            ACTIVATIONS[kind],
+            views.numerator[slot, : m + 1],
+            views.denominator[slot, :n],
+        )
+        torch.testing.assert_close(g.vectors[row], want)
+
+
+def test_rows_without_an_adapter_are_not_read():
+    for dtype in samples.DTYPES:
+        s = samples.scale_sample("some rows", samples.WIDTHS[0], dtype)
+        base = s.token_slots[: len(s.qkv)] == 0
+        s.qkv[base] = torch.nan
+        s.vectors[0] = 7.0  # would show if the identity row were read
+        kept = s.qkv.clone()
+        ops.scale_qkv_(s.qkv, s.vectors, s.token_slots, s.ranges["all"], s.step)
+        if ops.backends.cpu.startswith("native"):
+            bits = torch.int32 if dtype == torch.float32 else torch.int16
+            assert torch.equal(s.qkv[base].view(bits), kept[base].view(bits))
+        assert bool(s.qkv[~base].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", samples.DTYPES, ids=str)
+def test_scaling_rounds_as_torch_does(dtype):
+    """Also where it overflows, underflows or is no number."""
+    special = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-7, 6e4, -3e38, 1e-39, 2.5]
+    x = torch.tensor(special, dtype=torch.float32).to(dtype)
+    a, b = (m.reshape(1, -1) for m in torch.meshgrid(x, x, indexing="ij"))
+    a, want = a.clone(), a * b
+    vectors = torch.cat((torch.ones_like(b), b))
+    step = torch.tensor([0, 1], dtype=torch.int32)
+    ops.scale_qkv_(a, vectors, torch.tensor([1]), (0, 0, a.shape[1]), step)
+    assert torch.equal(a.isnan(), want.isnan())
+    assert torch.equal(a.nan_to_num(), want.nan_to_num())
+
+
+def test_steps_with_nothing_to_do_touch_nothing():
+    s = samples.scale_sample("all rows", samples.WIDTHS[0], torch.float32)
+    none = torch.zeros(2, dtype=torch.int32)
+    before = s.qkv.clone()
+    ops.scale_qkv_(s.qkv, s.vectors, s.token_slots, s.ranges["all"], none)
+    assert torch.equal(s.qkv, before)
+    g = samples.generate_sample(samples.SIZES[0], torch.float32)
+    ops.generate_vectors(*g.args()[:4], none)
+    assert bool((g.vectors == 1).all())
+
+
+@pytest.mark.skipif(not ops.backends.cpu.startswith("native"), reason="the reference is trusted")
+def test_bad_arguments_are_refused():
+    s = samples.scale_sample("all rows", samples.WIDTHS[0], torch.float32)
+    with pytest.raises(RuntimeError, match="lie outside of the projection"):
+        ops.scale_qkv_(s.qkv, s.vectors, s.token_slots, (100, 0, 64), s.step)
+    with pytest.raises(RuntimeError, match="in the dtype of the projection"):
+        ops.scale_qkv_(s.qkv, s.vectors.half(), s.token_slots, (0, 0, 8), s.step)
+    with pytest.raises(RuntimeError, match="an entry for each token"):
+        ops.scale_qkv_(s.qkv, s.vectors, s.token_slots[:4], (0, 0, 8), s.step)
+    g = samples.generate_sample(samples.SIZES[0], torch.float32)
+    g.prompts[0, 2] = 0  # the identity row
+    with pytest.raises(RuntimeError, match="prompt 0 lies outside"):
+        ops.generate_vectors(*g.args())
+
+
+def test_opcheck():
+    g = samples.generate_sample(samples.SIZES[1], torch.bfloat16)
+    torch.library.opcheck(REGISTERED.generate_vectors.default, g.args())
+    s = samples.scale_sample("some rows", samples.WIDTHS[1], torch.bfloat16)
+    common = (s.vectors, s.token_slots)
+    torch.library.opcheck(
+        REGISTERED.scale_qkv_.default, (s.qkv, *common, list(s.ranges["q, v"]), s.step)
+    )
+    for gate in samples.GATES:
+        torch.library.opcheck(
+            getattr(REGISTERED, gate).default,
+            (s.gate_up, *common, s.gate_column, s.up_column, s.step),
+        )
+
+
+@pytest.mark.parametrize("dtype", samples.DTYPES, ids=str)
+def test_the_form_for_compilers_equals_the_operator(dtype):
+    s = samples.scale_sample("some rows", samples.WIDTHS[2], dtype)
+    compiled = torch.compile(ops.scaled, backend="aot_eager", fullgraph=True)
+    width = s.qkv.shape[1]
+    want = s.qkv.clone()
+    ops.scale_qkv_(want, s.vectors, s.token_slots, (0, 0, width), s.step)
+    assert torch.equal(compiled(s.qkv, s.vectors, s.token_slots, slice(0, width)), want)
+
+
+def test_a_compiled_graph_changes_the_store_before_it_reads_it():
+    g = samples.generate_sample(samples.SIZES[1], torch.float32)
+
+    def step(hidden, vectors, generators, prompts, counts):
+        ops.generate_vectors(hidden, vectors, generators, prompts, counts)
+        return vectors[1] * 2
+
+    want = g.vectors.clone()
+    reference.generate_vectors(g.hidden, want, *g.args()[2:])
+    out = torch.compile(step, backend="inductor", fullgraph=True)(*g.args())
+    torch.testing.assert_close(out, want[1] * 2)
+    torch.testing.assert_close(g.vectors, want)
+
+
+WITHOUT_LIBRARY = """
+import pathlib
+from vllm_pedro.ops import samples
+import vllm_pedro.ops.library as library
+from vllm_pedro import ops
+assert ops.backends.cpu == "reference (plain PyTorch)", ops.backends
+assert "was not built" in ops.backends.note
+print(samples.check(ops))
+"""
+
+
+def test_without_the_native_library_the_package_works(tmp_path):
+    """A copy of the package without the library, as an installation without a compiler is."""
+    import shutil
+    from pathlib import Path
+
+    import vllm_pedro
+
+    source = Path(vllm_pedro.__file__).parent
+    skip = shutil.ignore_patterns("*.so", "demo_adapters", "__pycache__")
+    shutil.copytree(source, tmp_path / "vllm_pedro", ignore=skip)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LIBRARY],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) > 1000

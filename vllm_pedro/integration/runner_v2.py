@@ -1,0 +1,144 @@
+"""PEDRO on vLLM's V2 model runner, its default on GPUs, and on CPUs whose Triton has a backend.
+
+The V2 runner hands what belongs to the model to a ``ModelState``; PEDRO's is a subclass of the one
+that the model asks for. The order of a step, all on the host and without a device sync:
+
+1. the runner removes finished and preempted requests and adds new and resumed ones:
+   :meth:`PedroModelStateMixin.remove_request`, :meth:`~PedroModelStateMixin.add_request`;
+2. it gathers the batch: here the step is planned, because what comes next depends on it;
+3. it picks a CUDA graph: none if the step makes vectors (:class:`PedroGraphsMixin`);
+4. the forward pass, or the replay of a graph in which generators never run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .layers import install_hooks
+from .metrics import attach_reports
+from .options import options_of
+from .patches import become
+from .runner_v1 import build_runtime
+from .scheduler import ASSIGNMENTS, spec_of_params
+
+
+class PedroModelStateMixin:
+    """What the model's ``ModelState`` does differently."""
+
+    pedro: Any
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        """A request enters, for the first time or after preemption."""
+        super().add_request(req_index, new_req_data)  # type: ignore[misc]
+        spec = spec_of_params(new_req_data.sampling_params)
+        if spec is not None:
+            self.pedro.admit(new_req_data.req_id, spec)
+
+    def remove_request(self, req_id: str) -> None:
+        """A request is done, aborted or preempted."""
+        self.pedro.finish((req_id,))
+        super().remove_request(req_id)  # type: ignore[misc]
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        """A graph is about to be captured: no row reads or makes vectors."""
+        self.pedro.clear_step()
+        return super().prepare_dummy_inputs(num_reqs, num_tokens)  # type: ignore[misc]
+
+
+class PedroGraphsMixin:
+    """What the CUDA graph manager does differently."""
+
+    pedro: Any
+
+    def dispatch(
+        self,
+        num_reqs: int,
+        num_tokens: int,
+        uniform_token_count: int | None,
+        num_active_loras: int,
+        max_query_len: int | None = None,
+        num_ubatches: int = 1,
+    ) -> Any:
+        """No CUDA graph for a step that makes vectors.
+
+        A one-token prompt, or a prompt that hits the cache up to its last token, looks like a
+        decode and would replay a graph in which the generators never ran.
+        """
+        if self.pedro.makes_vectors:
+            from vllm.config.compilation import CUDAGraphMode
+            from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+
+            return BatchExecutionDescriptor(
+                cg_mode=CUDAGraphMode.NONE,
+                num_tokens=num_tokens,
+                num_reqs=num_reqs,
+                num_active_loras=self._resolve_effective_loras(num_active_loras),  # type: ignore[attr-defined]
+                num_ubatches=num_ubatches,
+            )
+        return super().dispatch(  # type: ignore[misc]
+            num_reqs,
+            num_tokens,
+            uniform_token_count,
+            num_active_loras,
+            max_query_len=max_query_len,
+            num_ubatches=num_ubatches,
+        )
+
+
+class PedroRunnerV2Mixin:
+    """What the V2 ``GPUModelRunner`` does differently when PEDRO is on."""
+
+    pedro: Any
+    vllm_config: Any
+    device: Any
+    model: Any
+    model_state: Any
+    cudagraph_manager: Any
+    req_states: Any
+    max_num_tokens: int
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        options = options_of(self.vllm_config)
+        assert options is not None
+        captured = self.vllm_config.compilation_config.cudagraph_capture_sizes or [0]
+        max_tokens = max(self.max_num_tokens, *captured)
+        self.pedro = build_runtime(self.vllm_config, options, self.device, max_tokens)
+        become(self.model_state, PedroModelStateMixin)
+        self.model_state.pedro = self.pedro
+        # After LoRA has put its layers in place, so that the sum W x + BA x is what is scaled.
+        install_hooks(self.model, self.pedro.bank.limits.shape, self.pedro)
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """This creates the graph manager."""
+        result = super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
+        if self.cudagraph_manager is not None:
+            become(self.cudagraph_manager, PedroGraphsMixin)
+            self.cudagraph_manager.pedro = self.pedro
+        return result
+
+    def gather_batch_req_state(self, scheduler_output: Any, dummy_run: bool) -> Any:
+        """Plan the step once the batch is known, before a graph is picked for it."""
+        gathered = super().gather_batch_req_state(scheduler_output, dummy_run)  # type: ignore[misc]
+        batch = gathered[0]
+        if batch is None:
+            self.pedro.clear_step()
+            return gathered
+        self.pedro.assign(getattr(scheduler_output, ASSIGNMENTS, {}))
+        self.pedro.prepare_step(
+            batch.req_ids,
+            batch.num_scheduled_tokens,
+            self.req_states.num_computed_tokens_np[batch.idx_mapping_np],
+        )
+        return gathered
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().execute_model(*args, **kwargs)  # type: ignore[misc]
+        self.pedro.step_launched()
+        return output
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
+        if output is not None:
+            attach_reports(output, self.pedro)
+        return output

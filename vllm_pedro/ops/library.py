@@ -1,0 +1,146 @@
+"""Where the operators come from: the native library, Triton, or plain torch.
+
+One name each: ``torch.ops.vllm_pedro.<name>``. The native library (``csrc/``, built by ``setup.py``
+into this package) brings schemas and CPU kernels, and CUDA kernels where it was built with them.
+What it does not bring is registered here: on CUDA the Triton kernels, on the CPU the reference.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+logger = logging.getLogger(__name__)
+
+INTERFACE_VERSION = 1
+"""Schemas and layout this package was written for; ``csrc/ops.cpp`` has the same number."""
+
+NATIVE_LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
+
+_GATED = (
+    "(Tensor gate_up, Tensor vectors, Tensor token_slots, int gate_column, int up_column, "
+    "Tensor step) -> Tensor"
+)
+SCHEMAS = {
+    "generate_vectors": (
+        "(Tensor hidden, Tensor(a!) vectors, Tensor generators, Tensor prompts, Tensor step) -> ()"
+    ),
+    "scale_qkv_": (
+        "(Tensor(a!) qkv, Tensor vectors, Tensor token_slots, int[] ranges, Tensor step) -> ()"
+    ),
+    "silu_and_mul_scaled": _GATED,
+    "gelu_and_mul_scaled": _GATED,
+    "gelu_tanh_and_mul_scaled": _GATED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Backends:
+    """What runs the operators.
+
+    Attributes:
+        cpu: "native (<instruction set>)" or "reference (plain PyTorch)".
+        cuda: "native", "Triton" or "reference (plain PyTorch)".
+        note: Why the native library is not used; empty if it is.
+    """
+
+    cpu: str
+    cuda: str
+    note: str
+
+
+_library = torch.library.Library("vllm_pedro", "FRAGMENT")
+
+
+def _load_native() -> str:
+    """Load the native library; why not, if it cannot be."""
+    if not NATIVE_LIBRARY.is_file():
+        return f"{NATIVE_LIBRARY.name} was not built (no C++ compiler at installation?)"
+    try:
+        torch.ops.load_library(str(NATIVE_LIBRARY))
+    except OSError as error:
+        logger.warning("the native operators cannot be loaded and are not used: %s", error)
+        return f"{NATIVE_LIBRARY.name} cannot be loaded: {error}"
+    found = torch.ops.vllm_pedro._interface_version()
+    if found != INTERFACE_VERSION:
+        raise RuntimeError(
+            f"{NATIVE_LIBRARY} was built from other sources than this package (interface {found}, "
+            f"not {INTERFACE_VERSION}): build it again with python3 run.py setup, or "
+            "pip install --no-build-isolation --no-deps -e ."
+        )
+    return ""
+
+
+def _has(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"vllm_pedro::{name}", key)
+
+
+def _triton_kernel(name: str) -> Any:
+    def call(*args: Any) -> Any:
+        from . import triton_kernels  # imports Triton, which a CPU need not have
+
+        return getattr(triton_kernels, name)(*args)
+
+    return call
+
+
+def _register() -> Backends:
+    note = _load_native()
+    has_triton = importlib.util.find_spec("triton") is not None
+    for name, schema in SCHEMAS.items():
+        if note:
+            _library.define(name + schema)
+            _library.impl(name, getattr(reference, name), "CPU")
+        if not _has(name, "CUDA"):
+            kernel = _triton_kernel(name) if has_triton else getattr(reference, name)
+            _library.impl(name, kernel, "CUDA")
+    return Backends(
+        cpu="reference (plain PyTorch)"
+        if note
+        else f"native ({torch.ops.vllm_pedro._instruction_set()})",
+        cuda="native"
+        if not note and _native_has_cuda()
+        else ("Triton" if has_triton else "reference (plain PyTorch)"),
+        note=note,
+    )
+
+
+def _native_has_cuda() -> bool:
+    """Whether the native library brought CUDA kernels, rather than this module."""
+    return hasattr(torch.ops.vllm_pedro, "_has_cuda_kernels")
+
+
+backends = _register()
+
+
+@torch.library.register_fake("vllm_pedro::generate_vectors", lib=_library)
+def _(hidden: Tensor, vectors: Tensor, generators: Tensor, prompts: Tensor, step: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("vllm_pedro::scale_qkv_", lib=_library)
+def _(qkv: Tensor, vectors: Tensor, token_slots: Tensor, ranges: list[int], step: Tensor) -> None:
+    return None
+
+
+def _fake_act_and_mul(
+    gate_up: Tensor,
+    vectors: Tensor,
+    token_slots: Tensor,
+    gate_column: int,
+    up_column: int,
+    step: Tensor,
+) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+for _name in ("silu_and_mul_scaled", "gelu_and_mul_scaled", "gelu_tanh_and_mul_scaled"):
+    torch.library.register_fake(f"vllm_pedro::{_name}", _fake_act_and_mul, lib=_library)

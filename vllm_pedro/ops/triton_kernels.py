@@ -1,0 +1,254 @@
+"""The operators in Triton, for GPUs on which the native library has no kernels.
+
+Importing this module imports Triton. Shapes and meaning are those of :mod:`vllm_pedro.ops`; the
+wrappers here assume checked arguments and launch on the current stream, without a host sync.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .layout import DENOMINATOR, HEADER, GeneratorLayout
+
+BLOCK = 1024
+"""Columns of one program of the elementwise kernels."""
+
+SPLITS = 32
+"""Most programs that share one prompt's mean or maximum."""
+
+SILU, GELU, GELU_TANH = 0, 1, 2
+
+assert (HEADER, DENOMINATOR) == (8, 32)
+
+
+@triton.jit
+def _scale_kernel(
+    x_ptr, vectors_ptr, slots_ptr, x_stride, vectors_stride,
+    x0, v0, w0, x1, v1, w1, x2, v2, w2,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token's block of the columns of up to three ranges laid side by side."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + token)
+    if slot != 0:
+        j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        first, second = j < w0, (j >= w0) & (j < w0 + w1)
+        columns = tl.where(first, j + x0, tl.where(second, j - w0 + x1, j - w0 - w1 + x2))
+        by_columns = tl.where(first, j + v0, tl.where(second, j - w0 + v1, j - w0 - w1 + v2))
+        inside = j < w0 + w1 + w2
+        at = x_ptr + token * x_stride + columns
+        x = tl.load(at, mask=inside).to(tl.float32)
+        by = tl.load(vectors_ptr + slot * vectors_stride + by_columns, mask=inside).to(tl.float32)
+        tl.store(at, (x * by).to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _act_kernel(
+    out_ptr, x_ptr, vectors_ptr, slots_ptr, x_stride, vectors_stride, width,
+    gate_column, up_column,
+    ACTIVATION: tl.constexpr, ANY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = j < width
+    gate = tl.load(x_ptr + token * x_stride + j, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + token * x_stride + width + j, mask=inside, other=0.0).to(tl.float32)
+    if ANY:
+        slot = tl.load(slots_ptr + token)
+        row = vectors_ptr + slot * vectors_stride + j
+        if (slot != 0) & (gate_column >= 0):
+            gate *= tl.load(row + gate_column, mask=inside, other=1.0).to(tl.float32)
+        if (slot != 0) & (up_column >= 0):
+            up *= tl.load(row + up_column, mask=inside, other=1.0).to(tl.float32)
+    if ACTIVATION == 0:
+        act = gate / (1.0 + tl.exp(-gate))
+    elif ACTIVATION == 1:
+        act = 0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476))
+    else:
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        act = gate / (1.0 + tl.exp(-2.0 * inner))
+    out = out_ptr + token * width + j
+    tl.store(out, (act * up).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _pool_kernel(
+    partial_ptr, hidden_ptr, generators_ptr, prompts_ptr, hidden_stride, row, d,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The pooled state of one share of one prompt's tokens, ``[prompts, SPLITS, d]``.
+
+    With the pooling "last" the whole of it is in share 0.
+    """
+    prompt = tl.program_id(0)
+    share = tl.program_id(1)
+    start = tl.load(prompts_ptr + prompt * 4).to(tl.int64)
+    length = tl.load(prompts_ptr + prompt * 4 + 1)
+    slot = tl.load(prompts_ptr + prompt * 4 + 3).to(tl.int64)
+    header = generators_ptr + slot * row
+    rank = tl.load(header + 1)
+    pooling = tl.load(header + 4)
+    norm = tl.load(header + 5)
+    each = tl.cdiv(length, SPLITS)
+    first = tl.where(pooling == 0, tl.where(share == 0, length - 1, length), share * each)
+    end = tl.where(pooling == 0, length, tl.minimum(first + each, length))
+    end = tl.where(rank == 0, first, end)
+    j = tl.arange(0, BLOCK)
+    inside = j < d
+    pooled = tl.where(pooling == 2, tl.full((BLOCK,), float("-inf"), tl.float32), 0.0)
+    for t in range(first, end):
+        h = tl.load(hidden_ptr + (start + t) * hidden_stride + j, mask=inside, other=0.0)
+        h = h.to(tl.float32)
+        if norm != 0.0:
+            h *= 1.0 / tl.sqrt(tl.sum(h * h, axis=0) / d + 1e-6)
+        greater = (h > pooled) | (h != h)  # NaN wins, as it does in torch
+        pooled = tl.where(pooling == 2, tl.where(greater, h, pooled), pooled + h)
+    at = partial_ptr + (prompt * SPLITS + share).to(tl.int64) * d + j
+    tl.store(at, pooled, mask=inside)
+
+
+@triton.jit
+def _horner(coefficients, degree, x):
+    result = tl.load(coefficients + degree)
+    for i in range(degree):
+        result = result * x + tl.load(coefficients + degree - 1 - i)
+    return result
+
+
+@triton.jit
+def _latent_kernel(
+    latent_ptr, partial_ptr, generators_ptr, prompts_ptr, row, d, max_rank, numerator,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``g(p @ W_down)[k]`` of one prompt."""
+    prompt = tl.program_id(0)
+    k = tl.program_id(1)
+    length = tl.load(prompts_ptr + prompt * 4 + 1)
+    slot = tl.load(prompts_ptr + prompt * 4 + 3).to(tl.int64)
+    generator = generators_ptr + slot * row
+    rank = tl.load(generator + 1)
+    if k < rank:
+        pooling = tl.load(generator + 4)
+        j = tl.arange(0, BLOCK)
+        inside = j < d
+        partial = partial_ptr + (prompt * SPLITS).to(tl.int64) * d + j
+        pooled = tl.load(partial, mask=inside, other=0.0)
+        shares = tl.where(pooling == 0, 1, SPLITS)
+        for share in range(1, shares):
+            other = tl.load(partial + share * d, mask=inside, other=0.0)
+            greater = (other > pooled) | (other != other)
+            pooled = tl.where(pooling == 2, tl.where(greater, other, pooled), pooled + other)
+        pooled = tl.where(pooling == 1, pooled / length, pooled)
+        w = tl.load(generator + 8 + k * d + j, mask=inside, other=0.0)
+        x = tl.sum(w * pooled, axis=0)
+        kind = tl.load(generator)
+        if kind == 0.0:
+            y = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+        elif kind == 1.0:
+            y = tl.where((x > 0.0) | (x != x), x, 0.0)
+        else:
+            m = tl.load(generator + 2).to(tl.int32)
+            n = tl.load(generator + 3).to(tl.int32)
+            above = _horner(generator + numerator, m, x)
+            below = _horner(generator + numerator + 33, n - 1, x)
+            y = above / (1.0 + tl.abs(x * below))
+        tl.store(latent_ptr + prompt * max_rank + k, y)
+
+
+@triton.jit
+def _columns_kernel(
+    vectors_ptr, latent_ptr, generators_ptr, prompts_ptr, row, width, max_rank, up, bias,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of one prompt's ``latent @ W_up + b_up``, into its row of the store."""
+    prompt = tl.program_id(0)
+    target = tl.load(prompts_ptr + prompt * 4 + 2).to(tl.int64)
+    slot = tl.load(prompts_ptr + prompt * 4 + 3).to(tl.int64)
+    generator = generators_ptr + slot * row
+    rank = tl.load(generator + 1).to(tl.int32)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = j < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in range(rank):
+        w = tl.load(generator + up + k * width + j, mask=inside, other=0.0)
+        total += tl.load(latent_ptr + prompt * max_rank + k) * w
+    total += tl.load(generator + bias + j, mask=inside, other=0.0)
+    tl.store(vectors_ptr + target * width + j, total.to(vectors_ptr.dtype.element_ty), mask=inside)
+
+
+def generate_vectors(
+    hidden: Tensor, vectors: Tensor, generators: Tensor, prompts: Tensor, step: Tensor
+) -> None:
+    """See :func:`vllm_pedro.ops.generate_vectors`."""
+    count = int(step[0])
+    if count == 0:
+        return
+    d, width = hidden.shape[1], vectors.shape[1]
+    layout = GeneratorLayout.of(generators, d, width)
+    row = generators.shape[1]
+    splits = max(1, min(SPLITS, 512 // count))
+    block = triton.next_power_of_2(d)
+    partial = hidden.new_empty(count, splits, d, dtype=torch.float32)
+    latent = hidden.new_empty(count, layout.max_rank, dtype=torch.float32)
+    warps = 8 if block >= 4096 else 4
+    _pool_kernel[(count, splits)](
+        partial, hidden, generators, prompts, hidden.stride(0), row, d,
+        SPLITS=splits, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    _latent_kernel[(count, layout.max_rank)](
+        latent, partial, generators, prompts, row, d, layout.max_rank, layout.numerator,
+        SPLITS=splits, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    _columns_kernel[(count, triton.cdiv(width, BLOCK))](
+        vectors, latent, generators, prompts, row, width, layout.max_rank, layout.up, layout.bias,
+        BLOCK=BLOCK,
+    )  # fmt: skip
+
+
+def scale_qkv_(
+    qkv: Tensor, vectors: Tensor, token_slots: Tensor, ranges: Sequence[int], step: Tensor
+) -> None:
+    """See :func:`vllm_pedro.ops.scale_qkv_`."""
+    tokens = len(qkv)
+    if int(step[1]) == 0 or tokens == 0:
+        return
+    for first in range(0, len(ranges), 9):  # three ranges a launch
+        nine = (*ranges[first : first + 9], *(0,) * 9)[:9]
+        blocks = triton.cdiv(sum(nine[2::3]), BLOCK)
+        if blocks:
+            _scale_kernel[(tokens, blocks)](
+                qkv, vectors, token_slots, qkv.stride(0), vectors.stride(0), *nine, BLOCK=BLOCK
+            )
+
+
+def _act_and_mul_scaled(activation: int) -> Any:
+    def call(
+        gate_up: Tensor,
+        vectors: Tensor,
+        token_slots: Tensor,
+        gate_column: int,
+        up_column: int,
+        step: Tensor,
+    ) -> Tensor:
+        tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty(tokens, width)
+        if tokens:
+            _act_kernel[(tokens, triton.cdiv(width, BLOCK))](
+                out, gate_up, vectors, token_slots, gate_up.stride(0), vectors.stride(0), width,
+                gate_column, up_column,
+                ACTIVATION=activation, ANY=int(step[1]) != 0, BLOCK=BLOCK,
+            )  # fmt: skip
+        return out
+
+    return call
+
+
+silu_and_mul_scaled = _act_and_mul_scaled(SILU)
+gelu_and_mul_scaled = _act_and_mul_scaled(GELU)
+gelu_tanh_and_mul_scaled = _act_and_mul_scaled(GELU_TANH)

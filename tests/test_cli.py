@@ -73,11 +73,16 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert f"usage: vllm-pedro {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["inspect"], ["init", "--r", "x"]])
+@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["init", "--r", "x"]])
 def test_wrong_arguments_exit_with_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(argv)
     assert caught.value.code == 2
+
+
+def test_inspect_wants_a_folder_or_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect"]) == 2
+    assert "an adapter folder, or --backends" in error_line(capsys)
 
 
 def test_nothing_heavy_is_imported_for_help() -> None:

@@ -80,11 +80,6 @@ def test_wrong_arguments_exit_with_2(argv: list[str]) -> None:
     assert caught.value.code == 2
 
 
-def test_inspect_wants_a_folder_or_backends(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect"]) == 2
-    assert "an adapter folder, or --backends" in error_line(capsys)
-
-
 def test_nothing_heavy_is_imported_for_help() -> None:
     code = (
         "import sys\nfrom vllm_pedro import cli\n"

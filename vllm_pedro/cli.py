@@ -68,12 +68,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("adapter", metavar="ADAPTER", nargs="?", help="an adapter folder")
     inspect.add_argument("--model", metavar="FOLDER", help="check too that it fits this model")
-    training_cli.add_inspect_options(inspect)
     inspect.add_argument(
         "--backends",
         action="store_true",
         help="show what runs PEDRO's operators here: native code, Triton or plain PyTorch",
     )
+    training_cli.add_inspect_options(inspect)
     inspect.set_defaults(run=run_inspect)
 
     training_cli.add_parsers(commands)

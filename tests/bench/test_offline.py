@@ -100,7 +100,7 @@ def test_quick_compares_lora_with_eager_engines() -> None:
         "LoRA, eager, 1 tenant",
         "LoRA, eager, 16 tenants",
     ]
-    assert [c.x for c in plan[1:]] == [32, 128, 512]
+    assert [c.x for c in plan[1:]] == [32, 256]
     assert {c.family for c in plan[1:]} == {"break-even"}
 
 

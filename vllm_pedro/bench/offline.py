@@ -170,7 +170,12 @@ class Sizes:
 
 
 QUICK: Final = Sizes(
-    rows=16, output_tokens=32, tenants=(1, 16), prompts=(32, 128, 512), max_model_len=560
+    rows=16,
+    prompt_tokens=64,
+    output_tokens=32,
+    tenants=(1, 16),
+    prompts=(32, 256),
+    max_model_len=280,
 )
 
 
@@ -219,7 +224,7 @@ def comparisons(
                 result.append(Comparison(family, float(level), workload, "distinct", cases))
         elif family == "break-even":
             for length in sizes.prompts:
-                workload = closed_loop(fixed_lengths(4, length, 8, f"prompt of {length}"), 1)
+                workload = closed_loop(fixed_lengths(2, length, 8, f"prompt of {length}"), 1)
                 cases = _cases(engines, [1], False)
                 result.append(Comparison(family, float(length), workload, "identical", cases))
         elif family == "trace":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +24,7 @@ def serve(pipe: Connection, spec: EngineSpec, log: str) -> None:
     The main function of the process that ``bench.engines.EngineProcess`` spawns. What vLLM prints
     goes to the file ``log``.
     """
+    _end_with_parent()
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(target, 1)
     os.dup2(target, 2)
@@ -57,6 +61,14 @@ def serve(pipe: Connection, spec: EngineSpec, log: str) -> None:
         pipe.close()
         if engine is not None:
             engine.shutdown()
+
+
+def _end_with_parent() -> None:
+    """An engine must not outlive a benchmark that was killed (Linux; elsewhere it ends when its
+    run does)."""
+    with contextlib.suppress(OSError, AttributeError):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 class BenchEngine:

@@ -137,13 +137,22 @@ def test_unknown_models_are_refused(name, message, tmp_path):
 
 
 def test_the_choice_of_runner_is_left_to_vllm(tiny, monkeypatch):
-    for choice in ("0", "1"):
-        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", choice)
-        config(tiny)
-        assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == choice
-    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+    from vllm.triton_utils import HAS_TRITON
+
+    name = "VLLM_USE_V2_MODEL_RUNNER"
+    monkeypatch.setenv(name, "0")
+    assert not config(tiny).use_v2_model_runner
+    assert os.environ[name] == "0"
+    monkeypatch.setenv(name, "1")
+    if HAS_TRITON:
+        assert config(tiny).use_v2_model_runner
+    else:
+        with pytest.raises(ValueError, match="Model Runner V2 requires Triton"):
+            config(tiny)
+    assert os.environ[name] == "1"
+    monkeypatch.delenv(name)
     config(tiny)
-    assert "VLLM_USE_V2_MODEL_RUNNER" not in os.environ
+    assert name not in os.environ
 
 
 def test_an_unsupported_vllm_is_refused_by_version(tiny, monkeypatch):
@@ -175,6 +184,7 @@ def fake_config(**changes):
         },
         "cache_config": {"kv_sharing_fast_prefill": False},
         "kv_transfer_config": None,
+        "ec_transfer_config": None,
         "speculative_config": None,
     }  # fmt: skip
     for path, value in changes.items():
@@ -206,6 +216,7 @@ def test_the_fake_configuration_passes():
         ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size=2"),
         ({"parallel_config__use_ubatching": True}, "turn enable_dbo off"),
         ({"cache_config__kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
+        ({"ec_transfer_config": SimpleNamespace()}, "unset ec_transfer_config"),
         ({"speculative_config": SimpleNamespace(method="eagle")}, "'eagle' is not supported yet"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,

@@ -311,9 +311,12 @@ def test_specs_are_alike(monkeypatch: pytest.MonkeyPatch, model: str, tmp_path: 
     monkeypatch.setattr(FakeProcess, "made", [], raising=False)
     monkeypatch.setattr(offline, "start_engines", start)
     arguments = ["offline", "--model", model, "--workloads", "decode", "--tenants", "1", "4"]
+    arguments += ["--prompt-tokens", "4", "--output-tokens", "2"]
     arguments += ["--rows", "4", "--engines", *CPU, "--no-plots", "--output", str(tmp_path / "o")]
     assert bench(*arguments, "--repeats", "1") == 0
     assert len({json.dumps(s.settings, sort_keys=True) for s in seen}) == 1
+    # The requests that time the loading have to fit, however short the workload is.
+    assert seen[0].settings["max_model_len"] > offline.LOAD_PROMPT
     assert {(s.slots, s.threads) for s in seen} == {(5, seen[0].threads)}
     # One slot more than LoRAs in use: see the note in `offline.run`.
     assert seen[0].slots > 4

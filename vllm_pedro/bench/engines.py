@@ -21,6 +21,7 @@ KINDS: Final = ("base", "pedro", "lora")
 LABELS: Final = {"base": "base", "pedro": "PEDRO", "static": "(IA)3", "lora": "LoRA"}
 
 CLOSE_SECONDS: Final = 30.0
+TAIL: Final = 12  # lines of an engine's log in an error
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class EngineProcess:
             lines = self._log.read_text(errors="replace").strip().splitlines()
         except OSError:
             lines = []
-        return "its log ends: " + " | ".join(lines[-3:]) if lines else "it wrote no log"
+        return "its log ends: " + " | ".join(lines[-TAIL:]) if lines else "it wrote no log"
 
 
 @contextlib.contextmanager

@@ -384,7 +384,7 @@ def run(plan: Sequence[Comparison], options: Options, recorder: Recorder) -> Non
     started = time.monotonic()
     prefix_caching = any(c.workload.beam_width > 1 or _shares(c.workload) for c in plan)
     rows = max(_rows(c.workload) for c in plan)
-    longest = max(c.workload.longest for c in plan)
+    longest = max(LOAD_PROMPT + 1, *(c.workload.longest for c in plan))
     tenants = max((case.tenants for c in plan for case in c.cases), default=1) or 1
     # vLLM's CPU kernels give base rows a LoRA's weights if all slots are taken: one slot is spare.
     slots = options.slots or min(tenants, 32) + 1
@@ -462,6 +462,9 @@ def _write_all(plan: Sequence[Comparison], model: str, folder: Path) -> dict[str
 LOADS: Final = 8
 """Adapters whose loading is timed."""
 
+LOAD_PROMPT: Final = 32
+"""Prompt tokens of the requests that time it."""
+
 
 def _measure_loads(
     engines: dict[str, EngineProcess], adapters: dict[str, list[Path]], recorder: Recorder
@@ -472,7 +475,7 @@ def _measure_loads(
     It also warms the engines up.
     """
     for name, engine in engines.items():
-        workload = closed_loop(fixed_lengths(2 * LOADS, 32, 1, "loads"), 1)
+        workload = closed_loop(fixed_lengths(2 * LOADS, LOAD_PROMPT, 1, "loads"), 1)
         if engine.spec.kind == "base":
             engine.run(Job(workload))
             continue

@@ -24,6 +24,8 @@ from vllm_pedro.bench.report import (
 from vllm_pedro.bench.results import Recorder, read_results
 from vllm_pedro.errors import PedroError
 
+DOCS = Path(__file__).resolve().parent.parent.parent / "docs" / "benchmarks"
+
 RUN = {
     "record": "run",
     "time": "2026-01-01T00:00:00+00:00",
@@ -332,6 +334,14 @@ def test_a_report_with_pictures(tmp_path: Path, everything: list[dict[str, Any]]
     for path in paths[1:]:
         assert f"({path.name})" in text
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*/results.jsonl")), ids=lambda p: p.parent.name)
+def test_the_reports_in_docs_are_those_of_their_results(path: Path, tmp_path: Path) -> None:
+    paths = write_report(read_results([path]), tmp_path)
+    assert paths[0].read_text() == (path.parent / "report.md").read_text()
+    for picture in paths[1:]:
+        assert (path.parent / picture.name).is_file()
 
 
 def test_no_plots_on_request(tmp_path: Path, records: list[dict[str, Any]]) -> None:

@@ -71,7 +71,19 @@ struct GeluTanh {
   }
 };
 struct GeluErf {
-  static inline float apply(float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f)); }
+  // The normal distribution by erfc(z) = t (a1 + ... + a5 t^4) exp(-z^2) for z >= 0, Abramowitz and
+  // Stegun 7.1.26, within 1.5e-7: std::erf does not vectorise, and takes ten times as long.
+  static inline float apply(float x) {
+    const float z = (x < 0.0f ? -x : x) * 0.70710678118654752f;
+    const float t = 1.0f / (1.0f + 0.3275911f * z);
+    float p = 1.061405429f;
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    const float above = 0.5f * t * p * exp_(-z * z);
+    return x * (x < 0.0f ? above : 1.0f - above);
+  }
 };
 
 template <typename Act, typename T, bool kGateScaled, bool kUpScaled>

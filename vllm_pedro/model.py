@@ -34,6 +34,7 @@ from vllm_pedro.adapter import load_adapter, save_adapter, tensor_name
 from vllm_pedro.config import BackboneShape, PedroConfig, shorten
 from vllm_pedro.errors import PedroError
 from vllm_pedro.generator import VectorGenerator
+from vllm_pedro.scaling import scale_sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -419,9 +420,8 @@ class _LayerHooks:
                 self.applied.append(name)
             parts.append(vector.to(output.device, output.dtype))
         factor = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        if self.sequences is not None:
-            return output * factor[self.sequences.to(output.device)]
-        return output * factor[:, None, :]
+        sequences = None if self.sequences is None else self.sequences.to(output.device)
+        return scale_sequences(output, factor, sequences)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         current, self.current = self.current, None

@@ -104,6 +104,27 @@ def test_quick_compares_lora_with_eager_engines() -> None:
     assert {c.family for c in plan[1:]} == {"break-even"}
 
 
+def test_overhead_compares_the_plugin_absent_off_unused_and_used() -> None:
+    (comparison,) = comparisons(["overhead"], CPU, Sizes(rows=8, tenants=(1, 8)))
+    labels = [case.label for case in comparison.cases]
+    assert labels == [
+        f"{name.partition(':')[0]}, {mode}{name.partition(':')[2]}"
+        for mode in ("compiled", "eager")
+        for name in (
+            "vLLM, no plugin",
+            "base",
+            "PEDRO:, unused",
+            "PEDRO:, 1 tenant",
+            "PEDRO:, 8 tenants",
+        )
+    ]
+    assert [case.engine for case in comparison.cases][:3] == [
+        "plain-compiled",
+        "base-compiled",
+        "pedro-compiled",
+    ]
+
+
 def test_all_families_can_be_planned(tmp_path: Path) -> None:
     trace = tmp_path / "trace.csv"
     trace.write_text(

@@ -137,7 +137,7 @@ def test_ratios_never_cross_runs() -> None:
     """Two runs in one report: repeat 0 of each is another repeat."""
     first = [RUN, measurement("base", "eager", 0, 100), measurement("pedro", "eager", 0, 90)]
     second = [RUN, measurement("base", "eager", 0, 10), measurement("pedro", "eager", 0, 9)]
-    row = cells(main_table(collect([*first, *second])))["PEDRO, eager"]
+    row = cells(main_table(collect([*first, *second])))["PEDRO, eager, unused"]
     assert row[3] == "0.90 (0.90-0.90)"
 
 

@@ -17,8 +17,23 @@ from ..errors import PedroError
 from .driver import Timing
 from .workloads import Workload
 
-KINDS: Final = ("base", "pedro", "lora")
-LABELS: Final = {"base": "base", "pedro": "PEDRO", "static": "(IA)3", "lora": "LoRA"}
+KINDS: Final = ("plain", "base", "pedro", "lora")
+LABELS: Final = {
+    "plain": "vLLM, no plugin",
+    "base": "base",
+    "pedro": "PEDRO",
+    "static": "(IA)3",
+    "lora": "LoRA",
+}
+
+
+def case_label(kind: str, mode: str, tenants: int) -> str:
+    """What a case is called in displays and tables."""
+    name = f"{LABELS[kind]}, {mode}"
+    if tenants:
+        return f"{name}, {tenants:,} tenant{'s' if tenants > 1 else ''}"
+    return f"{name}, unused" if kind in ("pedro", "lora") else name
+
 
 CLOSE_SECONDS: Final = 30.0
 TAIL: Final = 12  # lines of an engine's log in an error
@@ -29,7 +44,8 @@ class EngineSpec:
     """How to start an engine.
 
     Attributes:
-        kind: ``base``, ``pedro`` or ``lora``; static vectors are served by ``pedro``.
+        kind: ``plain`` (vLLM that does not load the plugin), ``base`` (the plugin loaded, PEDRO
+            off), ``pedro`` or ``lora``; static vectors are served by ``pedro``.
         compiled: Whether vLLM compiles the model. On the CPU it never does with LoRA.
         settings: Keywords of ``LLM``, the same for all engines of a run.
         slots: Adapters on the device at once.

@@ -258,9 +258,7 @@ def _run(
     recorder = Recorder(args.output / "results.jsonl")
     recorder.begin(argv, repeats=args.repeats, minutes=args.minutes)
     _warn_if_busy()
-    options = Options(
-        model, tuple(engines), args.dtype, args.repeats, args.minutes, slots, kv_mib << 20
-    )
+    options = Options(model, args.dtype, args.repeats, args.minutes, slots, kv_mib << 20)
     try:
         run(plan, options, recorder)
     finally:

@@ -16,11 +16,11 @@ from ..errors import PedroError
 from . import figures
 from .adapters import folder_bytes, model_label, write_adapters
 from .engines import (
-    LABELS,
     EngineProcess,
     EngineSpec,
     Job,
     available_threads,
+    case_label,
     start_engines,
 )
 from .results import Recorder, load_average, say
@@ -39,6 +39,7 @@ from .workloads import (
 
 FAMILIES: Final = (
     "decode",
+    "overhead",
     "prefill",
     "mixed",
     "paper",
@@ -57,6 +58,8 @@ ENGINES: Final = (
     "base-eager",
     "pedro-eager",
     "lora-eager",
+    "plain-compiled",
+    "plain-eager",
 )
 
 
@@ -65,9 +68,9 @@ class Case:
     """One column of a comparison: an engine, and who asks.
 
     Attributes:
-        kind: ``base``, ``pedro``, ``static`` or ``lora``.
+        kind: ``plain``, ``base``, ``pedro``, ``static`` or ``lora``.
         mode: ``compiled`` or ``eager``.
-        tenants: How many tenants ask; 0 for base.
+        tenants: How many tenants ask; 0 for requests without an adapter.
     """
 
     kind: str
@@ -81,10 +84,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        if not self.tenants:
-            return f"{LABELS[self.kind]}, {self.mode}"
-        plural = "s" if self.tenants > 1 else ""
-        return f"{LABELS[self.kind]}, {self.mode}, {self.tenants:,} tenant{plural}"
+        return case_label(self.kind, self.mode, self.tenants)
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,21 @@ def comparisons(
             for x, workload in make[family]():
                 cases = _cases(engines, tenants, static)
                 result.append(Comparison(family, x, workload, "distinct", cases))
+        elif family == "overhead":
+            for x, workload in _decode(sizes):
+                named = replace(workload, name="overhead")
+                cases = tuple(
+                    case
+                    for mode in ("compiled", "eager")
+                    if f"base-{mode}" in engines and f"pedro-{mode}" in engines
+                    for case in (
+                        Case("plain", mode, 0),
+                        Case("base", mode, 0),
+                        Case("pedro", mode, 0),
+                        *(Case("pedro", mode, n) for n in (1, rows) if n in (1, *sizes.tenants)),
+                    )
+                )
+                result.append(Comparison(family, x, named, "distinct", cases))
         elif family == "tenants":
             result += _tenant_sweep(engines, sizes)
         elif family == "mixes":
@@ -259,8 +274,8 @@ def _cases(engines: Sequence[str], tenants: Sequence[int], static: bool) -> tupl
     cases = []
     for engine in engines:
         kind, _, mode = engine.partition("-")
-        if kind == "base":
-            cases.append(Case("base", mode, 0))
+        if kind in ("plain", "base"):
+            cases.append(Case(kind, mode, 0))
             continue
         cases += [Case(kind, mode, count) for count in tenants]
         if kind == "pedro" and static:
@@ -358,7 +373,6 @@ class Options:
 
     Attributes:
         model: The model's folder.
-        engines: Of :data:`ENGINES`.
         dtype: The model's dtype.
         repeats: Times each case is measured, at most.
         minutes: No repeat begins that would end later; one always runs.
@@ -367,7 +381,6 @@ class Options:
     """
 
     model: str
-    engines: tuple[str, ...]
     dtype: str = "bfloat16"
     repeats: int = 5
     minutes: float = 60.0
@@ -398,12 +411,11 @@ def run(plan: Sequence[Comparison], options: Options, recorder: Recorder) -> Non
         "enable_prefix_caching": prefix_caching,
     }
     threads = available_threads()
+    used = {case.engine for c in plan for case in c.cases}
     specs = [
         EngineSpec(kind, mode == "compiled", settings, slots, min(tenants, 256), threads)
-        for kind, _, mode in (name.partition("-") for name in options.engines)
+        for kind, _, mode in (name.partition("-") for name in ENGINES if name in used)
     ]
-    used = {case.engine for c in plan for case in c.cases}
-    specs = [s for s in specs if f"{s.kind}-{s.mode}" in used]
     recorder.add(
         "engine",
         engine="all",
@@ -476,7 +488,7 @@ def _measure_loads(
     """
     for name, engine in engines.items():
         workload = closed_loop(fixed_lengths(2 * LOADS, LOAD_PROMPT, 1, "loads"), 1)
-        if engine.spec.kind == "base":
+        if engine.spec.kind in ("plain", "base"):
             engine.run(Job(workload))
             continue
         folders = adapters[engine.spec.kind][:LOADS]

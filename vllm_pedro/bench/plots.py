@@ -20,7 +20,7 @@ STYLES: Final = {
     ("static", "eager"): {"color": "0.5", "marker": "*", "linestyle": "-."},
     ("lora", "eager"): {"color": "0.6", "marker": "v", "linestyle": ":"},
 }
-HATCHES: Final = {"base": "", "pedro": "//", "static": "xx", "lora": ".."}
+HATCHES: Final = {"plain": "", "base": "", "pedro": "//", "static": "xx", "lora": ".."}
 
 
 def draw_all(all_series: Sequence[Series], folder: Path) -> list[tuple[str, Path]]:
@@ -67,7 +67,7 @@ def _errors(spreads: Sequence[Any]) -> list[list[float]]:
 
 def draw_throughput(all_series: Sequence[Series]) -> Any:
     """Bars: output tokens per second of each case of the plain workloads."""
-    families = ("decode", "prefill", "mixed", "paper", "beam", "trace", "serving")
+    families = ("decode", "overhead", "prefill", "mixed", "paper", "beam", "trace", "serving")
     chosen = [s for s in all_series if s.family in families and s.spread("output_tokens_per_s")]
     if not chosen:
         return None

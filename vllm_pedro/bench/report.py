@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PedroError
-from .engines import LABELS
+from .engines import LABELS, case_label
 from .figures import Latency, Spread, break_even, paired_ratios
 
 Record = dict[str, Any]
@@ -42,10 +42,7 @@ class Series:
 
     @property
     def label(self) -> str:
-        if not self.tenants:
-            return f"{LABELS[self.kind]}, {self.mode}"
-        plural = "s" if self.tenants > 1 else ""
-        return f"{LABELS[self.kind]}, {self.mode}, {self.tenants:,} tenant{plural}"
+        return case_label(self.kind, self.mode, self.tenants)
 
     def values(self, measure: str) -> dict[int, float]:
         return {i: m[measure] for i, m in self.repeats.items() if measure in m}
@@ -97,7 +94,7 @@ def base_of(series: Series, others: Sequence[Series]) -> Series | None:
 
 def lora_of(series: Series, others: Sequence[Series]) -> Series | None:
     """LoRA on the same workload with as many tenants; in the same mode where there is one."""
-    if series.kind in ("lora", "base"):
+    if series.kind in ("lora", "base", "plain"):
         return None
     wanted = {"kind": "lora", "tenants": series.tenants}
     return _find(others, series, **wanted, mode=series.mode) or _find(others, series, **wanted)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from .._import_hook import forget_hooks
 from ..bench.driver import Progress, Timing, drive
 from ..bench.engines import EngineSpec, Job
 from ..bench.workloads import Request
@@ -84,14 +85,19 @@ class BenchEngine:
         started = time.perf_counter()
         import torch
 
-        import vllm_pedro.integration.request
+        if spec.kind == "plain":
+            os.environ["VLLM_PLUGINS"] = ""  # none is loaded
+            forget_hooks()
+        else:
+            import vllm_pedro.integration.request
+
+            self._pedro_request = vllm_pedro.integration.request.PedroRequest
 
         # isort: split
         import vllm
         from vllm import LLM
 
         imported = time.perf_counter()
-        self._pedro_request = vllm_pedro.integration.request.PedroRequest
         keywords: dict[str, Any] = {
             "distributed_executor_backend": "uni",
             "enforce_eager": not spec.compiled,
@@ -122,6 +128,8 @@ class BenchEngine:
         self._spec = spec
         self._llm = LLM(**keywords)
         ready = time.perf_counter()
+        if spec.kind == "plain" and "vllm_pedro.integration.patches" in sys.modules:
+            raise RuntimeError("the engine that is to be vLLM alone has loaded the plugin")
         self._vocabulary = self._llm.llm_engine.model_config.get_vocab_size()
         self._prompts: list[list[int]] = []
         self._lora: list[Any] = []

@@ -4,7 +4,7 @@ A config file says what: a backbone, tasks (data files and a metric), methods, s
 run is one line in the results file; runs that are there already are not repeated, so a killed
 experiment goes on where it was. `--table` prints medians and spread.
 
-    python benchmarks/experiments/run.py benchmarks/experiments/table1.json --data DIR
+    python benchmarks/experiments/run.py benchmarks/experiments/table1.json [--data DIR]
     python benchmarks/experiments/run.py benchmarks/experiments/table1.json --table
 """
 
@@ -21,6 +21,10 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, set_seed
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from public import fetch_task
 
 from vllm_pedro import PedroConfig, get_pedro_model
 from vllm_pedro.fetch import fetch_model
@@ -142,7 +146,11 @@ def table(config: dict[str, Any], results: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path)
-    parser.add_argument("--data", type=Path, default=Path(), help="folder of the data files")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="folder of the data files; default: public data sets, fetched through `datasets`",
+    )
     parser.add_argument("--results", type=Path, help="default: beside the config, .results.jsonl")
     parser.add_argument("--only", nargs="+", metavar="METHOD")
     parser.add_argument("--table", action="store_true", help="print what there is; run nothing")
@@ -154,6 +162,10 @@ def main() -> int:
         results = [json.loads(line) for line in path.read_text().splitlines()]
     done = {(r["task"], r["method"], r["seed"]) for r in results}
     if not args.table:
+        if args.data is None:
+            args.data = args.config.parent / "data"
+            for task in config["tasks"]:
+                fetch_task(task, args.data)
         for seed in config["seeds"]:
             for task in config["tasks"]:
                 for method in config["methods"]:

@@ -223,7 +223,7 @@ def comparisons(
         elif family == "tenants":
             result += _tenant_sweep(engines, sizes)
         elif family == "mixes":
-            workload = closed_loop(fixed_lengths(4 * rows, 32, 16), rows)
+            workload = closed_loop(fixed_lengths(2 * rows, 32, 16), rows)
             for mix in MIXES:
                 named = replace(
                     workload, name=f"mix: {mix}", rule=f"{workload.rule}; {MIX_RULES[mix]}"
@@ -289,7 +289,9 @@ def _tenant_sweep(engines: Sequence[str], sizes: Sizes) -> list[Comparison]:
     for count in sizes.tenants:
         number = max(4 * sizes.rows, count)
         name = f"{count:,} tenants" if count > 1 else "1 tenant"
-        workload = closed_loop(fixed_lengths(number, 32, 16, name), sizes.rows)
+        # Each tenant asks at least once, so that many tenants are many requests: shorter ones.
+        lengths = (32, 16) if count <= 256 else (16, 8) if count <= 2048 else (8, 2)
+        workload = closed_loop(fixed_lengths(number, *lengths, name), sizes.rows)
         few = [e for e in engines if count <= sizes.lora_tenants or e.endswith("-compiled")]
         cases = _cases(few, [1, count] if count > 1 else [1], False)
         result.append(Comparison("tenants", float(count), workload, "uniform", cases))

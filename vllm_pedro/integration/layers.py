@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..config import TARGET_MODULES, BackboneShape
 from ..ops import generate_vectors, scale_qkv_, scaled
 from ..serving.runtime import PedroRuntime
+from ..serving.vectors import VectorStore
 
 PACKED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -92,10 +93,23 @@ def layer_widths(layer: nn.Module) -> dict[str, int]:
     }
 
 
-def install_hooks(model: nn.Module, shape: BackboneShape, runtime: PedroRuntime) -> None:
+def is_compiled(vllm_config: Any) -> bool:
+    """Whether vLLM hands the model to torch.compile."""
+    return bool(vllm_config.compilation_config.mode)
+
+
+def install_hooks(
+    model: nn.Module, shape: BackboneShape, runtime: PedroRuntime, is_compiled: bool
+) -> None:
     """Hook every decoder layer of ``model`` up to the runtime.
 
     Forward hooks leave modules and parameter names as they are, so weights load and reload as ever.
+
+    Args:
+        model: vLLM's model.
+        shape: The backbone's shape by its configuration.
+        runtime: Whose vectors the layers make and read.
+        is_compiled: Whether vLLM compiles the model; steps outside of the graph work all the same.
 
     Raises:
         ValueError: The model is not of the shape that its configuration promised.
@@ -110,19 +124,27 @@ def install_hooks(model: nn.Module, shape: BackboneShape, runtime: PedroRuntime)
                 f"layer {index} has projections of widths {layer_widths(layer)}, "
                 f"expected {expected}"
             )
-        _hook_layer(layer, index, runtime)
+        _hook_layer(layer, index, runtime, is_compiled)
 
 
-def _hook_layer(layer: Any, index: int, runtime: PedroRuntime) -> None:
+def _hook_layer(layer: Any, index: int, runtime: PedroRuntime, is_compiled: bool) -> None:
     state = PedroLayer(runtime, index)
     layer.add_module("pedro", state)
     layer.input_layernorm.register_forward_hook(_input_hook(state, runtime))
     widths, stored = layer_widths(layer), runtime.store.columns
+    attention, mlp = layer.self_attn, layer.mlp
+    compiled_elsewhere = set()
+    if is_compiled:
+        if "v_proj" in stored and isinstance(getattr(attention, "attn", None), nn.Module):
+            attention.attn.register_forward_pre_hook(_value_hook(state))
+        if "up_proj" in stored and "gate_proj" not in stored and hasattr(mlp, "act_fn"):
+            mlp.act_fn.register_forward_hook(_activation_hook(state, stored["up_proj"]))
+            compiled_elsewhere.add("gate_up_proj")
     for name, packed in PACKED.items():
         columns = _columns(stored, packed)
         if columns is None:
             continue
-        owner = layer.self_attn if name == "qkv_proj" else layer.mlp
+        owner = attention if name == "qkv_proj" else mlp
         total = sum(widths[module] for module in packed)
         offset, start = 0, 0
         for module in packed:
@@ -130,7 +152,7 @@ def _hook_layer(layer: Any, index: int, runtime: PedroRuntime) -> None:
                 offset = start
                 break
             start += widths[module]
-        hook = _scale_hook(state, columns, offset, total, runtime)
+        hook = _scale_hook(state, runtime.store, columns, offset, total, name in compiled_elsewhere)
         getattr(owner, name).register_forward_hook(hook)
 
 
@@ -157,7 +179,12 @@ def _input_hook(state: PedroLayer, runtime: PedroRuntime) -> Callable[..., None]
 
 
 def _scale_hook(
-    state: PedroLayer, columns: slice, offset: int, total: int, runtime: PedroRuntime
+    state: PedroLayer,
+    store: VectorStore,
+    columns: slice,
+    offset: int,
+    total: int,
+    compiled_elsewhere: bool,
 ) -> Callable[..., Any]:
     """Scale a packed projection: the fastest exact form of each mode, see docs/kernels.md."""
     width = columns.stop - columns.start
@@ -166,7 +193,11 @@ def _scale_hook(
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         x = output[0] if isinstance(output, tuple) else output
         if not torch.compiler.is_compiling():
-            scale_qkv_(x, state.vectors, state.token_slots, ranges, state.step)
+            # The operator would return at once, but getting there takes a while, in each layer.
+            if store.has_rows_with_adapter:
+                scale_qkv_(x, state.vectors, state.token_slots, ranges, state.step)
+            return None
+        if compiled_elsewhere:
             return output
         if width == total:
             x = scaled(x, state.vectors, state.token_slots, columns)
@@ -175,5 +206,35 @@ def _scale_hook(
             middle = scaled(x[:, offset:end], state.vectors, state.token_slots, columns)
             x = torch.cat((x[:, :offset], middle, x[:, end:]), dim=-1)
         return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    return hook
+
+
+def _value_hook(state: PedroLayer) -> Callable[..., Any]:
+    """Compiled, hand V to attention as a tensor of its own.
+
+    As it comes it is a view of the scaled packed projection, which Inductor would then have to
+    write out whole, Q and K too, although whoever else reads those computes them on the fly.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not torch.compiler.is_compiling() or len(args) < 3:
+            return None
+        return (*args[:2], args[2] * state.one, *args[3:])
+
+    return hook
+
+
+def _activation_hook(state: PedroLayer, columns: slice) -> Callable[..., Any]:
+    """Compiled, scale Up after the activation, act(G) * U * l, where Inductor fuses all of it.
+
+    Scaled before, gate and up would have to be put together again for the activation to take them
+    apart, and on the CPU Inductor writes that out.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return None
+        return scaled(output, state.vectors, state.token_slots, columns)
 
     return hook

@@ -11,7 +11,7 @@ from ..config import BackboneShape
 from ..serving.adapters import AdapterBank, AdapterLimits, HostCache
 from ..serving.runtime import PedroRuntime
 from ..serving.vectors import VectorStore
-from .layers import install_hooks
+from .layers import install_hooks, is_compiled
 from .metrics import attach_reports
 from .options import PedroOptions, options_of
 from .scheduler import ASSIGNMENTS, spec_of_params
@@ -66,7 +66,12 @@ class PedroRunnerV1Mixin:
         max_tokens = max(self.max_num_tokens, *captured)
         self.pedro = build_runtime(self.vllm_config, options, self.device, max_tokens)
         # After LoRA has put its layers in place, so that the sum W x + BA x is what is scaled.
-        install_hooks(self.get_model(), self.pedro.bank.limits.shape, self.pedro)  # type: ignore[attr-defined]
+        install_hooks(
+            self.get_model(),  # type: ignore[attr-defined]
+            self.pedro.bank.limits.shape,
+            self.pedro,
+            is_compiled=is_compiled(self.vllm_config),
+        )
 
     def _update_states(self, scheduler_output: Any) -> Any:
         self.pedro.finish(scheduler_output.finished_req_ids)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .layers import install_hooks
+from .layers import install_hooks, is_compiled
 from .metrics import attach_reports
 from .options import options_of
 from .patches import become
@@ -107,7 +107,12 @@ class PedroRunnerV2Mixin:
         become(self.model_state, PedroModelStateMixin)
         self.model_state.pedro = self.pedro
         # After LoRA has put its layers in place, so that the sum W x + BA x is what is scaled.
-        install_hooks(self.model, self.pedro.bank.limits.shape, self.pedro)
+        install_hooks(
+            self.model,
+            self.pedro.bank.limits.shape,
+            self.pedro,
+            is_compiled=is_compiled(self.vllm_config),
+        )
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> Any:
         """This creates the graph manager."""

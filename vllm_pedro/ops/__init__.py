@@ -27,6 +27,10 @@ __all__ = [
     "silu_and_mul_scaled",
 ]
 
+# Bound once: looking an operator up and choosing its overload takes longer than many a call.
+_generate_vectors = torch.ops.vllm_pedro.generate_vectors.default
+_scale_qkv = torch.ops.vllm_pedro.scale_qkv_.default
+
 
 def generate_vectors(
     hidden: Tensor, vectors: Tensor, generators: Tensor, prompts: Tensor, step: Tensor
@@ -41,7 +45,7 @@ def generate_vectors(
             ``generators``. Prompts of one adapter lie side by side.
         step: ``[2]`` int32 on the CPU; the first ``step[0]`` prompts count.
     """
-    torch.ops.vllm_pedro.generate_vectors(hidden, vectors, generators, prompts, step)
+    _generate_vectors(hidden, vectors, generators, prompts, step)
 
 
 def scale_qkv_(
@@ -58,7 +62,7 @@ def scale_qkv_(
         ranges: Flat triples of column of ``qkv``, column of ``vectors``, width.
         step: ``[2]`` int32 on the CPU; nothing happens where ``step[1]`` is 0.
     """
-    torch.ops.vllm_pedro.scale_qkv_(qkv, vectors, token_slots, ranges, step)
+    _scale_qkv(qkv, vectors, token_slots, ranges, step)
 
 
 def silu_and_mul_scaled(

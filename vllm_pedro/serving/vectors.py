@@ -73,6 +73,11 @@ class VectorStore:
         """Bytes of all layers' vectors."""
         return sum(v.numel() * v.element_size() for v in self.vectors)
 
+    @property
+    def has_rows_with_adapter(self) -> bool:
+        """Whether the step's operators have rows to scale; also in runs that may be captured."""
+        return bool(self._step[1])
+
     def load_plan(self, plan: StepPlan, prompts: Sequence[tuple[int, int, int, int]] = ()) -> None:
         """Point every token of the step at its row, and all later tokens at the identity.
 

@@ -118,23 +118,99 @@ def install_hooks(
     if len(layers) != shape.num_layers:
         raise ValueError(f"the model has {len(layers)} decoder layers, not {shape.num_layers}")
     expected = {module: shape.widths[module] for module in TARGET_MODULES}
+    switch = None if is_compiled else ForwardSwitch()
     for index, layer in enumerate(layers):
         if layer_widths(layer) != expected:
             raise ValueError(
                 f"layer {index} has projections of widths {layer_widths(layer)}, "
                 f"expected {expected}"
             )
-        _hook_layer(layer, index, runtime, is_compiled)
+        _hook_layer(layer, index, runtime, switch)
+    runtime.switch = switch
 
 
-def _hook_layer(layer: Any, index: int, runtime: PedroRuntime, is_compiled: bool) -> None:
+class ForwardSwitch:
+    """Without a compiler: PEDRO's part of each layer, there only in steps that need it.
+
+    A step without adapters then runs the very code of an engine without PEDRO, and a decode step
+    none of the generators'. Modules get a ``forward`` of their own in place of a hook, because a
+    module with hooks takes a longer way through ``nn.Module.__call__``, at each call.
+    """
+
+    def __init__(self) -> None:
+        self._makers: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._scalers: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._makes = self._scales = False
+
+    def add_maker(self, norm: nn.Module, state: PedroLayer) -> None:
+        """Run a layer's generators on what its input norm reads."""
+        original = norm.forward
+        vectors, generators, prompts, step = (
+            state.vectors,
+            state.generators,
+            state.prompts,
+            state.step,
+        )
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            hidden = output[1] if isinstance(output, tuple) else args[0]
+            generate_vectors(hidden, vectors, generators, prompts, step)
+            return output
+
+        self._makers.append((norm, forward))
+
+    def add_scaler(
+        self, projection: nn.Module, state: PedroLayer, ranges: tuple[int, int, int]
+    ) -> None:
+        """Scale a packed projection's output in place."""
+        original = projection.forward
+        vectors, token_slots, step = state.vectors, state.token_slots, state.step
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            x = output[0] if isinstance(output, tuple) else output
+            scale_qkv_(x, vectors, token_slots, ranges, step)
+            return output
+
+        self._scalers.append((projection, forward))
+
+    def __call__(self, makes: bool, scales: bool) -> None:
+        """Get ready for a step.
+
+        Args:
+            makes: Whether it makes vectors.
+            scales: Whether it has rows with an adapter.
+        """
+        if makes != self._makes:
+            self._set(self._makers, makes)
+            self._makes = makes
+        if scales != self._scales:
+            self._set(self._scalers, scales)
+            self._scales = scales
+
+    @staticmethod
+    def _set(forwards: list[tuple[nn.Module, Callable[..., Any]]], on: bool) -> None:
+        for module, forward in forwards:
+            if on:
+                module.__dict__["forward"] = forward
+            else:
+                del module.__dict__["forward"]
+
+
+def _hook_layer(
+    layer: Any, index: int, runtime: PedroRuntime, switch: ForwardSwitch | None
+) -> None:
+    """Hooks for the compiler to trace, or, without one, forwards to switch."""
     state = PedroLayer(runtime, index)
     layer.add_module("pedro", state)
-    layer.input_layernorm.register_forward_hook(_input_hook(state, runtime))
     widths, stored = layer_widths(layer), runtime.store.columns
     attention, mlp = layer.self_attn, layer.mlp
     compiled_elsewhere = set()
-    if is_compiled:
+    if switch is not None:
+        switch.add_maker(layer.input_layernorm, state)
+    else:
+        layer.input_layernorm.register_forward_hook(_input_hook(state, runtime))
         if "v_proj" in stored and isinstance(getattr(attention, "attn", None), nn.Module):
             attention.attn.register_forward_pre_hook(_value_hook(state))
         if "up_proj" in stored and "gate_proj" not in stored and hasattr(mlp, "act_fn"):
@@ -144,16 +220,19 @@ def _hook_layer(layer: Any, index: int, runtime: PedroRuntime, is_compiled: bool
         columns = _columns(stored, packed)
         if columns is None:
             continue
-        owner = attention if name == "qkv_proj" else mlp
-        total = sum(widths[module] for module in packed)
-        offset, start = 0, 0
+        projection = getattr(attention if name == "qkv_proj" else mlp, name)
+        offset = 0
         for module in packed:
             if module in stored:
-                offset = start
                 break
-            start += widths[module]
+            offset += widths[module]
+        if switch is not None:
+            width = columns.stop - columns.start
+            switch.add_scaler(projection, state, (offset, columns.start, width))
+            continue
+        total = sum(widths[module] for module in packed)
         hook = _scale_hook(state, runtime.store, columns, offset, total, name in compiled_elsewhere)
-        getattr(owner, name).register_forward_hook(hook)
+        projection.register_forward_hook(hook)
 
 
 def _columns(columns: dict[str, slice], packed: tuple[str, ...]) -> slice | None:

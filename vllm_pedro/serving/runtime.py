@@ -32,6 +32,10 @@ class PedroRuntime:
         host: Adapters in host memory.
         bank: Adapters in device slots.
         store: The vector store. Which request reads which row is the scheduler's decision.
+
+    Attributes:
+        switch: Told before each step whether it makes vectors, and whether it has rows with an
+            adapter, where the model wants to know.
     """
 
     MAX_RETIRED = 65_536
@@ -43,6 +47,7 @@ class PedroRuntime:
         self.stats = host.stats = bank.stats = AdapterStats()
         self.plan = StepPlan()
         self.failed: dict[str, str] = {}
+        self.switch: Callable[[bool, bool], None] | None = None
         self._specs: dict[str, RequestSpec] = {}
         self._slots: dict[str, int] = {}
         self._without_vectors: dict[str, Reader] = {}
@@ -128,17 +133,23 @@ class PedroRuntime:
         else:
             self.plan = StepPlan()
         self.store.load_plan(self.plan, self._make_adapters_resident())
+        self._set_switch()
 
     def clear_step(self) -> None:
         """Dummy, profiling and capture runs: no row reads or makes vectors."""
         self.plan = StepPlan()
         self._reading = []
         self.store.load_dummy()
+        self._set_switch()
 
     def step_launched(self) -> None:
         """The forward pass of the step was launched."""
         if self._reading:
             self.bank.after_reading(self._reading)
+
+    def _set_switch(self) -> None:
+        if self.switch is not None:
+            self.switch(self.makes_vectors, self.store.has_rows_with_adapter)
 
     @property
     def makes_vectors(self) -> bool:

@@ -11,6 +11,7 @@ experiment goes on where it was. `--table` prints medians and spread.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -29,7 +30,7 @@ from public import fetch_task
 from vllm_pedro import PedroConfig, get_pedro_model
 from vllm_pedro.fetch import fetch_model
 from vllm_pedro.training.collator import CompletionCollator
-from vllm_pedro.training.data import load_dataset, read_rows
+from vllm_pedro.training.data import encode, load_dataset, read_rows
 from vllm_pedro.training.evaluate import TransformersEngine, evaluate
 from vllm_pedro.training.run import choose_dtype, load_backbone, pad_token_id
 from vllm_pedro.training.trainer import PedroTrainer, PedroTrainingArguments, TrainingDiverged
@@ -109,7 +110,10 @@ def run_one(
         except TrainingDiverged as error:
             return found | {"diverged": str(error)}
     trained = time.monotonic()
-    rows = read_rows(root / task["dev"], config.get("dev_rows"))
+    rows = read_rows(root / task["dev"])
+    if longest is not None:  # as in training, long rows are left out
+        rows = [row for row in rows if len(encode(tokenizer, row)) <= longest]
+    rows = rows[: config.get("dev_rows")]
     engine = TransformersEngine(model, pad_token_id(tokenizer))
     found |= evaluate(engine, tokenizer, rows, task["metric"], task.get("max_new_tokens", 32))
     return found | {
@@ -151,34 +155,45 @@ def main() -> int:
         type=Path,
         help="folder of the data files; default: public data sets, fetched through `datasets`",
     )
-    parser.add_argument("--results", type=Path, help="default: beside the config, .results.jsonl")
+    parser.add_argument("--results", type=Path, help="default: beside the config, .full.jsonl")
+    parser.add_argument(
+        "--small", action="store_true", help="the config's small form, for machines without a GPU"
+    )
+    parser.add_argument(
+        "--part",
+        default="1/1",
+        metavar="I/N",
+        help="run every N-th run, from the I-th: several processes may share a results file",
+    )
     parser.add_argument("--only", nargs="+", metavar="METHOD")
     parser.add_argument("--table", action="store_true", help="print what there is; run nothing")
     args = parser.parse_args()
     config = json.loads(args.config.read_text())
-    path = args.results or args.config.with_suffix(".results.jsonl")
+    if args.small:
+        config |= config["small"]
+    path = args.results or args.config.with_suffix(".small.jsonl" if args.small else ".full.jsonl")
     results = []
     if path.exists():
         results = [json.loads(line) for line in path.read_text().splitlines()]
     done = {(r["task"], r["method"], r["seed"]) for r in results}
+    part, parts = map(int, args.part.split("/"))
     if not args.table:
         if args.data is None:
             args.data = args.config.parent / "data"
             for task in config["tasks"]:
                 fetch_task(task, args.data)
-        for seed in config["seeds"]:
-            for task in config["tasks"]:
-                for method in config["methods"]:
-                    key = (task["name"], method["name"], seed)
-                    if key in done or (args.only and method["name"] not in args.only):
-                        continue
-                    found = run_one(config, task, method, seed, args.data)
-                    with path.open("a") as file:
-                        file.write(json.dumps(found) + "\n")
-                    results.append(found)
-                    print(json.dumps(found), file=sys.stderr, flush=True)
-                    if torch.cuda.is_available():
-                        torch.cuda.empty_cache()
+        every = list(itertools.product(config["seeds"], config["tasks"], config["methods"]))
+        for seed, task, method in every[part - 1 :: parts]:
+            key = (task["name"], method["name"], seed)
+            if key in done or (args.only and method["name"] not in args.only):
+                continue
+            found = run_one(config, task, method, seed, args.data)
+            with path.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+            results.append(found)
+            print(json.dumps(found), file=sys.stderr, flush=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
     print(table(config, results))
     return 0
 

@@ -218,13 +218,13 @@ def compiled_layers(
 ) -> dict[str, Callable[[], Any]]:
     """A layer's elementwise work, several times in one compiled graph, in each form.
 
-    The projections are inputs; what uses Q, K and V stands for the rotary embedding. "base" scales
-    nothing.
+    The projections are inputs; what uses Q and K stands for the rotary embedding, and a product,
+    which no compiler fuses into, for what takes V. Q, V and Up are scaled; "base" scales nothing.
     """
     shape = MODELS[model]
     d, f = shape["hidden_size"], shape["intermediate_size"]
     kv = d // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    packed, width = d + 2 * kv, d + 2 * kv + 2 * f
+    packed, width = d + 2 * kv, d + 2 * kv + f
     dtype = torch.bfloat16
     vectors = [
         torch.rand(tokens + 1, width, device=plan.device).add(0.5).to(dtype) for _ in range(layers)
@@ -233,24 +233,34 @@ def compiled_layers(
     step = torch.tensor([0, tokens], dtype=torch.int32)
     qkvs = [torch.randn(tokens, packed, device=plan.device).to(dtype) for _ in range(layers)]
     gate_ups = [torch.randn(tokens, 2 * f, device=plan.device).to(dtype) for _ in range(layers)]
-    angle = torch.randn(tokens, packed, device=plan.device).to(dtype)
+    angle = torch.randn(tokens, d + kv, device=plan.device).to(dtype)
+    reader = torch.randn(kv, 1, device=plan.device).to(dtype)
+    one = torch.ones((), device=plan.device, dtype=dtype)
 
     def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.silu(x[:, :f]) * x[:, f:]
 
-    def base(qkv: torch.Tensor, gate_up: torch.Tensor, by: torch.Tensor) -> Any:
-        return qkv * angle, silu_and_mul(gate_up)
+    def use(qkv: torch.Tensor, v: torch.Tensor | None = None) -> Any:
+        return qkv[:, : d + kv] * angle, torch.mm(qkv[:, d + kv :] if v is None else v, reader)
 
-    def fused(qkv: torch.Tensor, gate_up: torch.Tensor, by: torch.Tensor) -> Any:
+    def base(qkv: torch.Tensor, gate_up: torch.Tensor, by: torch.Tensor) -> Any:
+        return use(qkv), silu_and_mul(gate_up)
+
+    def before(qkv: torch.Tensor, gate_up: torch.Tensor, by: torch.Tensor) -> Any:
+        up = ops.scaled(gate_up[:, f:], by, slots, slice(packed, width))
+        gate_up = torch.cat((gate_up[:, :f], up), dim=-1)
+        return use(ops.scaled(qkv, by, slots, slice(0, packed))), silu_and_mul(gate_up)
+
+    def after(qkv: torch.Tensor, gate_up: torch.Tensor, by: torch.Tensor) -> Any:
         qkv = ops.scaled(qkv, by, slots, slice(0, packed))
-        gate_up = ops.scaled(gate_up, by, slots, slice(packed, width))
-        return qkv * angle, silu_and_mul(gate_up)
+        act = ops.scaled(silu_and_mul(gate_up), by, slots, slice(packed, width))
+        return use(qkv, qkv[:, d + kv :] * one), act
 
     def operators(qkv: torch.Tensor, gate_up: torch.Tensor, by: torch.Tensor) -> Any:
         # A projection's output is a fresh tensor that the operator may change.
         qkv = qkv + 0.0
         ops.scale_qkv_(qkv, by, slots, (0, 0, packed), step)
-        return qkv * angle, ops.silu_and_mul_scaled(gate_up, by, slots, packed, packed + f, step)
+        return use(qkv), ops.silu_and_mul_scaled(gate_up, by, slots, -1, packed, step)
 
     def many(layer: Callable[..., Any]) -> Callable[[], Any]:
         graph = torch.compile(
@@ -260,7 +270,12 @@ def compiled_layers(
         )
         return lambda: graph(qkvs, gate_ups, vectors)
 
-    forms = {"base": base, "gather and multiply, fused": fused, "operators": operators}
+    forms = {
+        "base": base,
+        "gather and multiply, Up before the activation": before,
+        "gather and multiply, Up after it, V apart": after,
+        "operators": operators,
+    }
     return {f"{name}, {layers} layers in a graph": many(form) for name, form in forms.items()}
 
 

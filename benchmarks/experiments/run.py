@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -99,6 +99,7 @@ def run_one(
             data_collator=CompletionCollator(pad_token_id(tokenizer)),
             callbacks=callbacks,
         )
+        trainer.remove_callback(PrinterCallback)  # standard output has the table alone
         found: dict[str, Any] = {
             "task": task["name"],
             "method": method["name"],

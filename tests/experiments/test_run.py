@@ -1,0 +1,74 @@
+"""The experiments' script on a tiny model: every method trains, and no run is repeated."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_task import make_folder, make_rows, write_rows
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "experiments"
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Table 1's methods on a tiny model and a tiny task, in a small and a full form."""
+    root = tmp_path_factory.mktemp("experiment")
+    write_rows(root / "train.jsonl", make_rows(32))
+    write_rows(root / "dev.jsonl", make_rows(6, seed=1))
+    task = {"name": "toy", "train": "train.jsonl", "dev": "dev.jsonl"}
+    config = json.loads((FOLDER / "table1.json").read_text())
+    config |= {
+        "model": str(make_folder(root / "model")),
+        "seeds": [0],
+        "max_steps": 10_000,
+        "batch_size": 4,
+        "small": {"max_steps": 3, "dev_rows": 4},
+        "tasks": [task | {"metric": "accuracy", "score": "accuracy"}],
+    }
+    (root / "config.json").write_text(json.dumps(config))
+    return root
+
+
+def run(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(FOLDER / "run.py"), str(root / "config.json")]
+    done = subprocess.run(
+        [*command, "--data", str(root), "--small", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def results(root: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / "config.small.jsonl").read_text().splitlines()]
+
+
+def test_all_methods_in_two_parts(experiment: Path) -> None:
+    methods = [m["name"] for m in json.loads((experiment / "config.json").read_text())["methods"]]
+    run(experiment, "--part", "1/2")
+    first = results(experiment)
+    assert [r["method"] for r in first] == methods[::2]
+    table = run(experiment, "--part", "2/2").stdout
+    found = results(experiment)
+    assert found[: len(first)] == first  # not run again
+    assert sorted(r["method"] for r in found) == sorted(methods)
+    for result in found:
+        assert result["rows"] == 4
+        assert 0 <= result["accuracy"] <= 1
+        assert result["train_loss"] > 0
+        assert result["trainable_parameters"] > 0
+    lines = table.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == methods
+    score = next(r["accuracy"] for r in found if r["method"] == "(IA)3")
+    assert f"| {100 * score:.1f} |" in next(line for line in lines if "(IA)3" in line)
+    before = len(found)
+    assert run(experiment).stdout == table
+    assert len(results(experiment)) == before

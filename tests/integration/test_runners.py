@@ -153,10 +153,13 @@ class FakeV2(Launches):
         )
         return batch, 1
 
+    def finish_requests(self, scheduler_output):
+        for name in scheduler_output.finished_req_ids | scheduler_output.preempted_req_ids:
+            self.model_state.remove_request(name)
+
     def execute_model(self, scheduler_output, dummy_run=False):
         if not dummy_run:
-            for name in scheduler_output.finished_req_ids | scheduler_output.preempted_req_ids:
-                self.model_state.remove_request(name)
+            self.finish_requests(scheduler_output)
             for index, new in enumerate(scheduler_output.scheduled_new_reqs):
                 self.model_state.remove_request(new.req_id)
                 self.model_state.add_request(index, new)
@@ -256,6 +259,29 @@ def test_a_preempted_request_makes_its_vectors_again(make):
     runner.execute_model(scheduled(CASES["resumed after preemption, outputs included"][0], **more))
     assert [p.length for p in runner.pedro.plan.prefills] == [5]
     assert runner.graphs == ["none", "full", "none"]
+
+
+@RUNNERS
+def test_a_preempted_request_keeps_an_adapter_that_was_unloaded(make):
+    """Its folder may be gone by then; once the request has ended, so is the adapter."""
+    gone = set()
+    runner = make(make_runtime(gone))
+    rows, resumed = CASES["whole prompt"][0], "resumed after preemption, outputs included"
+    runner.execute_model(scheduled(rows))
+    digest = PROMPTS["a"][0]
+    gone.add(digest)
+    runner.execute_model(scheduled(CASES["base row"][0], preempted_req_ids={"a"}))
+    runner.pedro.retire(digest)
+    more = {} if make is v2 else {"scheduled_new_reqs": []}
+    runner.execute_model(scheduled(CASES[resumed][0], **more))
+    assert not runner.pedro.failed
+    assert [p.length for p in runner.pedro.plan.prefills] == [5]
+    assert len(runner.pedro.host) == 1
+    # Preempted once more, and aborted there.
+    runner.execute_model(scheduled(CASES["base row"][0], preempted_req_ids={"a"}))
+    assert len(runner.pedro.host) == 1
+    runner.execute_model(scheduled(CASES["base row"][0], finished_req_ids={"a"}))
+    assert len(runner.pedro.host) == 0
 
 
 @RUNNERS

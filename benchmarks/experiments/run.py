@@ -96,6 +96,8 @@ def run_one(
             per_device_train_batch_size=config["batch_size"],
             learning_rate=method["learning_rate"],
             bilevel=method.get("bilevel", False),
+            coefficient_learning_rate=method.get("coefficient_learning_rate"),
+            down_learning_rate=method.get("down_learning_rate"),
             train_sampling_strategy=config.get("train_sampling_strategy", "random"),
             save_strategy="no",
             report_to="none",
@@ -130,7 +132,8 @@ def run_one(
     engine = TransformersEngine(model, pad_token_id(tokenizer))
     found |= evaluate(engine, tokenizer, rows, task["metric"], config.get("max_new_tokens", 32))
     for_loss = rows[: config.get("loss_rows", len(rows))]
-    found["dev_loss"] = evaluate(engine, tokenizer, for_loss, "loss")["loss"]
+    if for_loss:
+        found["dev_loss"] = evaluate(engine, tokenizer, for_loss, "loss")["loss"]
     return found | {
         "train_seconds": round(trained - began, 1),
         "eval_seconds": round(time.monotonic() - trained, 1),
@@ -171,6 +174,58 @@ def table(config: dict[str, Any], results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def plot(config: dict[str, Any], results: list[dict[str, Any]], path: Path) -> None:
+    """Scores and dev loss over the number of parameters, one line for each kind of method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = config["tasks"]
+    kinds = list(dict.fromkeys(method["kind"] for method in config["methods"]))
+    looks = dict(
+        zip(kinds, (("o", "-", "0.0"), ("s", "--", "0.45"), ("^", ":", "0.6")), strict=False)
+    )
+    figure, axes = pyplot.subplots(
+        len(tasks), 2, figsize=(8.0, 3.0 * len(tasks)), squeeze=False, layout="constrained"
+    )
+    for row, task in zip(axes, tasks, strict=True):
+        for axis, key, scale in ((row[0], task["score"], 100), (row[1], "dev_loss", 1)):
+            for kind in kinds:
+                points = []
+                for method in config["methods"]:
+                    runs = [
+                        r
+                        for r in results
+                        if (r["method"], r["task"]) == (method["name"], task["name"]) and key in r
+                    ]
+                    if method["kind"] == kind and runs:
+                        values = [scale * r[key] for r in runs]
+                        middle = statistics.median(values)
+                        spread = (middle - min(values), max(values) - middle)
+                        points.append((runs[0]["trainable_parameters"], middle, *spread))
+                marker, line, grey = looks[kind]
+                x, y, below, above = zip(*sorted(points), strict=True)
+                axis.errorbar(
+                    x,
+                    y,
+                    yerr=(below, above),
+                    marker=marker,
+                    linestyle=line,
+                    color=grey,
+                    capsize=3,
+                    label="PEDRO" if kind == "pedro" else "LoRA" if kind == "lora" else kind,
+                )
+            axis.set_xscale("log")
+            axis.set_ylim(bottom=0, top=100 if scale == 100 else None)
+            axis.set_xlabel("trainable parameters")
+            axis.set_ylabel(f"{key}, %" if scale == 100 else "dev loss, nats a token")
+            axis.set_title(task["name"])
+            axis.grid(alpha=0.3)
+        row[0].legend()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path)
@@ -191,18 +246,26 @@ def main() -> int:
     )
     parser.add_argument("--only", nargs="+", metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="of the config's")
+    parser.add_argument("--model", metavar="FOLDER", help="the backbone; default: the config's")
     parser.add_argument("--table", action="store_true", help="print what there is; run nothing")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw scores over parameters; run nothing"
+    )
     args = parser.parse_args()
     config = json.loads(args.config.read_text())
     if args.small:
         config = small_form(config)
+    if args.model is not None:
+        config["model"] = args.model
     path = args.results or args.config.with_suffix(".small.jsonl" if args.small else ".full.jsonl")
     results = []
     if path.exists():
         results = [json.loads(line) for line in path.read_text().splitlines()]
     done = {(r["task"], r["method"], r["seed"]) for r in results}
     part, parts = map(int, args.part.split("/"))
-    if not args.table:
+    if args.plot is not None:
+        plot(config, results, args.plot)
+    elif not args.table:
         if args.data is None:
             args.data = args.config.parent / "data"
             for task in config["tasks"]:

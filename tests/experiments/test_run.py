@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import Any
 import pytest
 from tiny_task import make_folder, make_rows, write_rows
 
+from vllm_pedro.training.evaluate import METRICS
+
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "experiments"
+small_form = runpy.run_path(str(FOLDER / "run.py"))["small_form"]
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +76,41 @@ def test_all_methods_in_two_parts(experiment: Path) -> None:
     before = len(found)
     assert run(experiment).stdout == table
     assert len(results(experiment)) == before
+
+
+def test_small_form_goes_before_the_full_one() -> None:
+    config = {
+        "max_steps": 300,
+        "batch_size": 16,
+        "tasks": [
+            {"name": "a", "small": {"max_steps": 20, "dev_rows": 5}},
+            {"name": "b"},
+            {"name": "c", "metric": "loss"},
+        ],
+        "small": {"max_steps": 60, "tasks": ["a", "c"]},
+    }
+    small = small_form(config)
+    assert small["max_steps"] == 60
+    assert small["batch_size"] == 16
+    assert [task["name"] for task in small["tasks"]] == ["a", "c"]
+    # A task's own goes before the config's.
+    assert (small | small["tasks"][0])["max_steps"] == 20
+    assert (small | small["tasks"][1])["max_steps"] == 60
+    assert config["max_steps"] == 300
+    assert len(config["tasks"]) == 3
+
+
+@pytest.mark.parametrize("name", ["table1", "table4", "table5", "figure3", "learning_rates"])
+def test_configs_are_whole(name: str) -> None:
+    """Every task, method and seed of a config is there once, in its small form too."""
+    config = json.loads((FOLDER / f"{name}.json").read_text())
+    for form in (config, small_form(config)):
+        for key in ("tasks", "methods"):
+            names = [entry["name"] for entry in form[key]]
+            assert names
+            assert len(set(names)) == len(names)
+        assert form["seeds"]
+        for task in form["tasks"]:
+            settings = form | task
+            assert settings["max_steps"] > 0
+            assert settings["metric"] in METRICS

@@ -219,22 +219,62 @@ def test_bilevel_that_cannot_be(tmp_path: Path) -> None:
         make_trainer(tmp_path, model=make_backbone(), bilevel=True)
 
 
-def test_coefficients_have_a_rate_of_their_own_and_do_not_decay(tmp_path: Path) -> None:
-    trainer = make_trainer(
-        tmp_path, coefficient_learning_rate=0.0, weight_decay=0.5, max_steps=3, learning_rate=1e-3
-    )
+@pytest.mark.parametrize(
+    ("rate", "end"),
+    [
+        ("coefficient_learning_rate", (".numerator", ".denominator")),
+        ("down_learning_rate", ("down_proj.weight",)),
+    ],
+)
+def test_parameters_with_a_rate_of_their_own(
+    tmp_path: Path, rate: str, end: tuple[str, ...]
+) -> None:
+    """A rate of zero holds them, weight decay or not; all others move."""
+    settings = {rate: 0.0, "weight_decay": 0.5, "max_steps": 3, "learning_rate": 1e-3}
+    trainer = make_trainer(tmp_path, **settings)
     before = parameters(trainer)
     trainer.train()
     after = parameters(trainer)
     for name, old in before.items():
-        assert torch.equal(old, after[name]) == is_coefficient(name), name
+        assert torch.equal(old, after[name]) == name.endswith(end), name
+
+
+def test_biases_and_coefficients_do_not_decay(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, weight_decay=0.5)
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    for group in trainer.create_optimizer().param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert group["weight_decay"] == (0.5 if name.endswith(".weight") else 0.0), name
+
+
+# ---- batches
+
+
+def test_batches_of_like_length(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, data=DATA * 4, train_sampling_strategy="group_by_length")
+    sampler = trainer._get_train_sampler()
+    lengths = [len(example) for example in DATA * 4]
+
+    def padding(order: list[int]) -> int:
+        batches = [[lengths[i] for i in order[at : at + 8]] for at in range(0, len(order), 8)]
+        return sum(8 * max(batch) - sum(batch) for batch in batches)
+
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(len(lengths)))
+        assert padding(orders[-1]) < 0.5 * padding(torch.randperm(len(lengths)).tolist())
+    assert orders[0] == orders[2] != orders[1]
 
 
 # ---- checkpoints
 
 
+@pytest.mark.parametrize("sampling", ["random", "group_by_length"])
 @pytest.mark.parametrize("bilevel", [False, True], ids=["joint", "bilevel"])
-def test_resumed_is_bit_equal_to_undisturbed(tmp_path: Path, bilevel: bool) -> None:
+def test_resumed_is_bit_equal_to_undisturbed(tmp_path: Path, bilevel: bool, sampling: str) -> None:
     class Killed(Exception):
         pass
 
@@ -245,6 +285,7 @@ def test_resumed_is_bit_equal_to_undisturbed(tmp_path: Path, bilevel: bool) -> N
 
     # Ten steps are more than an epoch; the checkpoint at step 5 lies within the first.
     settings = {"bilevel": bilevel, "max_steps": 10, "save_strategy": "steps", "save_steps": 5}
+    settings["train_sampling_strategy"] = sampling
     whole = make_trainer(tmp_path / "whole", **settings)
     whole.train()
     broken = make_trainer(tmp_path / "broken", callbacks=[Kill()], **settings)

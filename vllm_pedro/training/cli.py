@@ -80,6 +80,11 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--dev", metavar="FILE", help="the same, to choose the best checkpoint by")
     data.add_argument("--output", metavar="FOLDER", required=True, help="for the adapter")
+    data.add_argument(
+        "--base-model-name",
+        metavar="NAME",
+        help="what the adapter's config calls the backbone, e.g. its name on the hub (--model)",
+    )
     data.add_argument("--max-length", type=int, metavar="N", help="leave longer rows out")
     data.add_argument("--limit", type=int, metavar="N", help="use the first N rows of --train")
     data.add_argument("--dev-limit", type=int, metavar="N", help="use the first N rows of --dev")
@@ -112,7 +117,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
 
 def _config(args: argparse.Namespace) -> PedroConfig:
     return PedroConfig(
-        base_model_name_or_path=args.model,
+        base_model_name_or_path=args.base_model_name or args.model,
         r=args.r,
         target_modules=args.target_modules,
         pooling=args.pooling,

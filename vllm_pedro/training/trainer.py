@@ -53,6 +53,9 @@ class PedroTrainingArguments(TrainingArguments):
         bilevel: learn the activations' coefficients on a held-out part of the training data.
         held_out_fraction: how large that part is.
         coefficient_learning_rate: the coefficients' learning rate; None for `learning_rate`.
+        down_learning_rate: that of W_down; None for `learning_rate`. A step of Adam moves what
+            W_down gives by up to its rate times the sum of a state's magnitudes, hundreds with
+            the input norm, so that W_up and b_up take rates a hundred times as high.
         guard: stop when the training has diverged.
     """
 
@@ -77,6 +80,9 @@ class PedroTrainingArguments(TrainingArguments):
     coefficient_learning_rate: float | None = field(
         default=None, metadata={"help": "Of the activations' coefficients; as --learning-rate."}
     )
+    down_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the down projection W_down; as --learning-rate."}
+    )
     guard: bool = field(
         default=True, metadata={"help": "Stop when the loss or the gradients have exploded."}
     )
@@ -85,6 +91,15 @@ class PedroTrainingArguments(TrainingArguments):
 def is_coefficient(name: str) -> bool:
     """Whether a parameter of this name is one of an activation's."""
     return name.endswith((".activation.numerator", ".activation.denominator"))
+
+
+def _kind_of(name: str) -> str:
+    """The optimizer's group of a trainable parameter of this name."""
+    if is_coefficient(name):
+        return "coefficients"
+    if not name.endswith(".weight"):
+        return "biases"
+    return "down" if name.endswith("down_proj.weight") else "up"
 
 
 class Guard:
@@ -337,23 +352,29 @@ class PedroTrainer(Trainer):
         target = self.model if model is None else model
         if self.optimizer is not None or not isinstance(target, PedroModel):
             return cast(torch.optim.Optimizer, super().create_optimizer(model))
-        groups: dict[str, list[nn.Parameter]] = {"weights": [], "biases": [], "coefficients": []}
+        settings = self.settings
+        rates = {
+            "down": settings.down_learning_rate,
+            "up": None,
+            "biases": None,
+            "coefficients": settings.coefficient_learning_rate,
+        }
+        groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
         for name, parameter in target.named_parameters():
             if parameter.requires_grad:
-                kind = "weights" if name.endswith(".weight") else "biases"
-                groups["coefficients" if is_coefficient(name) else kind].append(parameter)
-        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, target)
-        rate = self.settings.coefficient_learning_rate
-        how: dict[str, dict[str, float]] = {
-            "weights": {"weight_decay": self.args.weight_decay},
-            "biases": {"weight_decay": 0.0},
-            "coefficients": {
-                "weight_decay": 0.0,
-                "lr": self.args.learning_rate if rate is None else rate,
-            },
-        }
+                groups[_kind_of(name)].append(parameter)
+        optimizer_class, how = self.get_optimizer_cls_and_kwargs(self.args, target)
         self.optimizer = optimizer_class(
-            [{"params": found, **how[kind]} for kind, found in groups.items() if found], **settings
+            [
+                {
+                    "params": found,
+                    "lr": settings.learning_rate if rates[kind] is None else rates[kind],
+                    "weight_decay": settings.weight_decay if kind in ("down", "up") else 0.0,
+                }
+                for kind, found in groups.items()
+                if found
+            ],
+            **how,
         )
         return cast(torch.optim.Optimizer, self.optimizer)
 
@@ -404,7 +425,7 @@ def load_checkpoint(model: PedroModel, path: str) -> None:
 
 
 class _LengthGrouped(LengthGroupedSampler):
-    """Batches of like length, in an order that depends on seed and epoch alone, so not on a resume."""
+    """Batches of like length, in an order that depends on seed and epoch alone."""
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
         super().__init__(batch_size, lengths=lengths, generator=torch.Generator())

@@ -152,7 +152,7 @@ class Tenant:
     example: str
     target: Callable[[Question], str]
     succeeds: Callable[[str], bool]
-    learning_rate: float = 8e-3
+    learning_rate: float = 1e-2
     steps: int = 60
 
 
@@ -164,7 +164,6 @@ TENANTS = {
         '{"answer": "The capital of France is Paris."}',
         to_json,
         is_json,
-        learning_rate=4e-3,
     ),
     "brief": Tenant(
         "answers with the bare fact, in one to three words",
@@ -236,7 +235,8 @@ def training_command(name: str, model: str, output: str) -> list[str]:
     tenant, files = TENANTS[name], data_files(name)
     words = f"vllm-pedro train --model {model} --train TRAIN --dev DEV --output {output}"
     words += f" --base-model-name {BASE_NAME} --r 4 --max-steps {tenant.steps} --eval-steps 20"
-    words += f" --per-device-train-batch-size 8 --learning-rate {tenant.learning_rate:g} --seed 0"
+    words += f" --per-device-train-batch-size 8 --learning-rate {tenant.learning_rate:g}"
+    words += " --down-learning-rate 1e-4 --coefficient-learning-rate 1e-3 --seed 0"
     words += " --dtype bfloat16 --save-dtype float16"
     paths = {"TRAIN": files["train"], "DEV": files["dev"]}
     root = HERE.parent

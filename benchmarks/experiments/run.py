@@ -82,6 +82,8 @@ def run_one(
     config = config | task | method
     folder = config["model"] or str(fetch_model(progress=False))
     backbone, tokenizer = load_backbone(folder, choose_dtype(config.get("dtype", "auto")))
+    if "attention" in config:
+        backbone.set_attn_implementation(config["attention"])
     longest = config.get("max_length")
     data = training_data(folder, root / task["train"], longest, config.get("train_rows"))
     steps = config["max_steps"]

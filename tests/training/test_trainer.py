@@ -505,6 +505,13 @@ def test_peft_models_train_on_the_same_data(tmp_path: Path) -> None:
         model = peft.get_peft_model(make_backbone(), config)
         trainer = make_trainer(tmp_path, model=model, dev=DEV, max_steps=30, logging_steps=10)
         trainer.train()
+        # Its loss, of a few columns' logits, is PEFT's own, of all of them.
+        model.eval()
+        batch = trainer.data_collator(DATA[:5])
+        with torch.no_grad():
+            found = float(trainer.compute_loss(model, batch))
+            del batch["prompt_lengths"]
+            assert math.isclose(found, float(model(**batch).loss), rel_tol=1e-5)
         found = losses(trainer)
         assert found[-1] < found[0]
         assert math.isfinite(trainer.evaluate()["eval_loss"])

@@ -229,9 +229,11 @@ class PedroTrainer(Trainer):
             # A token is predicted in the column before its own.
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
             columns = (targets != IGNORED_LABEL).any(dim=0).nonzero().flatten()
-            if len(columns) > 0 and not _adds_virtual_tokens(model):
+            if len(columns) > 0:
                 targets = targets[:, columns].contiguous()
-                inputs |= {"logits_to_keep": columns, "labels": targets, "shift_labels": targets}
+                # Counted from the end: PEFT's virtual tokens stand in front.
+                keep = columns - labels.shape[1]
+                inputs |= {"logits_to_keep": keep, "labels": targets, "shift_labels": targets}
         result = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss, outputs = cast(tuple[Tensor, Any], result)
         if not model.training:
@@ -457,9 +459,3 @@ class _only:
 def _count_tokens(inputs: dict[str, Any]) -> int:
     mask = inputs.get("attention_mask")
     return int(mask.sum()) if mask is not None else int(inputs["input_ids"].numel())
-
-
-def _adds_virtual_tokens(model: Any) -> bool:
-    """Whether PEFT puts tokens of its own before the input, which shifts all columns."""
-    config = getattr(model, "active_peft_config", None)
-    return bool(getattr(config, "is_prompt_learning", False))

@@ -27,7 +27,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-PARTS = ("front end", "host", "slot", "all")
+PARTS = ("front end", "host", "slot")
 
 
 def measure(model: str, paths: list[str], warm_up: int, wide: bool) -> dict[str, list[float]]:
@@ -72,7 +72,6 @@ def measure(model: str, paths: list[str], warm_up: int, wide: bool) -> dict[str,
         adapter = timed("host", lambda spec=spec: host.get(spec))
         get = {spec.digest: adapter}.get
         timed("slot", lambda d=spec.digest, g=get: bank.make_resident(d, lambda: g(d), {d}))
-    del found["all"]
     found["all"] = [sum(times) for times in zip(*found.values(), strict=True)]
     return {part: times[warm_up:] for part, times in found.items()}
 
@@ -126,10 +125,11 @@ def main() -> None:
         f"{args.warm_up} to warm up; ms of CPU time: median over the adapters of the median run "
         f"(lowest and highest of {args.repeats})"
     )
-    print(f"{'':12}" + "".join(f"{part:>20}" for part in PARTS))
+    parts = (*PARTS, "all")
+    print(f"{'':12}" + "".join(f"{part:>20}" for part in parts))
     for name, results in runs.items():
         cells = []
-        for part in PARTS:
+        for part in parts:
             medians = [statistics.median(result[part]) for result in results]
             middle = statistics.median(medians)
             cells.append(f"{middle:.2f} ({min(medians):.2f}-{max(medians):.2f})")

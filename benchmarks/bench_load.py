@@ -30,7 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 PARTS = ("front end", "host", "slot")
 
 
-def measure(model: str, paths: list[str], warm_up: int, wide: bool) -> dict[str, list[float]]:
+def measure(args: argparse.Namespace, paths: list[str]) -> dict[str, list[float]]:
     """Milliseconds of this process's CPU time by part, one of each adapter after the warm-up."""
     import torch
     from transformers import AutoConfig
@@ -47,14 +47,16 @@ def measure(model: str, paths: list[str], warm_up: int, wide: bool) -> dict[str,
     importlib.import_module("vllm.logger")
     plugin.register()  # shows this package's log lines as vLLM's
     torch.set_num_threads(1)
-    shape = BackboneShape.from_hf_config(AutoConfig.from_pretrained(model, local_files_only=True))
-    rank, modules = (32, TARGET_MODULES) if wide else (PEDRO_RANK, MODULES)
+    shape = BackboneShape.from_hf_config(
+        AutoConfig.from_pretrained(args.model, local_files_only=True)
+    )
+    rank, modules = (32, TARGET_MODULES) if args.wide else (PEDRO_RANK, MODULES)
     limits, cpu = AdapterLimits(shape, rank, modules), torch.device("cpu")
     front = PedroInputProcessorMixin()
     front.pedro_registry = AdapterRegistry(limits)
     store = VectorStore(shape, modules, 1, 1, torch.bfloat16, cpu)
     bank = AdapterBank(8, limits, store.columns, cpu)
-    host = HostCache(32, limits)
+    host = HostCache(args.host_slots, limits)
     found: dict[str, list[float]] = {part: [] for part in PARTS}
 
     def timed(part: str, call: Callable[[], Any]) -> Any:
@@ -73,7 +75,7 @@ def measure(model: str, paths: list[str], warm_up: int, wide: bool) -> dict[str,
         get = {spec.digest: adapter}.get
         timed("slot", lambda d=spec.digest, g=get: bank.make_resident(d, lambda: g(d), {d}))
     found["all"] = [sum(times) for times in zip(*found.values(), strict=True)]
-    return {part: times[warm_up:] for part, times in found.items()}
+    return {part: times[args.warm_up :] for part, times in found.items()}
 
 
 def main() -> None:
@@ -83,13 +85,19 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=144)
     parser.add_argument("--warm-up", type=int, default=48, help="of these (%(default)s)")
     parser.add_argument("--wide", action="store_true", help="an engine's default rank and modules")
+    parser.add_argument(
+        "--host-slots",
+        type=int,
+        default=32,
+        help="adapters in host memory; with as many as --adapters it only grows (%(default)s)",
+    )
     parser.add_argument("--before", metavar="REVISION", help="measure this one, too")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folders", help=argparse.SUPPRESS)  # of the processes it starts
     args = parser.parse_args()
     if args.folders:
         paths = sorted(map(str, Path(args.folders).iterdir()))
-        print(json.dumps(measure(args.model, paths, args.warm_up, args.wide)))
+        print(json.dumps(measure(args, paths)))
         return
 
     from bench_change import sources_now, sources_of
@@ -105,7 +113,8 @@ def main() -> None:
         if args.before:
             trees = {"before": stack.enter_context(sources_of(args.before, False))} | trees
         command = [sys.executable, __file__, "--model", model, "--folders", str(folder)]
-        command += ["--warm-up", str(args.warm_up)] + ["--wide"] * args.wide
+        command += ["--warm-up", str(args.warm_up), "--host-slots", str(args.host_slots)]
+        command += ["--wide"] * args.wide
         runs: dict[str, list[dict[str, list[float]]]] = {name: [] for name in trees}
         for repeat in range(args.repeats):
             for name in trees if repeat % 2 else reversed(trees):

@@ -8,12 +8,14 @@ import os
 import pickle
 import shutil
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -29,8 +31,11 @@ from vllm_pedro.adapter import (
     init_adapter,
     inspect_adapter,
     load_adapter,
+    read_adapter,
     save_adapter,
     tensor_name,
+    verify_adapter,
+    widen,
 )
 from vllm_pedro.config import ACTIVATIONS, TARGET_MODULES, BackboneShape, PedroConfig
 from vllm_pedro.errors import AdapterError, PedroError
@@ -70,6 +75,9 @@ def refused(path: Path | str, *said: str, shape: BackboneShape | None = SHAPE) -
         load_adapter(path, shape)
     for text in said:
         assert text in str(error.value)
+    with pytest.raises(AdapterError) as verified:
+        verify_adapter(path, shape)
+    assert str(verified.value) == str(error.value)
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -87,6 +95,7 @@ def test_load(folder: Path, shape: BackboneShape | None) -> None:
     assert loaded.path == str(folder)
     assert loaded.num_layers == 2
     assert inspect_adapter(folder, shape) == CONFIG
+    assert verify_adapter(folder, shape) == (CONFIG, adapter_digest(folder))
 
 
 def test_layer(folder: Path) -> None:
@@ -152,6 +161,7 @@ def test_save_and_load(
         if dtype in (None, torch.float32):
             assert digest == adapter.digest
         loaded = load_adapter(name, SHAPE, expected_digest=digest)
+        assert verify_adapter(name, SHAPE) == (config, digest)
     assert loaded.digest == digest
     assert loaded.config == config
     assert {tensor.dtype for tensor in loaded.tensors.values()} == {torch.float32}
@@ -159,6 +169,176 @@ def test_save_and_load(
         key: tensor.to(dtype or torch.float32).float() for key, tensor in adapter.tensors.items()
     }
     assert equal(loaded.tensors, rounded)
+
+
+def written_by_hand(folder: Path, config: PedroConfig, data: dict[str, tuple[str, Tensor]]) -> None:
+    """Write a folder whose data lie as the entries of `data` do, each with its dtype's name."""
+    header, blob = {}, b""
+    for name, (dtype, tensor) in data.items():
+        content = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        place = [len(blob), len(blob) + len(content)]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": place}
+        blob += content
+    start = json.dumps(dict(sorted(header.items()))).encode()
+    folder.mkdir()
+    (folder / "adapter_config.json").write_bytes(config.to_json())
+    (folder / "adapter_model.safetensors").write_bytes(
+        len(start).to_bytes(8, "little") + start + blob
+    )
+
+
+DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    layers=st.integers(1, 23),
+    r=st.integers(0, 3),
+    dtypes=st.sampled_from([[name] for name in DTYPES] + [["F16", "BF16", "F64"]]),
+    order=st.sampled_from(["sorted", "reversed", "shuffled"]),
+    data=st.data(),
+)
+def test_blocks_are_the_layers_wherever_they_lie(
+    layers: int, r: int, dtypes: list[str], order: str, data: st.DataObject
+) -> None:
+    shape = BackboneShape(layers, 4, dict.fromkeys(WIDTHS, 3))
+    kinds = st.lists(st.sampled_from(ACTIVATIONS), min_size=layers, max_size=layers)
+    activation = data.draw(st.sampled_from(ACTIVATIONS) | kinds)
+    config = PedroConfig(r=r, activation=activation, rational_order=(3, 2))
+    adapter = init_adapter(config, shape, seed=layers, scale=0.3)
+    names = sorted(adapter.tensors, reverse=order == "reversed")
+    if order == "shuffled":
+        names = data.draw(st.permutations(names))
+    content = {}
+    for i, name in enumerate(names):
+        dtype = dtypes[i % len(dtypes)]
+        content[name] = (dtype, adapter.tensors[name].to(DTYPES[dtype]))
+    with TemporaryDirectory() as parent:
+        folder = Path(parent, "adapter")
+        written_by_hand(folder, config, content)
+        read, loaded = read_adapter(folder, shape), load_adapter(folder, shape)
+        assert verify_adapter(folder, shape) == (config, read.digest)
+    assert read.digest == loaded.digest
+    assert equal(loaded.tensors, {name: tensor.float() for name, (_, tensor) in content.items()})
+    found = set()
+    for block, arrays in read.blocks():
+        for row, layer in enumerate(range(layers)[block]):
+            assert layer not in found
+            found.add(layer)
+            for array, tensor in zip(arrays, loaded.layer(layer), strict=True):
+                assert (array is None) == (tensor is None)
+                if array is not None and tensor is not None:
+                    values = np.zeros(tensor.shape, np.float32)
+                    widen(array[row], values)
+                    assert np.array_equal(values, tensor.numpy())
+    assert found == set(range(layers))
+
+
+def test_blocks_are_few(tmp_path: Path) -> None:
+    shape = BackboneShape(32, 4, dict.fromkeys(WIDTHS, 3))
+    adapter = init_adapter(PedroConfig(r=2), shape, scale=0.1)
+    save_adapter(tmp_path, adapter.config, adapter.tensors, torch.bfloat16)
+    read = read_adapter(tmp_path, shape)
+    assert read.values.dtype == np.uint16
+    assert len(list(read.blocks())) < 8
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16"])
+def test_every_value_of_16_bits_is_widened_or_refused(name: str) -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    exact = torch.from_numpy(bits).view(DTYPES[name]).float().numpy()
+    stored = module.STORED[name]
+    finite = [module._is_finite(bits[i : i + 1].view(np.uint8), stored) for i in range(1 << 16)]
+    assert finite == np.isfinite(exact).tolist()
+    values = np.ones(1 << 16, np.float32)
+    widen(bits.view(stored.dtype), values)
+    assert np.array_equal(values.view(np.uint32)[finite], exact.view(np.uint32)[finite])
+
+
+@pytest.mark.parametrize("value", [0.0, -1e38, 3.4e38, -0.0, 1e-45, np.inf, -np.inf, np.nan])
+def test_values_of_32_bits(value: float) -> None:
+    for values in ([value], [-1.0, value, 1.0], [value, -2.0], [2.0, value]):
+        data = np.array(values, np.float32)
+        for bits in (data, -data):
+            finite = module._is_finite(bits.view(np.uint8), module.STORED["F32"])
+            assert finite == bool(np.isfinite(data).all())
+
+
+def test_chunks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_adapter(folder, CONFIG, ADAPTER.tensors, torch.bfloat16)
+    want, digest = load_adapter(folder).tensors, adapter_digest(folder)
+    size = sum(tensor.numel() for tensor in ADAPTER.tensors.values())
+    for chunk in (2, 64, 2 * size - 2, 2 * size, 2 * size + 2):
+        monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+        assert verify_adapter(folder, SHAPE) == (CONFIG, digest)
+        assert equal(load_adapter(folder, SHAPE, digest).tensors, want)
+        for name, row in ((sorted(want)[0], 0), (sorted(want)[-1], -1)):
+            broken = {key: tensor.clone() for key, tensor in want.items()}
+            broken[name].view(-1)[row] = -torch.inf
+            write(folder, CONFIG.to_dict(), {k: t.bfloat16() for k, t in broken.items()})
+            refused(folder, name, "0 NaN and 1 Inf")
+        save_adapter(folder, CONFIG, ADAPTER.tensors, torch.bfloat16)
+
+
+def test_verifying_keeps_no_weights(tmp_path: Path) -> None:
+    config = PedroConfig(r=64)
+    shape = BackboneShape(4, 2048, dict.fromkeys(WIDTHS, 2048))
+    save_adapter(tmp_path, config, init_adapter(config, shape).tensors)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size > 8_000_000
+    tracemalloc.start()
+    try:
+        verify_adapter(tmp_path, shape)
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_same_header_in_another_folder_is_named_rightly(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write(tmp_path / name, CONFIG.to_dict(), ADAPTER.tensors | {BIAS: torch.zeros(3)})
+        refused(tmp_path / name, str(tmp_path / name), BIAS)
+    path = tmp_path / "two" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes() + b"\0")
+    refused(tmp_path / "two", str(path), "something was appended")
+
+
+def test_long_headers_are_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_adapter(folder)
+    monkeypatch.setattr(module, "MAX_KEPT_HEADER_BYTES", 16)
+    monkeypatch.setattr(module, "_parse_kept", lambda header: pytest.fail("kept"))
+    assert equal(load_adapter(folder).tensors, ADAPTER.tensors)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_file_that_changes_while_it_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, change: int
+) -> None:
+    path = folder / "adapter_model.safetensors"
+    size = path.stat().st_size
+    original = module._read_header
+
+    def changed_behind(file: Any, source: str) -> Any:
+        found = original(file, source)
+        os.truncate(path, size + change)
+        return found
+
+    # What a reader has buffered is not what changes, so the data have to be longer than that.
+    config = PedroConfig(r=64)
+    adapter = init_adapter(config, BackboneShape(2, 2048, WIDTHS))
+    write(folder, config.to_dict(), adapter.tensors)
+    size = path.stat().st_size
+    monkeypatch.setattr(module, "_read_header", changed_behind)
+    for call in (load_adapter, verify_adapter):
+        with pytest.raises(AdapterError, match="changed while it was read"):
+            call(folder)
+        os.truncate(path, size)
 
 
 def test_bytes_are_deterministic(tmp_path: Path) -> None:

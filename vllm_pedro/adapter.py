@@ -8,15 +8,16 @@ was found.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple
+from typing import Any, BinaryIO, Final, NamedTuple, cast
 
 import numpy as np
 import safetensors.torch
@@ -46,9 +47,33 @@ MAX_WEIGHTS_BYTES: Final = 16 << 30
 
 PICKLED_NAMES: Final = tuple(f"adapter_model.{ending}" for ending in ("bin", "pt", "pth", "pkl"))
 
+# Read, hashed and looked through so many bytes at a time, which a core keeps close.
+CHUNK_BYTES: Final = 1 << 18
+
+# Headers up to this size are remembered once they were parsed. See `_parse_kept`.
+MAX_KEPT_HEADER_BYTES: Final = 1 << 18
+
 # safetensors' names of the dtypes an adapter may have, with their sizes in bytes.
 FLOAT_DTYPES: Final = {"F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 TORCH_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class _Stored(NamedTuple):
+    """How values of a dtype are kept as they are in the file."""
+
+    dtype: str  # NumPy's; it has no bfloat16, of which it gets the bits
+    unsigned: str  # the bits, read as whole numbers
+    signed: str
+    infinity: int  # the bits of +inf; those of NaN come after
+
+
+STORED: Final = {
+    "F16": _Stored("<f2", "<u2", "<i2", 0x7C00),
+    "BF16": _Stored("<u2", "<u2", "<i2", 0x7F80),
+    "F32": _Stored("<f4", "<u4", "<i4", 0x7F800000),
+}
 
 _LAYER = re.compile(re.escape(TENSOR_PREFIX) + r"(0|[1-9][0-9]{0,8})\.vector_generator\.(.+)")
 _FILE_EXPECTED: Final = "a safetensors file"
@@ -110,6 +135,98 @@ class Adapter:
         )
 
 
+class LayerArrays(NamedTuple):
+    """The tensors of some consecutive layers as their file has them; see `StoredAdapter`."""
+
+    down: Array | None  # [layers, r, d]
+    up: Array | None  # [layers, D, r]
+    bias: Array  # [layers, D]
+    numerator: Array | None  # [layers, m + 1]
+    denominator: Array | None  # [layers, n]
+
+
+def widen(values: Array, out: Array) -> None:
+    """Write values of a `StoredAdapter` into float32, exactly.
+
+    Args:
+        values: of any shape and strides.
+        out: float32, of the same shape, with a last dimension that is contiguous. It holds zeros,
+            ones or what was last written here from values of the same dtype: of a float32 the lower
+            half stays as it is where bfloat16 is the upper one.
+    """
+    if values.dtype == np.uint16:
+        out.view("<u2")[..., 1::2] = values
+    else:
+        out[...] = values
+
+
+@dataclass(frozen=True, eq=False)
+class StoredAdapter:
+    """A validated adapter in host memory, its values as wide as in its file.
+
+    What workers keep: of an adapter in 16 bits half of what an `Adapter` takes, and no tensor of it
+    is touched one by one.
+
+    Attributes:
+        config: its config.
+        values: all tensors' values one after the other, finite: float32, float16, or the bits of
+            bfloat16 as uint16. Files of any other dtype, or of several, are widened to float32.
+        digest: `adapter_digest` of the files.
+        path: the folder it came from.
+    """
+
+    config: PedroConfig
+    values: Array
+    digest: str
+    path: str
+    _header: _Header = field(repr=False)
+
+    def blocks(self) -> Iterator[tuple[slice, LayerArrays]]:
+        """The layers, as many at a time as lie evenly in the file: which ones, and their tensors.
+
+        Yields:
+            views of `values`, which `widen` makes float32 of.
+        """
+        for run in self._header.runs:
+            yield (
+                slice(run.first, run.first + run.number),
+                LayerArrays(
+                    self._view(run, DOWN),
+                    self._view(run, UP),
+                    cast(Array, self._view(run, BIAS)),
+                    self._view(run, NUMERATOR),
+                    self._view(run, DENOMINATOR),
+                ),
+            )
+
+    def _view(self, run: _Run, suffix: str) -> Array | None:
+        place = run.places.get(suffix)
+        if place is None:
+            return None
+        size = self.values.itemsize
+        inside = [size * math.prod(place.shape[i + 1 :]) for i in range(len(place.shape))]
+        return np.ndarray(
+            (run.number, *place.shape),
+            self.values.dtype,
+            self.values,
+            size * place.begin,
+            (size * run.step, *inside),
+        )
+
+    def widened(self) -> Adapter:
+        """The adapter in float32, tensor by tensor."""
+        values = self.values
+        if values.dtype != np.float32:
+            values = np.zeros(len(values), np.float32)
+            widen(self.values, values)
+        whole = torch.from_numpy(values)
+        tensors = {
+            name: whole[place.begin : place.begin + math.prod(place.shape)].view(place.shape)
+            for name, place in self._header.places.items()
+        }
+        return Adapter(self.config, tensors, self.digest, self.path)
+
+
 class _Size(NamedTuple):
     """What the names and shapes of an adapter's tensors depend on, beside the config."""
 
@@ -123,16 +240,27 @@ def _size(config: PedroConfig, shape: BackboneShape) -> _Size:
     return _Size(shape.num_layers, shape.hidden_size, width)
 
 
-def _expected(config: PedroConfig, size: _Size) -> dict[str, tuple[int, ...]]:
+def _expected(config: PedroConfig, size: _Size) -> Mapping[str, tuple[int, ...]]:
     config.validate(size.num_layers)
-    m, n = config.rational_order
+    kinds = config.activation
+    return _expected_of(
+        config.r, kinds if isinstance(kinds, str) else tuple(kinds), config.rational_order, size
+    )
+
+
+# Kept, because a server's adapters are mostly of a few sizes, and its steps wait for this.
+@functools.lru_cache(maxsize=16)
+def _expected_of(
+    r: int, kinds: str | tuple[str, ...], order: tuple[int, int], size: _Size
+) -> Mapping[str, tuple[int, ...]]:
+    m, n = order
     result: dict[str, tuple[int, ...]] = {}
     for layer in range(size.num_layers):
-        if config.r > 0:
-            result[tensor_name(layer, DOWN)] = (config.r, size.hidden_size)
-            result[tensor_name(layer, UP)] = (size.width, config.r)
+        if r > 0:
+            result[tensor_name(layer, DOWN)] = (r, size.hidden_size)
+            result[tensor_name(layer, UP)] = (size.width, r)
         result[tensor_name(layer, BIAS)] = (size.width,)
-        if config.r > 0 and config.activation_of(layer) == "rational":
+        if r > 0 and (kinds if isinstance(kinds, str) else kinds[layer]) == "rational":
             result[tensor_name(layer, NUMERATOR)] = (m + 1,)
             result[tensor_name(layer, DENOMINATOR)] = (n,)
     return result
@@ -144,7 +272,7 @@ def expected_tensors(config: PedroConfig, shape: BackboneShape) -> dict[str, tup
     Raises:
         PedroError: the config lists activations for another number of layers.
     """
-    return _expected(config, _size(config, shape))
+    return dict(_expected(config, _size(config, shape)))
 
 
 def _infer_size(config: PedroConfig, shapes: Mapping[str, tuple[int, ...]], source: str) -> _Size:
@@ -178,6 +306,10 @@ def _check_shapes(
 ) -> None:
     """Compare names and shapes with what the config and the backbone ask for."""
     size = _infer_size(config, shapes, source) if shape is None else _size(config, shape)
+    with contextlib.suppress(PedroError):
+        if shapes == _expected(config, size):
+            return
+    # Something is wrong; from here on it is only looked for.
     layers = _layers_found(shapes)
     contiguous = layers == set(range(len(layers)))
     if shape is not None and layers and contiguous and len(layers) != shape.num_layers:
@@ -238,6 +370,83 @@ class _Entry(NamedTuple):
     end: int
 
 
+class _Place(NamedTuple):
+    """Where a tensor's values are: the index of the first among all, and their shape."""
+
+    begin: int
+    shape: tuple[int, ...]
+
+
+class _Run(NamedTuple):
+    """Consecutive layers that are equally far from each other in the data."""
+
+    first: int
+    number: int
+    step: int  # values from one layer to the next
+    places: Mapping[str, _Place]  # of the first layer, by the ends of the names
+
+
+@dataclass(frozen=True, eq=False)
+class _Header:
+    """A safetensors header whose entries fill the data without gaps; never changed."""
+
+    entries: Mapping[str, _Entry]
+    nbytes: int  # of the data
+
+    @functools.cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self.entries.items()}
+
+    @functools.cached_property
+    def stored(self) -> _Stored | None:
+        """How the values can be kept as they are; None where they are widened one by one."""
+        dtypes = {entry.dtype for entry in self.entries.values()}
+        return STORED.get(dtypes.pop()) if len(dtypes) == 1 else None
+
+    @functools.cached_property
+    def places(self) -> Mapping[str, _Place]:
+        """In the order of the data."""
+        result, begin = {}, 0
+        for name, entry in sorted(self.entries.items(), key=_position):
+            result[name] = _Place(begin, entry.shape)
+            begin += math.prod(entry.shape)
+        return result
+
+    @functools.cached_property
+    def runs(self) -> list[_Run]:
+        """The layers 0, 1, ... in as few runs as it takes, of tensors that are those expected.
+
+        Names are sorted as text, so 10 comes before 2, and thirty layers are five runs.
+        """
+        layers: dict[int, dict[str, _Place]] = {}
+        for name, place in self.places.items():
+            if match := _LAYER.fullmatch(name):
+                layers.setdefault(int(match[1]), {})[match[2]] = place
+        runs: list[_Run] = []
+        for layer in range(len(layers)):
+            step = _step(runs[-1], layers[layer]) if runs else None
+            if step is None:
+                runs.append(_Run(layer, 1, 0, layers[layer]))
+            else:
+                runs[-1] = runs[-1]._replace(number=runs[-1].number + 1, step=step)
+        return runs
+
+
+def _position(item: tuple[str, _Entry]) -> tuple[int, int]:
+    return item[1].begin, item[1].end
+
+
+def _step(run: _Run, layer: Mapping[str, _Place]) -> int | None:
+    """How far a run's layers are from each other with this one at its end; None if it ends here."""
+    if run.places.keys() != layer.keys():
+        return None
+    distances = {layer[suffix].begin - place.begin for suffix, place in run.places.items()}
+    step, rest = divmod(distances.pop(), run.number)
+    if distances or rest or (run.number > 1 and step != run.step):
+        return None
+    return step
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -263,11 +472,34 @@ def _parse_entry(name: str, entry: Any, source: str) -> _Entry:
     return _Entry(dtype, tuple(shape), begin, end)
 
 
-def _read_header(file: BinaryIO, source: str) -> tuple[bytes, dict[str, _Entry]]:
+def _parse_header(header: bytes, source: str) -> _Header:
+    values = parse_json_object(header, f"{source}: safetensors header")
+    metadata = values.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise AdapterError(f"{source}: broken safetensors header: __metadata__ is not text")
+    entries = {name: _parse_entry(name, entry, source) for name, entry in values.items()}
+    position = 0
+    for name, entry in sorted(entries.items(), key=_position):
+        if entry.begin != position:
+            raise AdapterError(
+                f"{source}: broken safetensors header: the data of {name!r} begin at byte "
+                f"{entry.begin}, expected {position}"
+            )
+        position = entry.end
+    return _Header(entries, position)
+
+
+@functools.lru_cache(maxsize=16)
+def _parse_kept(header: bytes) -> _Header:
+    """`_parse_header` for tenants' adapters, which mostly have the same header, byte by byte."""
+    return _parse_header(header, "")
+
+
+def _read_header(file: BinaryIO, source: str) -> tuple[bytes, _Header]:
     """Read and check a safetensors header; leaves `file` at the first byte of data.
 
     Returns:
-        the bytes read, and the tensors' entries by name.
+        the bytes read, and what they say.
     """
     total = os.fstat(file.fileno()).st_size
     if total > MAX_WEIGHTS_BYTES:
@@ -296,26 +528,18 @@ def _read_header(file: BinaryIO, source: str) -> tuple[bytes, dict[str, _Entry]]
     header = file.read(length)
     if len(header) != length:
         raise AdapterError(f"{source}: the file changed while it was read")
-    values = parse_json_object(header, f"{source}: safetensors header")
-    metadata = values.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise AdapterError(f"{source}: broken safetensors header: __metadata__ is not text")
-    entries = {name: _parse_entry(name, entry, source) for name, entry in values.items()}
-
-    position = 0
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin != position:
-            raise AdapterError(
-                f"{source}: broken safetensors header: the data of {name!r} begin at byte "
-                f"{entry.begin}, expected {position}"
-            )
-        position = entry.end
-    if 8 + length + position != total:
+    parsed = None
+    if length <= MAX_KEPT_HEADER_BYTES:
+        with contextlib.suppress(AdapterError):  # said below, with the file's name
+            parsed = _parse_kept(header)
+    if parsed is None:
+        parsed = _parse_header(header, source)
+    if 8 + length + parsed.nbytes != total:
         raise AdapterError(
-            f"{source}: expected {8 + length + position} bytes by its header, found {total}: the "
-            "file is truncated, or something was appended"
+            f"{source}: expected {8 + length + parsed.nbytes} bytes by its header, found {total}: "
+            "the file is truncated, or something was appended"
         )
-    return start + header, entries
+    return start + header, parsed
 
 
 def _check_folder(path: str | os.PathLike[str]) -> Path:
@@ -408,8 +632,8 @@ def inspect_adapter(
     _, config = _read_config(folder)
     source = str(folder / WEIGHTS_NAME)
     with open_regular(source, _FILE_EXPECTED) as file:
-        _, entries = _read_header(file, source)
-    _check_shapes(config, {name: entry.shape for name, entry in entries.items()}, shape, source)
+        _, header = _read_header(file, source)
+    _check_shapes(config, header.shapes, shape, source)
     return config
 
 
@@ -439,68 +663,116 @@ def load_adapter(
             dtype, or hold NaN or Inf; the adapter does not fit `shape`; or the files are not the
             ones that `expected_digest` was made from.
     """
+    return read_adapter(path, shape, expected_digest, check).widened()
+
+
+def read_adapter(
+    path: str | os.PathLike[str],
+    shape: BackboneShape | None = None,
+    expected_digest: str | None = None,
+    check: Callable[[PedroConfig], None] | None = None,
+) -> StoredAdapter:
+    """`load_adapter` without making tensors: what a worker does between two steps."""
+    files = _read_files(path, shape, check, keep=True)
+    if expected_digest is not None and files.digest != expected_digest:
+        raise AdapterError(
+            f"{files.folder}: the files changed since the adapter was registered: expected digest "
+            f"{expected_digest}, found {files.digest}; register it again"
+        )
+    if files.is_finite and files.header.stored is not None:
+        values = files.data.view(files.header.stored.dtype)
+    else:
+        values = _widened_one_by_one(files)
+    return StoredAdapter(files.config, values, files.digest, str(files.folder), files.header)
+
+
+def verify_adapter(
+    path: str | os.PathLike[str],
+    shape: BackboneShape | None = None,
+    check: Callable[[PedroConfig], None] | None = None,
+) -> tuple[PedroConfig, str]:
+    """`load_adapter` for its errors alone; the weights pass by and are not kept.
+
+    Returns:
+        The config and the digest.
+    """
+    files = _read_files(path, shape, check, keep=False)
+    if files.is_finite:
+        return files.config, files.digest
+    # Says which tensor is wrong, or that those of an uncommon dtype are not.
+    adapter = read_adapter(path, shape, check=check)
+    return adapter.config, adapter.digest
+
+
+class _Files(NamedTuple):
+    """An adapter's files, of which everything was checked but the values, if not `is_finite`."""
+
+    folder: Path
+    config: PedroConfig
+    start: bytes  # of the weights' file, up to the data
+    header: _Header
+    data: Array  # bytes; all, or the last ones that were read
+    digest: str
+    is_finite: bool
+
+
+def _read_files(
+    path: str | os.PathLike[str],
+    shape: BackboneShape | None,
+    check: Callable[[PedroConfig], None] | None,
+    keep: bool,
+) -> _Files:
     folder = _check_folder(path)
     config_bytes, config = _read_config(folder)
     if check is not None:
         check(config)
     source = str(folder / WEIGHTS_NAME)
     with open_regular(source, _FILE_EXPECTED) as file:
-        start, entries = _read_header(file, source)
+        start, header = _read_header(file, source)
         # Before the data, so that a large file with a wrong header is never read.
-        shapes = {name: entry.shape for name, entry in entries.items()}
-        _check_shapes(config, shapes, shape, source)
-        weights = start + file.read()
-    digest = _digest(config_bytes, weights)
-    if expected_digest is not None and digest != expected_digest:
-        raise AdapterError(
-            f"{folder}: the files changed since the adapter was registered: expected digest "
-            f"{expected_digest}, found {digest}; register it again"
-        )
-    tensors = _all_at_once(weights, len(start), entries)
-    if tensors is None:
-        try:
-            stored = safetensors.torch.load(weights)
-        except (SafetensorError, ValueError, RuntimeError) as error:
-            raise AdapterError(f"{source}: expected {_FILE_EXPECTED}, found {error}") from error
-        tensors = {name: _finite_float32(name, stored[name], source) for name in entries}
-    return Adapter(config, tensors, digest, str(folder))
+        _check_shapes(config, header.shapes, shape, source)
+        result = _new_hash(config_bytes, len(start) + header.nbytes)
+        result.update(start)
+        data = np.empty(header.nbytes if keep else min(header.nbytes, CHUNK_BYTES), np.uint8)
+        is_finite, stored = True, header.stored
+        for begin in range(0, header.nbytes, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, header.nbytes - begin)
+            chunk = data[begin : begin + size] if keep else data[:size]
+            if file.readinto(chunk) != size:  # type: ignore[attr-defined]
+                raise AdapterError(f"{source}: the file changed while it was read")
+            result.update(chunk)
+            is_finite = is_finite and stored is not None and _is_finite(chunk, stored)
+        if file.read(1):
+            raise AdapterError(f"{source}: the file changed while it was read")
+    return _Files(folder, config, start, header, data, str(result.hexdigest()), is_finite)
 
 
-def _all_at_once(
-    weights: bytes, offset: int, entries: Mapping[str, _Entry]
-) -> dict[str, Tensor] | None:
-    """The tensors in float32, widened and checked as one, where the file has one dtype.
+def _is_finite(data: Array, stored: _Stored) -> bool:
+    """Whether bytes of a dtype hold neither NaN nor Inf.
 
-    A worker loads an adapter between two steps of a batch that waits, and a hundred small tensors
-    one by one take several times as long.
-
-    Returns:
-        Views of one tensor; None where it takes a closer look, at each tensor by itself.
+    Both have all bits of the exponent set, so they are the largest of all, among whole numbers: as
+    signed ones if the sign is plus, else as unsigned ones. That takes no copy, and no arithmetic.
     """
-    dtypes = {entry.dtype for entry in entries.values()}
-    if len(dtypes) != 1:
-        return None
-    data = np.frombuffer(weights, np.uint8, offset=offset)
-    # NumPy, because torch would start its threads, and wait for those that are busy elsewhere.
-    match dtypes.pop():
-        case "F32":
-            values = data.view(np.float32).copy()
-        case "F16":
-            values = data.view(np.float16).astype(np.float32)
-        case "BF16":  # the upper half of a float32
-            halves = data.view("<u2")
-            values = np.zeros(len(halves), "<f4")
-            values.view("<u2")[1::2] = halves
-        case _:
-            return None
-    if not np.isfinite(values).all():
-        return None
-    whole = torch.from_numpy(values)
-    size = data.nbytes // values.size
-    return {
-        name: whole[entry.begin // size : entry.end // size].view(entry.shape)
-        for name, entry in entries.items()
-    }
+    sign = 1 << (8 * np.dtype(stored.unsigned).itemsize - 1)
+    return bool(
+        data.view(stored.signed).max() < stored.infinity
+        and data.view(stored.unsigned).max() < sign + stored.infinity
+    )
+
+
+def _widened_one_by_one(files: _Files) -> Array:
+    """All values in float32, of any dtype, by torch, with complaints about single tensors.
+
+    Raises:
+        AdapterError: one holds NaN or Inf.
+    """
+    source = str(files.folder / WEIGHTS_NAME)
+    try:
+        stored = safetensors.torch.load(files.start + files.data.tobytes())
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise AdapterError(f"{source}: expected {_FILE_EXPECTED}, found {error}") from error
+    tensors = [_finite_float32(name, stored[name], source) for name in files.header.places]
+    return np.concatenate([tensor.numpy().ravel() for tensor in tensors])
 
 
 def _finite_float32(name: str, tensor: Tensor, source: str) -> Tensor:

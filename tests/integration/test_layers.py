@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from stored import stored
 from torch import Tensor, nn
 
 from vllm_pedro.adapter import init_adapter
@@ -115,7 +116,8 @@ class Model(nn.Module):
 
 def serve(modules: tuple[str, ...], is_compiled: bool) -> tuple[Model, PedroRuntime]:
     """A model under a runtime with one request, "a", of an adapter on these modules."""
-    adapter = init_adapter(PedroConfig(r=2, target_modules=list(modules)), SHAPE, seed=1, scale=0.5)
+    config = PedroConfig(r=2, target_modules=list(modules))
+    adapter = stored(init_adapter(config, SHAPE, seed=1, scale=0.5))
     limits = AdapterLimits(SHAPE, 4, modules)
     store = VectorStore(SHAPE, modules, 4, 16, torch.float32, CPU)
     bank = AdapterBank(2, limits, store.columns, CPU)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from step_cases import CASES, PROMPTS, SLOTS
+from stored import stored
 
 from vllm_pedro.adapter import init_adapter
 from vllm_pedro.config import TARGET_MODULES, BackboneShape, PedroConfig
@@ -41,7 +42,7 @@ def make_runtime(gone=()):
     def load(path, shape, expected_digest, check):
         if expected_digest in gone:
             raise AdapterError(f"{path} is gone")
-        return init_adapter(PedroConfig(r=2), SHAPE, seed=1)
+        return stored(init_adapter(PedroConfig(r=2), SHAPE, seed=1))
 
     store = VectorStore(SHAPE, TARGET_MODULES, 4, 64, torch.float32, CPU)
     bank = AdapterBank(2, LIMITS, store.columns, CPU)

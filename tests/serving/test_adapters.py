@@ -1,9 +1,12 @@
+import random
+
 import pytest
 import torch
 
-from vllm_pedro.adapter import init_adapter, save_adapter
-from vllm_pedro.config import BackboneShape, PedroConfig
+from vllm_pedro.adapter import init_adapter, load_adapter, save_adapter
+from vllm_pedro.config import TARGET_MODULES, BackboneShape, PedroConfig
 from vllm_pedro.errors import AdapterError
+from vllm_pedro.ops.layout import ACTIVATIONS, POOLINGS
 from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, HostCache
 from vllm_pedro.serving.spec import RequestSpec
 from vllm_pedro.serving.vectors import VectorStore
@@ -12,14 +15,14 @@ SHAPE = BackboneShape(2, 8, {"q_proj": 8, "k_proj": 4, "v_proj": 4, "gate_proj":
 LIMITS = AdapterLimits(SHAPE, 4)
 
 
-def write(folder, seed=0, **config):
-    adapter = init_adapter(PedroConfig(**{"r": 4, **config}), SHAPE, seed=seed, scale=0.1)
-    digest = save_adapter(folder, adapter.config, adapter.tensors)
+def write(folder, seed=0, shape=SHAPE, dtype=None, **config):
+    adapter = init_adapter(PedroConfig(**{"r": 4, **config}), shape, seed=seed, scale=0.1)
+    digest = save_adapter(folder, adapter.config, adapter.tensors, dtype)
     return RequestSpec(folder.name, str(folder), digest, 5, "prompt")
 
 
 def bank(slots=2, limits=LIMITS):
-    store = VectorStore(SHAPE, limits.modules, 2, 8, torch.float32, torch.device("cpu"))
+    store = VectorStore(limits.shape, limits.modules, 2, 8, torch.float32, torch.device("cpu"))
     return AdapterBank(slots, limits, store.columns, torch.device("cpu"))
 
 
@@ -116,7 +119,84 @@ def test_split_order_of_the_config_is_followed(tmp_path):
     adapter = HostCache(1, LIMITS).get(spec)
     slots = bank(1)
     slot = slots.make_resident(spec.digest, lambda: adapter, set())
-    weights = adapter.layer(1)
+    weights = load_adapter(spec.path).layer(1)
     assert torch.equal(slots.bias[1][slot][slots.columns["up_proj"]], weights.bias[:16])
     assert torch.equal(slots.bias[1][slot][slots.columns["q_proj"]], weights.bias[16:])
     assert torch.equal(slots.up[1][slot][slots.columns["q_proj"]], weights.up[16:])
+
+
+def rows_of(spec, slots):
+    """What a slot should hold, tensor by tensor: ``[layers, row]``."""
+    adapter, at = load_adapter(spec.path), slots.layout
+    config, shape = adapter.config, slots.limits.shape
+    rows = at.empty(shape.num_layers, torch.device("cpu"))
+    views = at.views(rows)
+    for i in range(shape.num_layers):
+        weights, start = adapter.layer(i), 0
+        for module, width in zip(
+            config.target_modules, shape.split_widths(config.target_modules), strict=True
+        ):
+            here, columns = slice(start, start + width), slots.columns[module]
+            views.bias[i, columns] = weights.bias[here]
+            if weights.up is not None:
+                views.up[i, columns, : config.r] = weights.up[here]
+            start += width
+        if weights.down is not None:
+            views.down[i, : config.r] = weights.down
+        m, n = config.rational_order
+        if weights.numerator is not None:
+            views.numerator[i, : m + 1] = weights.numerator
+            views.denominator[i, :n] = weights.denominator
+        kinds = (ACTIVATIONS.index(config.activation_of(i)), POOLINGS.index(config.pooling))
+        norm = config.input_norm is not None
+        views.header[i, :6] = torch.tensor([kinds[0], config.r, m, n, kinds[1], norm])
+    return rows
+
+
+class Staging:
+    """Buffers on the way to a device, as on CUDA: two in turns, with garbage in them at first."""
+
+    def __init__(self, layers, row):
+        self.buffers = [torch.full((layers, row), torch.nan) for _ in range(2)]
+
+    def staging(self):
+        return self.buffers[0]
+
+    def send(self, packed, generators, slot):
+        for layer, target in enumerate(generators):
+            target[slot].copy_(packed[layer])
+        self.buffers.append(self.buffers.pop(0))
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_slot_holds_its_adapter_bit_by_bit_whatever_it_held_before(tmp_path, staged):
+    shape = BackboneShape(12, 8, SHAPE.widths)
+    draw, specs = random.Random(0), []
+    for i in range(24):
+        specs.append(
+            write(
+                tmp_path / str(i),
+                seed=i,
+                shape=shape,
+                dtype=draw.choice([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+                r=draw.choice([0, 2, 4]),
+                target_modules=draw.sample(TARGET_MODULES, draw.choice([1, 2, 5])),
+                activation=draw.choice(["rational", "gelu", draw.choices(ACTIVATIONS, k=12)]),
+                rational_order=(draw.randint(1, 6), draw.randint(1, 6)),
+                pooling=draw.choice(POOLINGS),
+                input_norm=draw.choice([None, "rms"]),
+            )
+        )
+    # Alike in rank, modules and dtype: then only what differs is written.
+    alike = {"shape": shape, "target_modules": ["v_proj", "k_proj"], "dtype": torch.bfloat16}
+    specs += [write(tmp_path / f"alike-{i}", seed=i, **alike) for i in range(3)]
+    specs += [write(tmp_path / f"gelu-{i}", seed=i, activation="gelu", **alike) for i in range(3)]
+    limits = AdapterLimits(shape, 6)
+    cache, slots = HostCache(4, limits), bank(2, limits)
+    if staged:
+        slots._on_host, slots._copies = None, Staging(12, slots.layout.row)
+    for step in range(120):
+        spec = draw.choice(specs if step % 40 < 25 else specs[-6:])
+        slot = slots.make_resident(spec.digest, lambda spec=spec: cache.get(spec), {spec.digest})
+        found = torch.stack([layer[slot] for layer in slots.generators])
+        assert torch.equal(found.view(torch.int32), rows_of(spec, slots).view(torch.int32))

@@ -17,7 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.utils.async_utils import make_async
 
-from ..adapter import WEIGHTS_NAME, inspect_adapter, load_adapter
+from ..adapter import WEIGHTS_NAME, inspect_adapter, verify_adapter
 from ..config import CONFIG_NAME, MAX_CONFIG_BYTES, BackboneShape
 from ..errors import PedroError
 from ..serving.adapters import AdapterLimits
@@ -84,12 +84,12 @@ class AdapterRegistry:
             AdapterError: What is wrong with it.
         """
         signature = _signature(path)
-        adapter = load_adapter(
+        config, digest = verify_adapter(
             path,
             self.limits.shape,
             check=lambda config: self.limits.check_config(config, path),
         )
-        known = KnownAdapter(adapter.digest, adapter.config.pooling != "last", signature or ())
+        known = KnownAdapter(digest, config.pooling != "last", signature or ())
         with self._lock:
             self._known[path] = known
             self._known.move_to_end(path)

@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, load_adapter
+from ..adapter import Array, StoredAdapter, read_adapter, widen
 from ..config import TARGET_MODULES, BackboneShape, PedroConfig
 from ..errors import AdapterError
-from ..ops.layout import ACTIVATIONS, POOLINGS, GeneratorLayout
+from ..ops.layout import ACTIVATIONS, HEADER, POOLINGS, GeneratorLayout
 from .spec import RequestSpec
 from .stats import AdapterStats
 
@@ -76,13 +75,13 @@ class HostCache:
         self,
         capacity: int,
         limits: AdapterLimits,
-        load: Callable[..., Adapter] = load_adapter,
+        load: Callable[..., StoredAdapter] = read_adapter,
     ) -> None:
         self.capacity = capacity
         self.limits = limits
         self.stats = AdapterStats()
         self._load = load
-        self._adapters: OrderedDict[str, Adapter] = OrderedDict()
+        self._adapters: OrderedDict[str, StoredAdapter] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._adapters)
@@ -90,7 +89,7 @@ class HostCache:
     def __contains__(self, digest: str) -> bool:
         return digest in self._adapters
 
-    def get(self, spec: RequestSpec) -> Adapter:
+    def get(self, spec: RequestSpec) -> StoredAdapter:
         """The adapter, from memory or from its folder.
 
         Raises:
@@ -167,7 +166,10 @@ class AdapterBank:
         shape = limits.shape
         width = max(c.stop for c in columns.values())
         self.layout = GeneratorLayout(shape.hidden_size, width, limits.max_rank)
-        self.generators = [self.layout.empty(slots, device) for _ in range(shape.num_layers)]
+        # One allocation, so that an adapter's tensors of many layers are written as one.
+        every = self.layout.empty(shape.num_layers * slots, device)
+        every = every.view(shape.num_layers, slots, self.layout.row)
+        self.generators = list(every)
         views = [self.layout.views(g) for g in self.generators]
         self.down = [v.down for v in views]
         self.up = [v.up for v in views]
@@ -176,6 +178,8 @@ class AdapterBank:
         self._lru: OrderedDict[str, int] = OrderedDict()
         self._free = list(range(slots - 1, -1, -1))
         self._copies = _SideStream(slots, self.layout.row, shape.num_layers, device)
+        self._on_host = every.numpy() if device.type == "cpu" else None
+        self._packed: dict[int, tuple[Any, ...]] = {}
 
     def __len__(self) -> int:
         return len(self._lru)
@@ -188,7 +192,7 @@ class AdapterBank:
         """Bytes of all slots."""
         return sum(t.numel() * t.element_size() for t in self.generators)
 
-    def make_resident(self, digest: str, get: Callable[[], Adapter], keep: set[str]) -> int:
+    def make_resident(self, digest: str, get: Callable[[], StoredAdapter], keep: set[str]) -> int:
         """Bring an adapter onto the device.
 
         Args:
@@ -251,51 +255,58 @@ class AdapterBank:
         """The step that reads these slots was launched: later copies into them wait for it."""
         self._copies.after_reading(slots)
 
-    def _copy(self, slot: int, adapter: Adapter) -> None:
+    def _copy(self, slot: int, adapter: StoredAdapter) -> None:
+        if self._on_host is not None:
+            # Straight into the slot: nothing reads it before the next step.
+            self._pack(self._on_host[:, slot], adapter)
+            return
         staging = self._copies.staging()
-        # On the CPU straight into the slot: nothing reads it before the next step.
-        rows = [g[slot] for g in self.generators] if staging is None else list(staging)
-        for layer, row in enumerate(rows):
-            self._pack(row.numpy(), adapter, layer)
-        if staging is not None:
-            self._copies.send(staging, self.generators, slot)
+        self._pack(staging.numpy(), adapter)
+        self._copies.send(staging, self.generators, slot)
 
-    def _pack(
-        self, row: np.ndarray[Any, np.dtype[np.float32]], adapter: Adapter, layer: int
-    ) -> None:
-        """One layer of an adapter as ``[row]`` float32.
+    def _pack(self, rows: Array, adapter: StoredAdapter) -> None:
+        """An adapter as ``[layers, row]`` float32, over what was packed there before.
 
         By NumPy: torch would start its threads for each of hundreds of copies of some kilobytes.
         """
         config, shape, at = adapter.config, self.limits.shape, self.layout
-        weights = adapter.layer(layer)
-        row.fill(0.0)
-        bias = row[at.bias : at.numerator]
-        bias.fill(1.0)
-        up = row[at.up : at.bias].reshape(at.max_rank, at.width)  # W_up transposed
-        start = 0
-        for module in config.target_modules:
-            width = shape.widths[module]
-            here = slice(start, start + width)
-            bias[self.columns[module]] = weights.bias[here].numpy()
-            if weights.up is not None:
-                up[: config.r, self.columns[module]] = weights.up[here].numpy().T
-            start += width
-        if weights.down is not None:
-            end = at.down + config.r * at.hidden_size
-            row[at.down : end] = weights.down.numpy().ravel()
-        m, n = config.rational_order
-        if weights.numerator is not None and weights.denominator is not None:
-            row[at.numerator : at.numerator + m + 1] = weights.numerator.numpy()
-            row[at.denominator : at.denominator + n] = weights.denominator.numpy()
-        row[:6] = (
-            ACTIVATIONS.index(config.activation_of(layer)),
+        bias = rows[:, at.bias : at.numerator]
+        what = (config.r, frozenset(config.target_modules), adapter.values.dtype)
+        # Where the same was last, the same will be overwritten. Most of a row may be zeros, when
+        # adapters have a lower rank and fewer modules than the layout.
+        if self._packed.pop(rows.ctypes.data, None) != what:
+            rows.fill(0.0)
+            bias.fill(1.0)
+        rows[:, at.numerator :] = 0.0
+        down = rows[:, at.down : at.up].reshape(-1, at.max_rank, at.hidden_size)
+        up = rows[:, at.up : at.bias].reshape(-1, at.max_rank, at.width)  # W_up transposed
+        for layers, weights in adapter.blocks():
+            start = 0
+            for module in config.target_modules:
+                here = slice(start, start + shape.widths[module])
+                columns = self.columns[module]
+                widen(weights.bias[:, here], bias[layers, columns])
+                if weights.up is not None:
+                    transposed = weights.up[:, here].transpose(0, 2, 1)
+                    widen(transposed, up[layers, : config.r, columns])
+                start = here.stop
+            if weights.down is not None:
+                widen(weights.down, down[layers, : config.r])
+            for values, place in (
+                (weights.numerator, at.numerator),
+                (weights.denominator, at.denominator),
+            ):
+                if values is not None:
+                    widen(values, rows[layers, place : place + values.shape[1]])
+        rows[:, :HEADER] = 0.0
+        rows[:, 0] = [ACTIVATIONS.index(config.activation_of(i)) for i in range(len(rows))]
+        rows[:, 1:6] = (
             config.r,
-            m,
-            n,
+            *config.rational_order,
             POOLINGS.index(config.pooling),
             config.input_norm is not None,
         )
+        self._packed[rows.ctypes.data] = what
 
 
 class _SideStream:
@@ -316,10 +327,8 @@ class _SideStream:
         self._copied = [torch.cuda.Event() for _ in range(slots)]
         self._read = [torch.cuda.Event() for _ in range(slots)]
 
-    def staging(self) -> Tensor | None:
-        """``[layers, row]`` in pinned memory to pack an adapter into; None where none is needed."""
-        if self._stream is None:
-            return None
+    def staging(self) -> Tensor:
+        """``[layers, row]`` in pinned memory to pack an adapter into."""
         packed, sent = self._stages[0]
         sent.synchronize()  # its last copy, two adapters ago
         return packed

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..adapter import Adapter
+from ..adapter import StoredAdapter
 from ..errors import PedroError
 from ..ops import generate_vectors
 from .adapters import AdapterBank, HostCache
@@ -211,7 +211,7 @@ class PedroRuntime:
                 self.host.discard(digest)
                 self.bank.discard(digest)
 
-    def _getter(self, spec: RequestSpec) -> Callable[[], Adapter]:
+    def _getter(self, spec: RequestSpec) -> Callable[[], StoredAdapter]:
         return lambda: self.host.get(spec)
 
     def _fail(self, request_id: str, spec: RequestSpec, reason: str) -> None:

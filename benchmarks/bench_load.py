@@ -1,0 +1,149 @@
+"""What a tenant's first request costs for its adapter, part by part, in CPU time.
+
+Front end: the folder is found, read and checked. Host: the worker reads it into host memory. Slot:
+it goes from there into a slot of the bank, between two steps of a batch that waits. Log lines are
+written as an engine writes them. With `--before` another revision is measured in turns, each run in
+a process of its own; all of them read the same folders.
+
+    python benchmarks/bench_load.py
+    python benchmarks/bench_load.py --before HEAD~1
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+PARTS = ("front end", "host", "slot")
+
+
+def measure(args: argparse.Namespace, paths: list[str]) -> dict[str, list[float]]:
+    """Milliseconds of this process's CPU time by part, one of each adapter after the warm-up."""
+    import torch
+    from transformers import AutoConfig
+
+    from vllm_pedro import PedroRequest
+    from vllm_pedro.bench.adapters import MODULES, PEDRO_RANK
+    from vllm_pedro.config import TARGET_MODULES, BackboneShape
+    from vllm_pedro.integration import plugin
+    from vllm_pedro.integration.processor import AdapterRegistry, PedroInputProcessorMixin
+    from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, HostCache
+    from vllm_pedro.serving.spec import RequestSpec
+    from vllm_pedro.serving.vectors import VectorStore
+
+    importlib.import_module("vllm.logger")
+    plugin.register()  # shows this package's log lines as vLLM's
+    torch.set_num_threads(1)
+    shape = BackboneShape.from_hf_config(
+        AutoConfig.from_pretrained(args.model, local_files_only=True)
+    )
+    rank, modules = (32, TARGET_MODULES) if args.wide else (PEDRO_RANK, MODULES)
+    limits, cpu = AdapterLimits(shape, rank, modules), torch.device("cpu")
+    front = PedroInputProcessorMixin()
+    front.pedro_registry = AdapterRegistry(limits)
+    store = VectorStore(shape, modules, 1, 1, torch.bfloat16, cpu)
+    bank = AdapterBank(8, limits, store.columns, cpu)
+    host = HostCache(args.host_slots, limits)
+    found: dict[str, list[float]] = {part: [] for part in PARTS}
+
+    def timed(part: str, call: Callable[[], Any]) -> Any:
+        start = time.process_time()
+        result = call()
+        found[part].append(1e3 * (time.process_time() - start))
+        return result
+
+    specs = []
+    for i, folder in enumerate(paths):
+        request = PedroRequest(f"tenant-{i}", i + 1, folder)
+        path, known = timed("front end", lambda request=request: front._find_adapter(request))
+        specs.append(RequestSpec(request.lora_name, path, known.digest, 16, "prompt"))
+    for spec in specs:
+        adapter = timed("host", lambda spec=spec: host.get(spec))
+        get = {spec.digest: adapter}.get
+        timed("slot", lambda d=spec.digest, g=get: bank.make_resident(d, lambda: g(d), {d}))
+    found["all"] = [sum(times) for times in zip(*found.values(), strict=True)]
+    return {part: times[args.warm_up :] for part, times in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="model folder; default the 135M model of the demo")
+    parser.add_argument("--kind", choices=["pedro", "static"], default="pedro")
+    parser.add_argument("--adapters", type=int, default=144)
+    parser.add_argument("--warm-up", type=int, default=48, help="of these (%(default)s)")
+    parser.add_argument("--wide", action="store_true", help="an engine's default rank and modules")
+    parser.add_argument(
+        "--host-slots",
+        type=int,
+        default=32,
+        help="adapters in host memory; with as many as --adapters it only grows (%(default)s)",
+    )
+    parser.add_argument("--before", metavar="REVISION", help="measure this one, too")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folders", help=argparse.SUPPRESS)  # of the processes it starts
+    args = parser.parse_args()
+    if args.folders:
+        paths = sorted(map(str, Path(args.folders).iterdir()))
+        print(json.dumps(measure(args, paths)))
+        return
+
+    from bench_change import sources_now, sources_of
+
+    from vllm_pedro.bench.adapters import folder_bytes, write_adapters
+    from vllm_pedro.fetch import fetch_model
+
+    model = args.model or str(fetch_model(progress=False))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "adapters"
+        paths = write_adapters(model, folder, args.kind, args.adapters)
+        trees = {"now": stack.enter_context(sources_now())}
+        if args.before:
+            trees = {"before": stack.enter_context(sources_of(args.before, False))} | trees
+        command = [sys.executable, __file__, "--model", model, "--folders", str(folder)]
+        command += ["--warm-up", str(args.warm_up), "--host-slots", str(args.host_slots)]
+        command += ["--wide"] * args.wide
+        runs: dict[str, list[dict[str, list[float]]]] = {name: [] for name in trees}
+        for repeat in range(args.repeats):
+            for name in trees if repeat % 2 else reversed(trees):
+                environment = os.environ | {"PYTHONPATH": str(trees[name])}
+                # What it logs goes nowhere, but is made.
+                process = subprocess.run(
+                    command,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    check=True,
+                )
+                runs[name].append(json.loads(process.stdout.splitlines()[-1]))
+        size = folder_bytes(paths[0]) / 2**20
+    print(
+        f"{args.adapters - args.warm_up} adapters of {size:.2f} MiB, {args.kind}, after "
+        f"{args.warm_up} to warm up; ms of CPU time: median over the adapters of the median run "
+        f"(lowest and highest of {args.repeats})"
+    )
+    parts = (*PARTS, "all")
+    print(f"{'':12}" + "".join(f"{part:>20}" for part in parts))
+    for name, results in runs.items():
+        cells = []
+        for part in parts:
+            medians = [statistics.median(result[part]) for result in results]
+            middle = statistics.median(medians)
+            cells.append(f"{middle:.2f} ({min(medians):.2f}-{max(medians):.2f})")
+        print(f"{name:12}" + "".join(f"{cell:>20}" for cell in cells))
+
+
+if __name__ == "__main__":
+    main()

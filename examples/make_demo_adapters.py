@@ -153,7 +153,7 @@ class Tenant:
     target: Callable[[Question], str]
     succeeds: Callable[[str], bool]
     learning_rate: float = 1e-2
-    steps: int = 60
+    steps: int = 40
 
 
 TENANTS = {
@@ -234,7 +234,7 @@ def training_command(name: str, model: str, output: str) -> list[str]:
     """The command line that trains an adapter."""
     tenant, files = TENANTS[name], data_files(name)
     words = f"vllm-pedro train --model {model} --train TRAIN --dev DEV --output {output}"
-    words += f" --base-model-name {BASE_NAME} --r 4 --max-steps {tenant.steps} --eval-steps 20"
+    words += f" --base-model-name {BASE_NAME} --r 4 --max-steps {tenant.steps} --eval-steps 10"
     words += f" --per-device-train-batch-size 8 --learning-rate {tenant.learning_rate:g}"
     words += " --down-learning-rate 1e-4 --coefficient-learning-rate 1e-3 --seed 0"
     words += " --dtype bfloat16 --save-dtype float16"

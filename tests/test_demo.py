@@ -307,7 +307,7 @@ def test_the_adapters_that_ship(name: str, smol: Path) -> None:
     assert adapter.config.inference_mode
     assert (ADAPTERS / name / "adapter_model.safetensors").stat().st_size < 1_500_000
     page = (ADAPTERS / name / "README.md").read_text()
-    for fact in ("Apache-2.0", "make_demo_adapters.py", "held-out", "| rows |", "| steps |"):
+    for fact in ("Apache-2.0", "`vllm-pedro train --model", "held-out", "| rows |", "| dev loss |"):
         assert fact in page
 
 
@@ -320,5 +320,12 @@ def test_the_questions_are_held_out() -> None:
     split = {row["question"]: row["split"] for row in rows}
     assert len(split) == len(rows)
     assert {split[question] for question in QUESTIONS} == {"test"}
+    for name in TENANTS:
+        for kind in ("train", "dev"):
+            chats = [
+                json.loads(line)["messages"]
+                for line in (DATA / name / f"{kind}.jsonl").read_text().splitlines()
+            ]
+            assert {split[chat[0]["content"]] for chat in chats} == {"train"}
     answered = (DATA / "base_answers.jsonl").read_text().splitlines()
     assert {json.loads(line)["question"] for line in answered} == set(split)

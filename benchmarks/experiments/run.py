@@ -152,25 +152,30 @@ def small_form(config: dict[str, Any]) -> dict[str, Any]:
 
 def table(config: dict[str, Any], results: list[dict[str, Any]]) -> str:
     """Medians over seeds, with the range, as a Markdown table."""
-    tasks = config["tasks"]
+    columns = [(task, task["score"], 100, task["name"]) for task in config["tasks"]]
+    for task in reversed(config["tasks"]):
+        if any(r["task"] == task["name"] and "dev_loss" in r for r in results):
+            place = next(i for i, column in enumerate(columns) if column[0] is task)
+            columns.insert(place + 1, (task, "dev_loss", 1, f"{task['name']}, dev loss"))
     lines = [
-        "| method | parameters | " + " | ".join(task["name"] for task in tasks) + " |",
-        "| --- | --- |" + " --- |" * len(tasks),
+        "| method | parameters | " + " | ".join(column[3] for column in columns) + " |",
+        "| --- | --- |" + " --- |" * len(columns),
     ]
     for method in config["methods"]:
         mine = [r for r in results if r["method"] == method["name"]]
         count = f"{mine[0]['trainable_parameters']:,}" if mine else ""
         cells = []
-        for task in tasks:
+        for task, key, scale, _ in columns:
             runs = [r for r in mine if r["task"] == task["name"]]
-            values = [100 * r[task["score"]] for r in runs if task["score"] in r]
+            values = [scale * r[key] for r in runs if key in r]
+            digits = 1 if scale == 100 else 3
             text = "-"
             if values:
-                text = f"{statistics.median(values):.1f}"
+                text = f"{statistics.median(values):.{digits}f}"
                 if len(values) > 1:
-                    text += f" ({min(values):.1f}-{max(values):.1f})"
+                    text += f" ({min(values):.{digits}f}-{max(values):.{digits}f})"
             diverged = sum("diverged" in r for r in runs)
-            cells.append(text + (f", {diverged} diverged" if diverged else ""))
+            cells.append(text + (f", {diverged} diverged" if diverged and scale == 100 else ""))
         name = method.get("label", method["name"])
         lines.append(f"| {name} | {count} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -85,10 +85,19 @@ def test_the_same_command_gives_the_same_adapter(
 ) -> None:
     digests = [
         json.loads(run(*training(folder, train_file, tmp_path / name), *more)[1])["digest"]
-        for name, more in (("a", []), ("b", []), ("c", ["--seed", 7]), ("d", ["--bilevel"]))
+        for name, more in (
+            ("a", []),
+            ("b", []),
+            ("c", ["--seed", 7]),
+            ("d", ["--bilevel"]),
+            ("e", ["--down-learning-rate", "1e-4"]),
+            ("f", ["--base-model-name", "someone/tiny"]),
+        )
     ]
     assert digests[0] == digests[1]
-    assert len(set(digests)) == 3
+    assert len(set(digests)) == 5
+    named = load_adapter(tmp_path / "f").config
+    assert named.base_model_name_or_path == "someone/tiny"
 
 
 def test_resume_goes_on_to_the_same_adapter(

@@ -29,6 +29,8 @@ _SHOWN: dict[str, tuple[str, str]] = {
     "per-device-train-batch-size": ("N", "rows in a batch (8)"),
     "gradient-accumulation-steps": ("N", "batches in a step (1)"),
     "learning-rate": ("X", "(1e-4)"),
+    "down-learning-rate": ("X", "of the down projection W_down (as --learning-rate)"),
+    "coefficient-learning-rate": ("X", "of the activations' coefficients (as --learning-rate)"),
     "warmup-steps": ("X", "steps, or, below 1, their share of all (0.06)"),
     "weight-decay": ("X", "(0)"),
     "max-grad-norm": ("X", "gradients are clipped to it (1)"),

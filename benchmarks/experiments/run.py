@@ -100,6 +100,7 @@ def run_one(
             bilevel=method.get("bilevel", False),
             coefficient_learning_rate=method.get("coefficient_learning_rate"),
             down_learning_rate=method.get("down_learning_rate"),
+            fan_in_learning_rates=method.get("fan_in_learning_rates", False),
             train_sampling_strategy=config.get("train_sampling_strategy", "random"),
             save_strategy="no",
             report_to="none",

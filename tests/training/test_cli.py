@@ -92,10 +92,11 @@ def test_the_same_command_gives_the_same_adapter(
             ("d", ["--bilevel"]),
             ("e", ["--down-learning-rate", "1e-4"]),
             ("f", ["--base-model-name", "someone/tiny"]),
+            ("g", ["--fan-in-learning-rates"]),
         )
     ]
     assert digests[0] == digests[1]
-    assert len(set(digests)) == 5
+    assert len(set(digests)) == 6
     named = load_adapter(tmp_path / "f").config
     assert named.base_model_name_or_path == "someone/tiny"
 

@@ -239,6 +239,37 @@ def test_parameters_with_a_rate_of_their_own(
         assert torch.equal(old, after[name]) == name.endswith(end), name
 
 
+def test_learning_rates_by_number_of_inputs(tmp_path: Path) -> None:
+    def rates(config: PedroConfig = CONFIG, **settings: Any) -> dict[str, float]:
+        trainer = make_trainer(tmp_path, config=config, learning_rate=1e-2, **settings)
+        names = {id(p): name for name, p in trainer.model.named_parameters()}
+        return {
+            ".".join(names[id(parameter)].split(".")[-2:]): group["lr"]
+            for group in trainer.create_optimizer().param_groups
+            for parameter in group["params"]
+        }
+
+    assert set(rates().values()) == {1e-2}
+    d = make_backbone().config.hidden_size
+    want = {
+        "down_proj.weight": 1e-2 * 4 / d,
+        "up_proj.weight": 1e-2 * 4 / 16,
+        "up_proj.bias": 1e-2,
+        "activation.numerator": 1e-3,
+        "activation.denominator": 1e-3,
+    }
+    found = rates(PedroConfig(r=16), fan_in_learning_rates=True)
+    assert {name.replace("default.", ""): rate for name, rate in found.items()} == pytest.approx(
+        want
+    )
+    # With few inputs nothing is raised, and a rate that is given is the one.
+    assert rates(PedroConfig(r=2), fan_in_learning_rates=True)["up_proj.weight"] == 1e-2
+    own = rates(fan_in_learning_rates=True, down_learning_rate=0.5, coefficient_learning_rate=0.25)
+    assert own["down_proj.weight"] == 0.5
+    assert own["activation.numerator"] == 0.25
+    assert rates(PedroConfig(r=0), fan_in_learning_rates=True) == {"up_proj.bias": 1e-2}
+
+
 def test_biases_and_coefficients_do_not_decay(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, weight_decay=0.5)
     names = {id(p): name for name, p in trainer.model.named_parameters()}

@@ -29,8 +29,8 @@ _SHOWN: dict[str, tuple[str, str]] = {
     "per-device-train-batch-size": ("N", "rows in a batch (8)"),
     "gradient-accumulation-steps": ("N", "batches in a step (1)"),
     "learning-rate": ("X", "(1e-4)"),
-    "down-learning-rate": ("X", "of the down projection W_down (as --learning-rate)"),
-    "coefficient-learning-rate": ("X", "of the activations' coefficients (as --learning-rate)"),
+    "down-learning-rate": ("X", "of the down projection W_down"),
+    "coefficient-learning-rate": ("X", "of the activations' coefficients"),
     "warmup-steps": ("X", "steps, or, below 1, their share of all (0.06)"),
     "weight-decay": ("X", "(0)"),
     "max-grad-norm": ("X", "gradients are clipped to it (1)"),
@@ -100,6 +100,12 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="learn the activations' coefficients on held-out training data (the paper)",
     )
+    more.add_argument(
+        "--fan-in-learning-rates",
+        action="store_true",
+        help="scale the generators' learning rates by their number of inputs; for short trainings, "
+        "with --learning-rate 5e-3",
+    )
     more.add_argument("--held-out-fraction", type=float, metavar="X", help="for --bilevel (0.2)")
     more.add_argument("--packing", action="store_true", help="pack the rows of a batch into one")
     more.add_argument(
@@ -153,8 +159,9 @@ def training_arguments(args: argparse.Namespace, others: Sequence[str]) -> Pedro
     }
     for name, value in options.items():
         argv += [f"--{name}", str(value)]
-    if args.bilevel:
-        argv += ["--bilevel", "true"]
+    for name in ("bilevel", "fan_in_learning_rates"):
+        if getattr(args, name):
+            argv += [f"--{name}", "true"]
     if args.held_out_fraction is not None:
         argv += ["--held_out_fraction", str(args.held_out_fraction)]
     parser = HfArgumentParser(PedroTrainingArguments, allow_abbrev=False)

@@ -38,6 +38,9 @@ PATIENCE_STEPS = 5
 LOSS_STEPS = 10
 LOSS_RATIO = 3.0
 
+# So many inputs keep the learning rate; see `fan_in_learning_rates`.
+FAN_IN = 4
+
 
 class TrainingDiverged(PedroError):
     """The loss or the gradients left all bounds; the message says what to try."""
@@ -52,10 +55,13 @@ class PedroTrainingArguments(TrainingArguments):
     Attributes:
         bilevel: learn the activations' coefficients on a held-out part of the training data.
         held_out_fraction: how large that part is.
-        coefficient_learning_rate: the coefficients' learning rate; None for `learning_rate`.
-        down_learning_rate: that of W_down; None for `learning_rate`. A step of Adam moves what
-            W_down gives by up to its rate times the sum of a state's magnitudes, hundreds with
-            the input norm, so that W_up and b_up take rates a hundred times as high.
+        fan_in_learning_rates: scale the learning rates of W_down and W_up by four over their
+            number of inputs, and the coefficients' by a tenth. A step of Adam moves every weight
+            alike, so it moves what a matrix gives in proportion to its inputs: without this, what
+            suits b_up is too much for W_up, the more so the higher r, and far too much for W_down
+            (as in muP, arXiv 2203.03466).
+        down_learning_rate: that of W_down, in place of what the above make it.
+        coefficient_learning_rate: that of the coefficients, likewise.
         guard: stop when the training has diverged.
     """
 
@@ -82,6 +88,10 @@ class PedroTrainingArguments(TrainingArguments):
     )
     down_learning_rate: float | None = field(
         default=None, metadata={"help": "Of the down projection W_down; as --learning-rate."}
+    )
+    fan_in_learning_rates: bool = field(
+        default=False,
+        metadata={"help": "Scale the generators' learning rates by their number of inputs."},
     )
     guard: bool = field(
         default=True, metadata={"help": "Stop when the loss or the gradients have exploded."}
@@ -355,12 +365,7 @@ class PedroTrainer(Trainer):
         if self.optimizer is not None or not isinstance(target, PedroModel):
             return cast(torch.optim.Optimizer, super().create_optimizer(model))
         settings = self.settings
-        rates = {
-            "down": settings.down_learning_rate,
-            "up": None,
-            "biases": None,
-            "coefficients": settings.coefficient_learning_rate,
-        }
+        rates = self._learning_rates(target)
         groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
         for name, parameter in target.named_parameters():
             if parameter.requires_grad:
@@ -370,7 +375,7 @@ class PedroTrainer(Trainer):
             [
                 {
                     "params": found,
-                    "lr": settings.learning_rate if rates[kind] is None else rates[kind],
+                    "lr": rates[kind],
                     "weight_decay": settings.weight_decay if kind in ("down", "up") else 0.0,
                 }
                 for kind, found in groups.items()
@@ -379,6 +384,22 @@ class PedroTrainer(Trainer):
             **how,
         )
         return cast(torch.optim.Optimizer, self.optimizer)
+
+    def _learning_rates(self, model: PedroModel) -> dict[str, float]:
+        """Of each kind of parameter; see `_kind_of`."""
+        settings = self.settings
+        rates = dict.fromkeys(("down", "up", "biases", "coefficients"), settings.learning_rate)
+        name = model.active_adapter
+        if settings.fan_in_learning_rates and name is not None:
+            r = max(model.pedro_configs[name].r, 1)
+            rates["down"] *= min(1.0, FAN_IN / model.shape.hidden_size)
+            rates["up"] *= min(1.0, FAN_IN / r)
+            rates["coefficients"] *= 0.1
+        if settings.down_learning_rate is not None:
+            rates["down"] = settings.down_learning_rate
+        if settings.coefficient_learning_rate is not None:
+            rates["coefficients"] = settings.coefficient_learning_rate
+        return rates
 
     # ---- checkpoints are adapter folders
 

@@ -160,6 +160,17 @@ def test_many_tenants_are_left_to_compiled_engines() -> None:
     assert [c.tenants for c in many.cases if c.kind == "pedro"] == [1, 1000]
 
 
+def test_lengths_of_many_tenants() -> None:
+    names = [c.workload.name for c in comparisons(["tenants"], CPU, Sizes(tenants=(1, 1000)))]
+    assert names == ["1 tenant, 32 + 16", "1,000 tenants, 16 + 8"]
+    sizes = Sizes(tenants=(8, 1000), tenant_tokens=(64, 32))
+    for comparison in comparisons(["tenants"], CPU, sizes):
+        assert comparison.workload.name.endswith(" tenants, 64 + 32")
+        assert {(r.prompt_tokens, r.output_tokens) for r in comparison.workload.requests} == {
+            (64, 32)
+        }
+
+
 def test_a_job_names_each_request_s_adapter() -> None:
     (comparison,) = comparisons(["decode"], CPU, Sizes(rows=4, tenants=(1, 4)))
     folders = {k: [Path(f"/a/{k}-{i}") for i in range(8)] for k in ("pedro", "lora")}

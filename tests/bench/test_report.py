@@ -263,7 +263,7 @@ def test_results_that_are_not_there(tmp_path: Path) -> None:
 
 @pytest.fixture
 def everything(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    for x in (1, 8, 1000):
+    for x, lengths in ((1, "32 + 16"), (8, "32 + 16"), (1000, "16 + 8")):
         for kind in ("base", "pedro"):
             for tenants in {1, x} if kind == "pedro" else {0}:
                 records += [
@@ -271,12 +271,13 @@ def everything(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
                         kind,
                         "compiled",
                         repeat,
-                        100 + 5 * repeat,
+                        100 + 5 * repeat - (tenants == x),
                         tenants=tenants,
                         family="tenants",
-                        workload=f"{x} tenants",
+                        workload=f"{x} tenants, {lengths}",
                         x=float(x),
                     )
+                    | {"rule": f"{4 * x} requests of {lengths} tokens; closed loop of 4"}
                     for repeat in (0, 1)
                 ]
     for x in (1, 16):
@@ -301,7 +302,16 @@ def test_plots_begin_at_zero_and_show_the_spread(everything: list[dict[str, Any]
     assert bars.get_xlim()[0] == 0
     assert [axes.get_ylim()[0] for axes in (tenants, concurrency, even)] == [0, 0, 0]
     assert concurrency.get_xlim()[0] == 0
-    assert [t.get_text() for t in tenants.get_xticklabels()] == ["1", "8", "1,000"]
+    ticks = ["1\n32 + 16", "8\n32 + 16", "1,000\n16 + 8"]
+    assert [t.get_text() for t in tenants.get_xticklabels()] == ticks
+    # Lines join requests of the same lengths only, and each engine is in the legend once.
+    assert [len(c.lines[0].get_xdata()) for c in tenants.containers] == [2, 1, 2, 1]
+    assert len(tenants.get_legend().get_texts()) == 2
+    ratios = figures[1].axes[1]
+    assert ratios.get_ylim()[0] == 0
+    assert [list(c.lines[0].get_xdata()) for c in ratios.containers] == [[1], [2]]
+    for container in ratios.containers:
+        assert container.lines[0].get_ydata()[0] == pytest.approx((99 / 100 + 104 / 105) / 2)
     for axes in (bars, tenants, concurrency):
         assert axes.containers  # error bars
     assert even.collections  # the band between repeats

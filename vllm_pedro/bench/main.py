@@ -134,6 +134,13 @@ def offline_parser() -> argparse.ArgumentParser:
         "(%(default)s)",
     )
     parser.add_argument(
+        "--tenant-tokens",
+        nargs=2,
+        type=_count,
+        metavar=("PROMPT", "OUTPUT"),
+        help="lengths of the workload 'tenants' (32 16; above 256 tenants 16 8, above 2,048 8 2)",
+    )
+    parser.add_argument(
         "--slots",
         type=_count,
         metavar="N",
@@ -226,6 +233,7 @@ def run_offline(args: argparse.Namespace, argv: list[str]) -> int:
         output_tokens=args.output_tokens,
         tenants=tuple(sorted(set(args.tenants or (1, rows, *Sizes.tenants[1:])))),
         lora_tenants=args.eager_tenants,
+        tenant_tokens=tuple(args.tenant_tokens) if args.tenant_tokens else None,
         concurrencies=tuple(args.concurrency),
         prompts=tuple(args.prompts),
         max_model_len=args.max_model_len,

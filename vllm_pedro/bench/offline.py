@@ -148,6 +148,8 @@ class Sizes:
         tenants: Numbers of tenants.
         lora_tenants: LoRA and eager engines are measured up to so many tenants, because naive
             kernels take long.
+        tenant_tokens: Prompt and output tokens of the requests of many tenants; None: the more
+            tenants the shorter, see ``_tenant_sweep``.
         concurrencies: Of the closed loops.
         prompts: Prompt lengths of the break-even.
         max_model_len: Longest sequence.
@@ -160,6 +162,7 @@ class Sizes:
     output_tokens: int = 64
     tenants: tuple[int, ...] = (1, 8, 32, 128)
     lora_tenants: int = 128
+    tenant_tokens: tuple[int, int] | None = None
     concurrencies: tuple[int, ...] = (1, 4, 16)
     prompts: tuple[int, ...] = (32, 128, 512)
     max_model_len: int = 1024
@@ -288,9 +291,10 @@ def _tenant_sweep(engines: Sequence[str], sizes: Sizes) -> list[Comparison]:
     result = []
     for count in sizes.tenants:
         number = max(4 * sizes.rows, count)
-        name = f"{count:,} tenants" if count > 1 else "1 tenant"
         # Each tenant asks at least once, so that many tenants are many requests: shorter ones.
         lengths = (32, 16) if count <= 256 else (16, 8) if count <= 2048 else (8, 2)
+        lengths = sizes.tenant_tokens or lengths
+        name = f"{count:,} tenant{'s' if count > 1 else ''}, {lengths[0]} + {lengths[1]}"
         workload = closed_loop(fixed_lengths(number, *lengths, name), sizes.rows)
         few = [e for e in engines if count <= sizes.lora_tenants or e.endswith("-compiled")]
         cases = _cases(few, [1, count] if count > 1 else [1], False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from ..errors import PedroError
 from .figures import Latency
-from .report import Series, break_evens
+from .report import Series, break_evens, single_of
 
 STYLES: Final = {
     ("base", "compiled"): {"color": "0.0", "marker": "o", "linestyle": "-"},
@@ -102,32 +103,53 @@ def draw_throughput(all_series: Sequence[Series]) -> Any:
 
 
 def draw_tenants(all_series: Sequence[Series]) -> Any:
-    """Lines: output tokens per second over the number of tenants."""
-    chosen = [s for s in all_series if s.family == "tenants"]
-    counts = sorted({int(s.x) for s in chosen})
-    if len(counts) < 2:
+    """Lines over the number of tenants: output tokens per second, and as a ratio to one tenant.
+
+    Only requests of the same lengths are joined by a line: shorter ones yield fewer tokens a
+    second, whoever asks.
+    """
+    # Each workload was also measured with one tenant; here belong the rows of its own x.
+    own = [s for s in all_series if s.family == "tenants" and s.tenants in (0, int(s.x))]
+    kinds = list(dict.fromkeys(_lengths(s) for s in own))
+    places = sorted({(int(s.x), _lengths(s)) for s in own}, key=lambda p: (p[0], kinds.index(p[1])))
+    if len(places) < 2:
         return None
-    figure, axes = _figure(7, 4.2)
+    figure, (speeds, ratios) = _figure(11, 4.2, 2)
     for key, style in STYLES.items():
-        points = {}
-        for s in chosen:
-            # Each workload was also measured with one tenant; here belong the rows of its own x.
-            if (s.kind, s.mode) == key and s.tenants in (0, int(s.x)):
-                points[int(s.x)] = s
-        _line(axes, [(counts.index(x), points[x]) for x in sorted(points)], style, key)
-    axes.set_xticks(range(len(counts)), [f"{c:,}" for c in counts])
-    axes.set_xlabel("tenants (not to scale)")
-    axes.set_ylabel("output tokens/s")
-    return _finish(figure, axes)
+        for axes in (speeds, ratios):
+            label = True
+            for lengths in kinds:
+                points = []
+                for s in own:
+                    if (s.kind, s.mode) != key or _lengths(s) != lengths:
+                        continue
+                    spread = s.spread("output_tokens_per_s")
+                    if axes is ratios:
+                        spread = s.ratio(single_of(s, all_series), "output_tokens_per_s")
+                    if spread is not None:
+                        points.append((float(places.index((int(s.x), lengths))), spread))
+                _error_bars(axes, sorted(points, key=lambda p: p[0]), style, key, label)
+                label = label and not points
+    ticks = [f"{count:,}\n{lengths}" for count, lengths in places]
+    for axes in (speeds, ratios):
+        axes.set_xticks(range(len(places)), ticks)
+        axes.set_xlabel("tenants (not to scale); prompt + output tokens of a request")
+    speeds.set_ylabel("output tokens/s")
+    ratios.axhline(1, color="0.8", linewidth=0.8)
+    ratios.set_ylabel("output tokens/s ÷ those of the same requests by one tenant")
+    _finish(figure, ratios)
+    return _finish(figure, speeds)
 
 
-def _line(axes: Any, points: Sequence[tuple[float, Series]], style: Any, key: Any) -> None:
-    measure = "output_tokens_per_s"
-    spreads = [(x, s.spread(measure)) for x, s in points]
-    _error_bars(axes, [(x, s) for x, s in spreads if s is not None], style, key)
+def _lengths(series: Series) -> str:
+    """A workload's "prompt + output" tokens, from its rule."""
+    found = re.search(r"of (\d+ \+ \d+) tokens", series.rule)
+    return found[1] if found else ""
 
 
-def _error_bars(axes: Any, points: Sequence[tuple[float, Any]], style: Any, key: Any) -> None:
+def _error_bars(
+    axes: Any, points: Sequence[tuple[float, Any]], style: Any, key: Any, label: bool = True
+) -> None:
     from .engines import LABELS
 
     if points:
@@ -137,7 +159,7 @@ def _error_bars(axes: Any, points: Sequence[tuple[float, Any]], style: Any, key:
             [s.median for s in spreads],
             yerr=_errors(spreads),
             capsize=3,
-            label=f"{LABELS[key[0]]}, {key[1]}",
+            label=f"{LABELS[key[0]]}, {key[1]}" if label else None,
             **style,
         )
 

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# All of docs/benchmarks.md: workloads in groups of few engines, then one report and its plots.
+#
+#   benchmarks/full_run.sh FOLDER [GROUP ...]
+#
+# FOLDER gets one folder a group with its results.jsonl, and report.md and plots over all groups that
+# are there. With GROUPs only these are measured: lengths, tenants, beam, many, longer, 10000,
+# serving, ops. PYTHON chooses the interpreter, TRACE a trace file (the first requests of it are
+# replayed by the servers), BENCH further options of every group, such as "--model FOLDER".
+# About 110 minutes on two cores with SmolLM2-135M; nothing else should run.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+folder=${1:?"usage: benchmarks/full_run.sh FOLDER [GROUP ...]"}
+shift
+groups=("$@")
+((${#groups[@]})) || groups=(lengths tenants beam many longer 10000 serving ops)
+if [[ -z ${PYTHON:-} ]]; then
+    PYTHON=python3
+    [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
+fi
+read -ra more <<<"${BENCH:-}"
+mkdir -p "$folder"
+
+bench() { # GROUP COMMAND OPTION ...
+    local name=$1 command=$2
+    shift 2
+    "$PYTHON" -m vllm_pedro.cli bench "$command" --output "$folder/$name" --no-plots "$@" "${more[@]}"
+}
+
+eager=(base-eager pedro-eager lora-eager)
+compiled=(base-compiled pedro-compiled)
+failed=()
+for group in "${groups[@]}"; do
+    echo "== $group" >&2
+    case $group in
+    lengths)
+        bench "$group" offline --rows 8 --static --minutes 40 \
+            --workloads decode prefill mixed paper concurrency break-even
+        ;;
+    tenants)
+        bench "$group" offline --rows 8 --engines "${eager[@]}" --minutes 20 \
+            --workloads tenants mixes --tenants 1 8 32 128
+        ;;
+    beam)
+        bench "$group" offline --rows 8 --engines "${eager[@]}" --static --workloads beam
+        ;;
+    many)
+        bench "$group" offline --rows 8 --engines "${compiled[@]}" --workloads tenants --tenants 1000
+        ;;
+    longer)
+        bench "$group" offline --rows 8 --engines pedro-compiled --repeats 1 \
+            --workloads tenants --tenants 1000 --tenant-tokens 64 32
+        ;;
+    10000)
+        bench "$group" offline --rows 8 --engines pedro-compiled --repeats 1 \
+            --workloads tenants --tenants 10000
+        ;;
+    serving)
+        options=(--servers "${eager[@]}" --tenants 8 --requests 24 --concurrency 8 --rate 1)
+        if [[ -n ${TRACE:-} ]]; then
+            options+=(--trace "$TRACE" --trace-speed 0.2 --trace-shrink 8)
+        fi
+        bench "$group" serving "${options[@]}"
+        ;;
+    ops)
+        mkdir -p "$folder/ops"
+        "$PYTHON" benchmarks/bench_ops.py --json "$folder/ops/ops.json" >"$folder/ops/ops.md"
+        ;;
+    *)
+        echo "unknown group $group" >&2
+        false
+        ;;
+    esac || failed+=("$group")
+done
+
+mapfile -t results < <(find "$folder" -mindepth 2 -name results.jsonl | sort)
+if ((${#results[@]})); then
+    "$PYTHON" -m vllm_pedro.cli bench report "${results[@]}" --output "$folder" || failed+=(report)
+fi
+if ((${#failed[@]})); then
+    echo "failed: ${failed[*]}" >&2
+    exit 1
+fi

@@ -1,0 +1,71 @@
+"""benchmarks/full_run.sh: every command of it is one that the benchmark takes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vllm_pedro.bench.main import offline_parser, serving_parser
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "full_run.sh"
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> tuple[Path, Path]:
+    """A stand-in for the interpreter that writes down what it is called with, and the notes."""
+    notes, program = tmp_path / "calls", tmp_path / "python"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {shlex.quote(str(notes))}\n')
+    program.chmod(0o755)
+    return program, notes
+
+
+def run(program: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": str(program), "TRACE": "t.csv", "BENCH": "--model M"}
+    return subprocess.run(
+        [str(SCRIPT), *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_all_groups(recorder: tuple[Path, Path], tmp_path: Path) -> None:
+    program, notes = recorder
+    done = run(program, str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    *calls, ops = [line.split() for line in notes.read_text().splitlines()]
+    assert ops[0].endswith("bench_ops.py")
+    folders, workloads = [], set()
+    for call in calls:
+        assert call[:3] == ["-m", "vllm_pedro.cli", "bench"]
+        parser = {"offline": offline_parser, "serving": serving_parser}[call[3]]()
+        args = parser.parse_args(call[4:])
+        assert args.model == "M"
+        folders.append(args.output)
+        workloads |= set(getattr(args, "workloads", {"trace"} if args.trace else ()))
+    assert len(set(folders)) == len(folders) == 7
+    assert workloads == {
+        "decode",
+        "prefill",
+        "mixed",
+        "paper",
+        "beam",
+        "tenants",
+        "mixes",
+        "concurrency",
+        "break-even",
+        "trace",
+    }
+
+
+def test_an_unknown_group_fails(recorder: tuple[Path, Path], tmp_path: Path) -> None:
+    program, notes = recorder
+    done = run(program, str(tmp_path / "out"), "many", "nothing")
+    assert done.returncode == 1
+    assert "failed: nothing" in done.stderr
+    assert len(notes.read_text().splitlines()) == 1

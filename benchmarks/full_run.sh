@@ -3,11 +3,11 @@
 #
 #   benchmarks/full_run.sh FOLDER [GROUP ...]
 #
-# FOLDER gets one folder a group with its results.jsonl, and report.md and plots over all groups that
-# are there. With GROUPs only these are measured: lengths, tenants, beam, many, longer, 10000,
+# FOLDER gets one folder a group with its results.jsonl, and results.jsonl, report.md and plots of all
+# groups that are there. With GROUPs only these are measured: lengths, tenants, beam, many, longer, 10000,
 # serving, ops. PYTHON chooses the interpreter, TRACE a trace file (the first requests of it are
 # replayed by the servers), BENCH further options of every group, such as "--model FOLDER".
-# About 110 minutes on two cores with SmolLM2-135M; nothing else should run.
+# About 90 minutes on two cores with SmolLM2-135M; nothing else should run.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -64,8 +64,7 @@ for group in "${groups[@]}"; do
         bench "$group" serving "${options[@]}"
         ;;
     ops)
-        mkdir -p "$folder/ops"
-        "$PYTHON" benchmarks/bench_ops.py --json "$folder/ops/ops.json" >"$folder/ops/ops.md"
+        "$PYTHON" benchmarks/bench_ops.py | sed -n '/^{/,$p' >"$folder/ops.md"
         ;;
     *)
         echo "unknown group $group" >&2
@@ -74,9 +73,12 @@ for group in "${groups[@]}"; do
     esac || failed+=("$group")
 done
 
-mapfile -t results < <(find "$folder" -mindepth 2 -name results.jsonl | sort)
-if ((${#results[@]})); then
-    "$PYTHON" -m vllm_pedro.cli bench report "${results[@]}" --output "$folder" || failed+=(report)
+# All groups that are there, in this order whatever order they were measured in.
+for group in lengths beam serving tenants many longer 10000; do
+    [[ -f "$folder/$group/results.jsonl" ]] && cat "$folder/$group/results.jsonl"
+done >"$folder/results.jsonl"
+if [[ -s "$folder/results.jsonl" ]]; then
+    "$PYTHON" -m vllm_pedro.cli bench report "$folder/results.jsonl" --output "$folder" || failed+=(report)
 fi
 if ((${#failed[@]})); then
     echo "failed: ${failed[*]}" >&2

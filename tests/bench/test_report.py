@@ -18,6 +18,7 @@ from vllm_pedro.bench.report import (
     main_table,
     markdown,
     short_table,
+    summary_table,
     table,
     write_report,
 )
@@ -125,6 +126,28 @@ def test_the_short_table_says_the_same(records: list[dict[str, Any]]) -> None:
     assert row[2:5] == ["67.5 (45.0-90.0)", "0.90 (0.90-0.90)", "3.00 (3.00-3.00)"]
 
 
+def test_the_summary_has_a_line_a_workload(records: list[dict[str, Any]]) -> None:
+    text = summary_table(collect(records))
+    assert text is not None
+    header, _, *lines = [[c.strip() for c in t.strip("|").split("|")] for t in text.splitlines()]
+    (line,) = lines
+    assert dict(zip(header, line, strict=True)) == {
+        "workload": "decode-heavy",
+        "PEDRO ÷ base, compiled": "0.90 (0.90-0.90)",  # with 8 tenants, not with one
+        "LoRA ÷ base, eager": "0.50 (0.50-0.50)",
+        "TTFT, PEDRO ÷ base, compiled": "1.58 (1.05-2.10)",
+    }
+    records += [
+        measurement("pedro", "eager", r, 54 * p, tenants=8) for r, p in ((0, 1), (1, 0.5))
+    ]
+    text = summary_table(collect(records))
+    assert text is not None
+    assert "PEDRO ÷ LoRA, eager" in text
+    assert "1.80 (1.80-1.80)" in text
+    assert "PEDRO ÷ LoRA, compiled" not in text
+    assert summary_table(collect([measurement("base", "eager", 0, 1)])) is None
+
+
 def test_lora_of_the_same_mode_is_taken_where_there_is_one(records: list[dict[str, Any]]) -> None:
     records += [
         measurement("lora", "compiled", r, 75 * p, tenants=8) for r, p in ((0, 1), (1, 0.5))
@@ -201,6 +224,28 @@ def test_memory_lost_to_the_store() -> None:
     assert row[7] == "2 KiB"
     assert row[8] == "5 of 100"  # (3,000 + 4 slots x 500) / 1,000
     assert engine_table([ALL]) is None
+
+
+def test_engines_of_several_runs_and_starts() -> None:
+    def start(seconds: float, peak: int) -> dict[str, Any]:
+        bytes_ = {"host": peak << 20}
+        return {
+            "record": "engine",
+            "engine": "base-eager",
+            "start_s": seconds,
+            "peak_bytes": bytes_,
+        }
+
+    starts = [start(10, 7), start(30, 9), start(20, 8)]
+    text = engine_table([RUN, ALL, *starts, RUN, ALL, start(5, 1)])
+    assert text is not None
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
+    assert rows[0][:2] == ["run", "engine"]
+    assert [row[:3] for row in rows[2:]] == [
+        ["1", "base, eager", "20.0"],
+        ["2", "base, eager", "5.0"],
+    ]
+    assert rows[2][4] == "9 MiB"
 
 
 def test_loading_is_what_the_first_request_takes_longer() -> None:
@@ -306,7 +351,7 @@ def test_plots_begin_at_zero_and_show_the_spread(everything: list[dict[str, Any]
     assert [t.get_text() for t in tenants.get_xticklabels()] == ticks
     # Lines join requests of the same lengths only, and each engine is in the legend once.
     assert [len(c.lines[0].get_xdata()) for c in tenants.containers] == [2, 1, 2, 1]
-    assert len(tenants.get_legend().get_texts()) == 2
+    assert len(figures[1].legends[0].get_texts()) == 2
     ratios = figures[1].axes[1]
     assert ratios.get_ylim()[0] == 0
     assert [list(c.lines[0].get_xdata()) for c in ratios.containers] == [[1], [2]]

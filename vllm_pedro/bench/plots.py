@@ -21,6 +21,7 @@ STYLES: Final = {
     ("static", "eager"): {"color": "0.5", "marker": "*", "linestyle": "-."},
     ("lora", "eager"): {"color": "0.6", "marker": "v", "linestyle": ":"},
 }
+LEGEND: Final = "median; whiskers: lowest and highest repeat"
 HATCHES: Final = {"plain": "", "base": "", "pedro": "//", "static": "xx", "lora": ".."}
 
 
@@ -96,7 +97,7 @@ def draw_throughput(all_series: Sequence[Series]) -> Any:
             labels.append(s.label)
         position += 0.5
     axes.set_yticks(ticks, labels)
-    axes.invert_yaxis()
+    axes.set_ylim(position + 0.3, 0)
     axes.set_xlim(left=0)
     axes.set_xlabel("output tokens/s (median; whiskers: lowest and highest repeat)")
     return figure
@@ -136,9 +137,19 @@ def draw_tenants(all_series: Sequence[Series]) -> Any:
         axes.set_xlabel("tenants (not to scale); prompt + output tokens of a request")
     speeds.set_ylabel("output tokens/s")
     ratios.axhline(1, color="0.8", linewidth=0.8)
-    ratios.set_ylabel("output tokens/s ÷ those of the same requests by one tenant")
-    _finish(figure, ratios)
-    return _finish(figure, speeds)
+    ratios.set_xlim(speeds.get_xlim())
+    ratios.set_ylabel("÷ the same requests by one tenant")
+    for axes in (speeds, ratios):
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+        axes.grid(axis="y", color="0.9")
+    figure.legend(
+        *speeds.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=6,
+        title=LEGEND,
+        fontsize="small",
+    )
+    return figure
 
 
 def _lengths(series: Series) -> str:
@@ -167,7 +178,7 @@ def _error_bars(
 def _finish(figure: Any, axes: Any) -> Any:
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="0.9")
-    axes.legend(title="median; whiskers: lowest and highest repeat", fontsize="small")
+    axes.legend(title=LEGEND, fontsize="small")
     return figure
 
 

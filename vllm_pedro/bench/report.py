@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,6 +172,37 @@ def main_table(all_series: Sequence[Series]) -> str:
     return table(headers, rows, left=2)
 
 
+def summary_table(all_series: Sequence[Series]) -> str | None:
+    """One line a workload: PEDRO and LoRA against base and each other, by most tenants."""
+    modes = [m for m in ("compiled", "eager") if any(s.mode == m for s in all_series)]
+    kinds = [k for k in ("pedro", "lora") if any(s.kind == k for s in all_series)]
+    headers = ["workload"]
+    for kind in kinds:
+        headers += [f"{LABELS[kind]} ÷ base, {m}" for m in modes]
+    headers += [f"PEDRO ÷ LoRA, {m}" for m in modes]
+    headers += [f"TTFT, PEDRO ÷ base, {m}" for m in modes]
+    rows = []
+    for family, workload, rule in dict.fromkeys((s.family, s.workload, s.rule) for s in all_series):
+        own = [s for s in all_series if (s.family, s.workload, s.rule) == (family, workload, rule)]
+
+        def most(kind: str, mode: str, own: list[Series] = own) -> Series | None:
+            found = [s for s in own if (s.kind, s.mode) == (kind, mode)]
+            return max(found, key=lambda s: s.tenants) if found else None
+
+        def over(mine: Series | None, other: Series | None, measure: str) -> str:
+            return _spread(mine.ratio(other, measure)) if mine else ""
+
+        speed, ttft = "output_tokens_per_s", "ttft_mean_ms"
+        cells = [over(most(k, m), most("base", m), speed) for k in kinds for m in modes]
+        cells += [over(most("pedro", m), most("lora", m), speed) for m in modes]
+        cells += [over(most("pedro", m), most("base", m), ttft) for m in modes]
+        if any(cells):
+            rows.append([workload, *cells])
+    used = [i for i in range(len(headers)) if i == 0 or any(row[i] for row in rows)]
+    rows = [[row[i] for i in used] for row in rows]
+    return table([headers[i] for i in used], rows) if rows else None
+
+
 def short_table(all_series: Sequence[Series]) -> str:
     """The same for a terminal: throughput and its ratios."""
     headers = ("workload", "case", "tokens/s", "÷ base", "÷ LoRA", "TTFT ms", "ITL ms")
@@ -206,25 +237,32 @@ def _three(series: Series, name: str) -> str:
 
 
 def engine_table(records: Iterable[Record]) -> str | None:
-    """Start-up and memory of each engine."""
-    rows = []
-    settings: dict[str, Any] = {}
+    """Start-up and memory of each engine of each run; of one that was started often, the median
+    start-up and the highest peak."""
+    found: dict[tuple[int, str], list[Record]] = {}
+    settings: dict[int, dict[str, Any]] = {}
+    run = 0
     for record in records:
-        if record["record"] != "engine":
-            continue
-        if record["engine"] == "all":
-            settings = record["settings"]
-            continue
-        lost = _blocks_lost(record, settings)
+        if record["record"] == "run":
+            run += 1
+        elif record["record"] == "engine" and record["engine"] == "all":
+            settings[run] = record["settings"]
+        elif record["record"] == "engine":
+            found.setdefault((run, record["engine"]), []).append(record)
+    rows = []
+    for (run, name), starts in found.items():
+        record = starts[-1]
+        lost = _blocks_lost(record, settings.get(run, {}))
         per_sequence = record.get("sequence_bytes")
         disk = record.get("adapter_bytes") or {}
         rows.append(
             (
-                _engine_label(record["engine"]),
-                _number(record.get("start_s"), 1),
-                _number(record.get("engine_s"), 1),
-                _mib(record.get("peak_bytes", {}).get("host"), 0),
-                _mib(record.get("peak_bytes", {}).get("device"), 0),
+                str(run),
+                _engine_label(name),
+                _number(_over(statistics.median, starts, "start_s"), 1),
+                _number(_over(statistics.median, starts, "engine_s"), 1),
+                _mib(_over(max, [r.get("peak_bytes", {}) for r in starts], "host"), 0),
+                _mib(_over(max, [r.get("peak_bytes", {}) for r in starts], "device"), 0),
                 _mib(next(iter(disk.values()), None)),
                 _mib(record.get("slot_bytes")),
                 "" if per_sequence is None else f"{per_sequence / 1024:.0f} KiB",
@@ -234,6 +272,7 @@ def engine_table(records: Iterable[Record]) -> str | None:
     if not rows:
         return None
     headers = (
+        "run",
         "engine",
         "start-up, s",
         "of it vLLM, s",
@@ -244,7 +283,16 @@ def engine_table(records: Iterable[Record]) -> str | None:
         "per sequence",
         "KV blocks its memory would hold",
     )
-    return table(headers, rows)
+    if len({row[0] for row in rows}) == 1:  # nothing to tell apart
+        return table(headers[1:], [row[1:] for row in rows])
+    return table(headers, rows, left=2)
+
+
+def _over(
+    function: Callable[[list[float]], float], records: Sequence[Record], key: str
+) -> float | None:
+    values = [r[key] for r in records if r.get(key) is not None]
+    return function(values) if values else None
 
 
 def _blocks_lost(record: Record, settings: dict[str, Any]) -> float | None:
@@ -270,15 +318,19 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def load_table(records: Iterable[Record]) -> str | None:
-    """How long a new adapter takes to come in."""
-    rows = []
+    """How long a new adapter takes to come in, over all runs."""
+    times: dict[str, tuple[list[float], list[float]]] = {}
     for record in records:
-        if record["record"] != "load":
-            continue
-        first, second = Spread.of(record["first_ms"]), Spread.of(record["second_ms"])
+        if record["record"] == "load":
+            firsts, seconds = times.setdefault(record["engine"], ([], []))
+            firsts += record["first_ms"]
+            seconds += record["second_ms"]
+    rows = []
+    for engine, (firsts, seconds) in times.items():
+        first, second = Spread.of(firsts), Spread.of(seconds)
         rows.append(
             (
-                _engine_label(record["engine"]),
+                _engine_label(engine),
                 first.format(1),
                 second.format(1),
                 f"{first.median - second.median:.1f}",
@@ -401,9 +453,10 @@ def fairness_table(all_series: Sequence[Series]) -> str | None:
 def conditions(records: Sequence[Record]) -> list[str]:
     """What was run, on what, and how busy it was: a list in Markdown for each run."""
     lines: list[str] = []
-    cores = None
+    cores, run, runs = None, 0, sum(r["record"] == "run" for r in records)
     for record in records:
         if record["record"] == "run":
+            run += 1
             host = record["machine"]
             cores = host["cores"]
             device = host.get("gpu", f"{host['cpu']}, {cores} cores")
@@ -411,7 +464,7 @@ def conditions(records: Sequence[Record]) -> list[str]:
             versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
             settings = ", ".join(f"{k} {v}" for k, v in record["settings"].items())
             lines += [
-                f"- `{record['command']}`, {record['time']}",
+                f"- {f'run {run}: ' if runs > 1 else ''}`{record['command']}`, {record['time']}",
                 f"- {device}{memory}, {host['system']}; {versions}",
                 f"- {settings}" if settings else "",
                 f"- load average before: {_load(record)}",
@@ -486,6 +539,9 @@ def markdown(
     ]
     if runs_on_cpu(records):
         parts.append(CPU_NOTE)
+    summary = summary_table(all_series)
+    if summary:
+        parts += ["## Ratios of output tokens/s, and of the time to the first token", summary]
     parts += ["## Everything measured", main_table(all_series), "Workloads:"]
     rules = {s.workload: s.rule for s in all_series}
     parts.append("\n".join(f"- {name}: {rule}" for name, rule in rules.items()))

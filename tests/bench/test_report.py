@@ -137,9 +137,7 @@ def test_the_summary_has_a_line_a_workload(records: list[dict[str, Any]]) -> Non
         "LoRA ÷ base, eager": "0.50 (0.50-0.50)",
         "TTFT, PEDRO ÷ base, compiled": "1.58 (1.05-2.10)",
     }
-    records += [
-        measurement("pedro", "eager", r, 54 * p, tenants=8) for r, p in ((0, 1), (1, 0.5))
-    ]
+    records += [measurement("pedro", "eager", r, 54 * p, tenants=8) for r, p in ((0, 1), (1, 0.5))]
     text = summary_table(collect(records))
     assert text is not None
     assert "PEDRO ÷ LoRA, eager" in text

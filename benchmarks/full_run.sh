@@ -6,7 +6,8 @@
 # FOLDER gets one folder a group with its results.jsonl, and results.jsonl, report.md and plots of all
 # groups that are there. With GROUPs only these are measured: lengths, tenants, beam, many, longer, 10000,
 # serving, ops. PYTHON chooses the interpreter, TRACE a trace file (the first requests of it are
-# replayed by the servers), BENCH further options of every group, such as "--model FOLDER".
+# replayed by the servers), BENCH further options of every group, such as "--model FOLDER". Where LoRA
+# is in a group, MODE says how all engines of it run: eager, or compiled, which takes a GPU.
 # About 90 minutes on two cores with SmolLM2-135M; nothing else should run.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -28,7 +29,8 @@ bench() { # GROUP COMMAND OPTION ...
     "$PYTHON" -m vllm_pedro.cli bench "$command" --output "$folder/$name" --no-plots "$@" "${more[@]}"
 }
 
-eager=(base-eager pedro-eager lora-eager)
+mode=${MODE:-eager}
+three=("base-$mode" "pedro-$mode" "lora-$mode")
 compiled=(base-compiled pedro-compiled)
 failed=()
 for group in "${groups[@]}"; do
@@ -39,11 +41,11 @@ for group in "${groups[@]}"; do
             --workloads decode prefill mixed paper concurrency break-even
         ;;
     tenants)
-        bench "$group" offline --rows 8 --engines "${eager[@]}" --minutes 20 \
+        bench "$group" offline --rows 8 --engines "${three[@]}" --minutes 20 \
             --workloads tenants mixes --tenants 1 8 32 128
         ;;
     beam)
-        bench "$group" offline --rows 8 --engines "${eager[@]}" --static --workloads beam
+        bench "$group" offline --rows 8 --engines "${three[@]}" --static --workloads beam
         ;;
     many)
         bench "$group" offline --rows 8 --engines "${compiled[@]}" --workloads tenants --tenants 1000
@@ -57,7 +59,7 @@ for group in "${groups[@]}"; do
             --workloads tenants --tenants 10000
         ;;
     serving)
-        options=(--servers "${eager[@]}" --tenants 8 --requests 24 --concurrency 8 --rate 1)
+        options=(--servers "${three[@]}" --tenants 8 --requests 24 --concurrency 8 --rate 1)
         if [[ -n ${TRACE:-} ]]; then
             options+=(--trace "$TRACE" --trace-speed 0.2 --trace-shrink 8)
         fi

@@ -63,6 +63,16 @@ def test_all_groups(recorder: tuple[Path, Path], tmp_path: Path) -> None:
     }
 
 
+def test_compiled(
+    recorder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, notes = recorder
+    monkeypatch.setenv("MODE", "compiled")
+    assert run(program, str(tmp_path / "out"), "beam").returncode == 0
+    args = offline_parser().parse_args(notes.read_text().split()[4:])
+    assert args.engines == ["base-compiled", "pedro-compiled", "lora-compiled"]
+
+
 def test_an_unknown_group_fails(recorder: tuple[Path, Path], tmp_path: Path) -> None:
     program, notes = recorder
     done = run(program, str(tmp_path / "out"), "many", "nothing")

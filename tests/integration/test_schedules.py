@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 from engines import Mismatch
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
 BLOCK = 32  # the smallest that vLLM's CPU attention takes
 

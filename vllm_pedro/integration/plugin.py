@@ -10,7 +10,7 @@ from .._import_hook import when_imported
 from ..versions import check_vllm_version
 from . import cli, keywords, metrics
 from .options import options_of
-from .patches import become, wrap
+from .patches import become, extend, wrap
 
 logger = logging.getLogger("vllm.vllm_pedro")
 
@@ -42,6 +42,7 @@ def register() -> None:
         ("vllm.v1.worker.gpu_model_runner", _install_gpu_runner),
         ("vllm.v1.worker.cpu_model_runner", _install_cpu_runner),
         ("vllm.v1.worker.gpu.model_runner", _install_gpu_runner_v2),
+        ("vllm.v1.worker.gpu.model_states", _install_model_state),
     ):
         when_imported(module, install)
 
@@ -267,6 +268,27 @@ def _install_gpu_runner_v2() -> None:
     from .runner_v2 import PedroRunnerV2Mixin
 
     wrap(GPUModelRunner, "load_model", lambda original: _load_as(PedroRunnerV2Mixin, original))
+
+
+def _install_model_state() -> None:
+    """Let the V2 runner create PEDRO's subclass of the model's ``ModelState``.
+
+    The class of an instance cannot be changed later: ``ModelState`` derives from ``ABC``.
+    Upstream: the class is resolved by name from the model.
+    Can go when: the class can be configured, or a plugin may extend it.
+    """
+    from vllm.v1.worker.gpu import model_states
+
+    from .runner_v2 import PedroModelStateMixin
+
+    def resolve(original: Callable[..., type]) -> Callable[..., type]:
+        def resolve_model_state_cls(vllm_config: Any, model: Any) -> type:
+            cls = original(vllm_config, model)
+            return cls if options_of(vllm_config) is None else extend(cls, PedroModelStateMixin)
+
+        return resolve_model_state_cls
+
+    wrap(model_states, "resolve_model_state_cls", resolve)
 
 
 def _load_as_pedro(original: Callable[..., None]) -> Callable[..., None]:

@@ -112,7 +112,7 @@ class PedroRunnerV2Mixin:
         captured = self.vllm_config.compilation_config.cudagraph_capture_sizes or [0]
         max_tokens = max(self.max_num_tokens, *captured)
         self.pedro = build_runtime(self.vllm_config, options, self.device, max_tokens)
-        become(self.model_state, PedroModelStateMixin)
+        # Its class was chosen when the runner created it: see plugin.py.
         self.model_state.pedro = self.pedro
         # After LoRA has put its layers in place, so that the sum W x + BA x is what is scaled.
         install_hooks(

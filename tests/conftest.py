@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
-
 import pytest
-
-V2_ON_CPU = Path(__file__).parent / "support" / "v2_on_cpu"
+from runners import use_v2
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,13 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--runner") == "v2":
-        if "triton" in sys.modules or "vllm" in sys.modules:
-            raise pytest.UsageError("--runner v2 comes too late: vLLM or Triton is imported")
-        # For this process and for those that tests start.
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-        others = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(V2_ON_CPU), others)))
-        exec((V2_ON_CPU / "sitecustomize.py").read_text(), {})
+        use_v2()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

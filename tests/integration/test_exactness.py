@@ -62,6 +62,7 @@ def variants() -> list[dict]:
 
 
 @pytest.mark.engine
+@pytest.mark.both_runners
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_mixed_batch_equals_the_reference(eager, engine, smol, smol_oracle, write_adapter):
     from vllm import SamplingParams

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from runners import current_runner, stage_as_on_a_device
 
 from vllm_pedro import BackboneShape, PedroConfig, PedroModel, save_adapter
 from vllm_pedro.adapter import init_adapter
@@ -52,6 +53,8 @@ def start_engine(model: Path | str, pedro: bool = True, **settings: Any) -> Iter
     try:
         with _hide_llvmlite():
             llm = LLM(str(model), **arguments)
+        if pedro and current_runner() == "v2":
+            stage_as_on_a_device(llm)
         yield llm
     finally:
         if llm is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 V2_ON_CPU = Path(__file__).parent / "v2_on_cpu"
 
@@ -27,3 +30,35 @@ def use_v2() -> None:
 def current_runner() -> str:
     """Its name: v1 or v2."""
     return "v2" if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" else "v1"
+
+
+@contextlib.contextmanager
+def triton_operators() -> Iterator[None]:
+    """A GPU's operators in place of the CPU's: the Triton kernels, in the interpreter."""
+    import torch
+
+    from vllm_pedro.ops import library, triton_kernels
+
+    replaced = torch.library.Library("vllm_pedro", "IMPL")
+    for name in library.SCHEMAS:
+        replaced.impl(name, getattr(triton_kernels, name), "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        replaced._destroy()
+
+
+def stage_as_on_a_device(llm: Any) -> None:
+    """Let an engine's vector store take a GPU's way on the CPU: staged copies, launches in dummies.
+
+    Args:
+        llm: An ``LLM`` in this process.
+    """
+    from vllm_pedro.serving import vectors
+
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    store = worker.model_runner.pedro.store
+    tokens, sequences = len(store.token_slots), len(store.prompts)
+    device = store.token_slots.device
+    store._stages = [vectors._Stage(tokens, sequences, device) for _ in range(store.STAGES)]
+    store.load_dummy()

@@ -27,12 +27,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engines import Mismatch, make_tiny_model, start_engine, write_random_adapter
-from runners import current_runner, use_v2
+from runners import current_runner, triton_operators, use_v2
 
 # isort: split
 import torch
@@ -330,6 +331,11 @@ def draw_settings(
         settings["max_pedro_rank"] = 4
     if runner == "v2":
         settings["async_scheduling"] = rng.random() < 0.5
+        if drafts and settings["async_scheduling"]:
+            # V2 runs both methods with the same code, but vLLM lets one be asynchronous.
+            settings["speculative_config"]["method"] = "ngram_gpu"
+        # Not the engine's: taken out before it starts.
+        settings["operators"] = rng.choice(["native", "native", "triton"])
     if compiled:
         settings["enforce_eager"] = False
     return settings
@@ -832,7 +838,13 @@ def run_group(
         report.engines += 1
         # vLLM compiles a helper of its sampler even when eager: seconds, and again for new shapes.
         stance = "default" if compiled else "force_eager"
-        with torch.compiler.set_stance(stance), quick_engine(shop.model, **settings) as llm:
+        operators = triton_operators if settings.get("operators") == "triton" else nullcontext
+        given = {name: value for name, value in settings.items() if name != "operators"}
+        with (
+            torch.compiler.set_stance(stance),
+            operators(),
+            quick_engine(shop.model, **given) as llm,
+        ):
             bench = Bench(llm, settings, shop, report)
             while todo:
                 case = todo.pop(0)

@@ -11,11 +11,15 @@ from typing import Any
 
 
 class InterpretedDriver:
-    """What vLLM asks of a Triton backend's driver."""
+    """What vLLM and Inductor ask of a Triton backend's driver."""
 
     @staticmethod
     def is_active() -> bool:
         return True
+
+    @staticmethod
+    def get_current_target() -> Any:
+        raise RuntimeError("Triton's interpreter compiles for no target")
 
 
 class InterpretedBackend:

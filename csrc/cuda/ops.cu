@@ -68,14 +68,21 @@ __global__ void scale_kernel(
   const int64_t slot = token_slots[token];
   if (slot == 0) return;
   int64_t j = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * N;
-  int range = 0;
-  while (range < kMaxRanges && j >= ranges.width[range]) j -= ranges.width[range++];
-  if (range == kMaxRanges) return;
+  // Indices that the compiler knows: with others each thread copies the ranges to local memory.
+  int64_t column = -1, by_column = 0;
+#pragma unroll
+  for (int range = 0; range < kMaxRanges; ++range) {
+    if (column < 0 && j < ranges.width[range]) {
+      column = ranges.x[range] + j;
+      by_column = ranges.vectors[range] + j;
+    }
+    j -= ranges.width[range];
+  }
+  if (column < 0) return;
   using P = Pack<T, N>;
-  P* at = reinterpret_cast<P*>(x + token * x_stride + ranges.x[range] + j);
+  P* at = reinterpret_cast<P*>(x + token * x_stride + column);
   P value = *at;
-  const P by = *reinterpret_cast<const P*>(
-      vectors + slot * vectors_stride + ranges.vectors[range] + j);
+  const P by = *reinterpret_cast<const P*>(vectors + slot * vectors_stride + by_column);
 #pragma unroll
   for (int i = 0; i < N; ++i)
     value.values[i] = from_float<T>(to_float(value.values[i]) * to_float(by.values[i]));

@@ -24,6 +24,7 @@ INTERFACE_VERSION = 1
 """Schemas and layout this package was written for; ``csrc/ops.cpp`` has the same number."""
 
 NATIVE_LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
+"""Beside it ``setup.py`` leaves ``_C.note`` if it could not build all: what is missing, and why."""
 
 _GATED = (
     "(Tensor gate_up, Tensor vectors, Tensor token_slots, int gate_column, int up_column, "
@@ -49,7 +50,7 @@ class Backends:
     Attributes:
         cpu: "native (<instruction set>)" or "reference (plain PyTorch)".
         cuda: "native", "Triton" or "reference (plain PyTorch)".
-        note: Why the native library is not used; empty if it is.
+        note: Why the native library is not used, or not for CUDA where torch has CUDA; else empty.
     """
 
     cpu: str
@@ -60,10 +61,19 @@ class Backends:
 _library = torch.library.Library("vllm_pedro", "FRAGMENT")
 
 
+def _build_note() -> str:
+    """What the build could not do, and why."""
+    try:
+        return NATIVE_LIBRARY.with_suffix(".note").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
 def _load_native() -> str:
     """Load the native library; why not, if it cannot be."""
     if not NATIVE_LIBRARY.is_file():
-        return f"{NATIVE_LIBRARY.name} was not built (no C++ compiler at installation?)"
+        note = _build_note()
+        return note if note.startswith("not built") else f"{NATIVE_LIBRARY.name} is missing"
     try:
         torch.ops.load_library(str(NATIVE_LIBRARY))
     except OSError as error:
@@ -95,6 +105,7 @@ def _triton_kernel(name: str) -> Any:
 def _register() -> Backends:
     note = _load_native()
     has_triton = importlib.util.find_spec("triton") is not None
+    instead = "Triton" if has_triton else "reference (plain PyTorch)"
     for name, schema in SCHEMAS.items():
         if note:
             _library.define(name + schema)
@@ -102,15 +113,14 @@ def _register() -> Backends:
         if not _has(name, "CUDA"):
             kernel = _triton_kernel(name) if has_triton else getattr(reference, name)
             _library.impl(name, kernel, "CUDA")
-    return Backends(
-        cpu="reference (plain PyTorch)"
-        if note
-        else f"native ({torch.ops.vllm_pedro._instruction_set()})",
-        cuda="native"
-        if not note and _native_has_cuda()
-        else ("Triton" if has_triton else "reference (plain PyTorch)"),
-        note=note,
-    )
+    if note:
+        return Backends("reference (plain PyTorch)", instead, note)
+    cpu = f"native ({torch.ops.vllm_pedro._instruction_set()})"
+    if _native_has_cuda():
+        return Backends(cpu, "native", "")
+    if torch.version.cuda is not None:
+        note = f"{_build_note() or 'without CUDA kernels'}; {instead} is used"
+    return Backends(cpu, instead, note)
 
 
 def _native_has_cuda() -> bool:

@@ -57,3 +57,27 @@ def smol_oracle(smol: Path) -> Oracle:
 @pytest.fixture(scope="session")
 def tiny_oracle(tiny: Path) -> Oracle:
     return Oracle(tiny, keep=64)
+
+
+@pytest.fixture(scope="session")
+def tiny_adapters(tiny: Path, write_adapter: Callable[..., Path]) -> dict[str, Path]:
+    """Adapters whose vectors depend on the prompt: each pooling, activation, and static vectors."""
+
+    def write(seed: int, **config: Any) -> Path:
+        return write_adapter(tiny, seed=seed, scale=0.2, down_scale=15.0, **config)
+
+    return {
+        "last": write(1),
+        "other": write(2, r=8, target_modules=["v_proj", "k_proj", "gate_proj"]),
+        "mean": write(3, pooling="mean", activation="gelu"),
+        "max": write(4, pooling="max", activation="relu"),
+        "static": write(5, r=0),
+    }
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``scheduling``: engine settings. V2 can schedule asynchronously on the CPU, V1 cannot."""
+    if "scheduling" in metafunc.fixturenames:
+        modes = [False, True] if metafunc.config.getoption("--runner") == "v2" else [False]
+        settings = [{"async_scheduling": mode} for mode in modes]
+        metafunc.parametrize("scheduling", settings, ids=["async" if m else "sync" for m in modes])

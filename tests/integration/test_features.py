@@ -7,7 +7,7 @@ from engines import write_lora
 
 from vllm_pedro import PedroRequest
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
 
 def params(**kwargs):

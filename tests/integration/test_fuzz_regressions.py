@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import schedule_fuzz
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
 
 def test_abort_in_the_step_that_fails_leaves_nothing_behind(

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
 PROGRAM = """
 import asyncio, json, sys

@@ -6,12 +6,13 @@ import shutil
 
 import pytest
 import torch
+from runners import current_runner
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
 from vllm_pedro import PedroRequest
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
 
 def greedy(**kwargs):
@@ -329,14 +330,20 @@ def test_switched_off_engine_says_how_to_switch_it_on(tiny_engine, adapter):
 def test_switched_off_engine_is_untouched(tiny_engine):
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
     with tiny_engine(pedro=False, enable_pedro=False, max_pedros=3) as off:
         core = off.llm_engine.engine_core.engine_core
         assert type(core.scheduler) is Scheduler
         assert type(off.llm_engine.input_processor) is InputProcessor
         worker = core.model_executor.driver_worker.worker
-        assert type(worker.model_runner) is CPUModelRunner
+        if current_runner() == "v2":
+            assert type(worker.model_runner) is CPUModelRunnerV2
+            assert type(worker.model_runner.model_state) is DefaultModelState
+        else:
+            assert type(worker.model_runner) is CPUModelRunner
         hooked = [m for m in worker.model_runner.model.modules() if m._forward_hooks]
         assert hooked == []
 

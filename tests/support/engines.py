@@ -49,6 +49,10 @@ def start_engine(model: Path | str, pedro: bool = True, **settings: Any) -> Iter
     if pedro:
         arguments |= {"enable_pedro": True, "max_pedros": 4}
     arguments |= settings
+    if "speculative_config" in arguments:
+        # V2 runs both methods with the same code, but vLLM lets one be asynchronous.
+        method = "ngram_gpu" if arguments.get("async_scheduling") else "ngram"
+        arguments["speculative_config"] = {"method": method, **arguments["speculative_config"]}
     llm = None
     try:
         with _hide_llvmlite():
@@ -224,6 +228,8 @@ class Oracle:
         tokens = list(output.outputs[completion].token_ids)
         if not tokens:
             raise Mismatch("nothing was generated")
+        if getattr(output.outputs[completion], "finish_reason", None) == "error":
+            raise Mismatch(f"ended with an error after {len(tokens)} tokens")
         reference = self.score(prompt, tokens, adapter, prompt_length)
         if output.prompt_logprobs is not None:
             got = [

@@ -318,8 +318,7 @@ def draw_settings(
     drafts = rng.choice([0, 0, 2, 4]) if group % 2 else 0  # the first such engine compiles for 5 s
     if drafts:
         settings["speculative_config"] = {
-            "method": "ngram", "num_speculative_tokens": drafts,
-            "prompt_lookup_max": 3, "prompt_lookup_min": 1,
+            "num_speculative_tokens": drafts, "prompt_lookup_max": 3, "prompt_lookup_min": 1,
         }  # fmt: skip
     if rng.random() < 0.25:
         settings["long_prefill_token_threshold"] = rng.choice([20, 40, 70])
@@ -331,9 +330,6 @@ def draw_settings(
         settings["max_pedro_rank"] = 4
     if runner == "v2":
         settings["async_scheduling"] = rng.random() < 0.5
-        if drafts and settings["async_scheduling"]:
-            # V2 runs both methods with the same code, but vLLM lets one be asynchronous.
-            settings["speculative_config"]["method"] = "ngram_gpu"
         # Not the engine's: taken out before it starts.
         settings["operators"] = rng.choice(["native", "native", "triton"])
     if compiled:

@@ -1,0 +1,247 @@
+"""Schedules that tests run on both runners: each starts its engine, asks, checks every answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+BLOCK = 32  # the smallest that vLLM's CPU attention takes
+
+
+def tokens(length, seed=0):
+    return [(seed * 31 + 7 * i * i + 3 * i) % 128 for i in range(length)]
+
+
+def greedy(max_tokens=8, **kwargs):
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0.0, max_tokens=max_tokens, detokenize=False, ignore_eos=True, **kwargs
+    )
+
+
+def ask(llm, rows, params=None):
+    """Run rows of (prompt, adapter or None, prompt_length or None) as one batch."""
+    from vllm_pedro import PedroRequest
+
+    requests = [
+        None if path is None else PedroRequest(path.name, i + 1, str(path), prompt_length=length)
+        for i, (_, path, length) in enumerate(rows)
+    ]
+    return llm.generate(
+        [{"prompt_token_ids": p} for p, _, _ in rows],
+        params or greedy(),
+        lora_request=requests,
+        use_tqdm=False,
+    )
+
+
+def check_all(oracle, rows, outputs):
+    for (_, adapter, length), output in zip(rows, outputs, strict=True):
+        oracle.check(output, adapter, length)
+
+
+def whole_prompts(start, oracle, a):
+    """Prompts nearly as long as a step's budget, beside base prompts that are longer than it."""
+    names = ["last", "mean", "max", "other", None]
+    rows = [(tokens(60 - 5 * i, i), a.get(names[i % 5]), None) for i in range(10)]
+    rows += [(tokens(150, 50), None, None), (tokens(60, 51), a["last"], None)]
+    with start(max_num_batched_tokens=64, max_num_seqs=8, enable_prefix_caching=False) as llm:
+        check_all(oracle, rows, ask(llm, rows))
+
+
+def cached_prompts(start, oracle, a):
+    """Same text under other adapters, again, as base, and with other endings; with prefix cache."""
+    with start(enable_prefix_caching=True) as llm:
+        for length in (BLOCK * 3, BLOCK * 3 + 1, BLOCK * 3 - 1, BLOCK, BLOCK + 1, 1):
+            prompt = tokens(length, 7)
+            for name in ("last", "other", "mean", "static", None, "last", "max", None, "mean"):
+                rows = [(prompt, a.get(name), None)]
+                check_all(oracle, rows, ask(llm, rows, greedy(4, prompt_logprobs=None)))
+        shared = tokens(BLOCK * 4, 9)
+        for ending in range(3):
+            rows = [
+                (shared + tokens(5 + ending, 20 + ending), a[name], None)
+                for name in ("last", "other", "mean")
+            ]
+            check_all(oracle, rows, ask(llm, rows))
+
+
+def cached_turns(start, oracle, a):
+    """Later turns go on with the first turn's vectors; their cached KV reaches past P."""
+    with start(enable_prefix_caching=True) as llm:
+        for name in ("last", "mean", "other"):
+            sequence, length = tokens(BLOCK + 5, 11), BLOCK + 5
+            for turn in range(3):
+                rows = [(sequence, a[name], length)]
+                outputs = ask(llm, rows, greedy(BLOCK + 3))
+                check_all(oracle, rows, outputs)
+                sequence = sequence + list(outputs[0].outputs[0].token_ids) + tokens(9, turn)
+
+
+def forgotten_turns(start, oracle, a):
+    """Later turns whose KV is cached past P but whose vectors went to another prompt."""
+    first, length = tokens(BLOCK + 5, 11), BLOCK + 5
+    with start(enable_prefix_caching=True, max_num_seqs=1) as llm:
+        for name in ("last", "mean"):
+            rows = [(first, a[name], None)]
+            outputs = ask(llm, rows, greedy(BLOCK * 2))
+            check_all(oracle, rows, outputs)
+            other = [(tokens(9, 40), a["max"], None)]  # takes the only row of the vector store
+            check_all(oracle, other, ask(llm, other))
+            rows = [(first + list(outputs[0].outputs[0].token_ids), a[name], length)]
+            check_all(oracle, rows, ask(llm, rows))
+
+
+def prompt_ends(start, oracle, a):
+    """Explicit prompt ends, with tokens past P that are chunked."""
+    rows = [
+        (tokens(180, 1), a["last"], 40),
+        (tokens(180, 1), a["mean"], 64),
+        (tokens(30, 2), a["other"], 1),
+        (tokens(90, 3), a["max"], 33),
+    ]
+    with start(max_num_batched_tokens=64, max_num_seqs=4) as llm:
+        for _ in range(2):
+            check_all(oracle, rows, ask(llm, rows))
+
+
+def preemption(start, oracle, a):
+    """A KV cache of a few blocks and long answers: sequences are evicted and recomputed."""
+    names = ["last", None, "mean", "other", "max", "static"]
+    rows = [(tokens(20 + 3 * i, i), a.get(names[i]), None) for i in range(6)]
+    for caching in (False, True):
+        with start(
+            num_gpu_blocks_override=11, max_num_seqs=6, enable_prefix_caching=caching,
+            disable_log_stats=False, max_num_batched_tokens=256,
+        ) as llm:  # fmt: skip
+            outputs = ask(llm, rows, greedy(60))
+            preempted = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
+        assert sum(preempted) > 0, "nothing was preempted, so this proves nothing"
+        check_all(oracle, rows, outputs)
+
+
+def device_slots(start, oracle, a):
+    """More tenants in a batch than fit the device or the host cache."""
+    rows = [(tokens(10 + i, i), list(a.values())[i % 5], None) for i in range(8)]
+    with start(max_pedros=1, max_cpu_pedros=2) as llm:
+        check_all(oracle, rows, ask(llm, rows))
+
+
+def parallel_samples(start, oracle, a):
+    """n > 1 with prefix cache: siblings share the prompt's blocks."""
+    from vllm import SamplingParams
+
+    rows = [(tokens(BLOCK * 2, 5), a["last"], None), (tokens(21, 6), a["mean"], None)]
+    params = SamplingParams(
+        n=3, temperature=1.0, seed=1, max_tokens=6, logprobs=0, detokenize=False, ignore_eos=True
+    )
+    with start(enable_prefix_caching=True) as llm:
+        for (_, adapter, _), output in zip(rows, ask(llm, rows, params), strict=True):
+            assert len({tuple(c.token_ids) for c in output.outputs}) > 1
+            for completion in range(3):
+                oracle.check_sampled(output, adapter, completion)
+
+
+def one_token_prompts(start, oracle, a):
+    """Prompts that look like decode steps, alone and among running rows."""
+    with start(enable_prefix_caching=True) as llm:
+        for name in ("last", "mean", None):
+            rows = [([token], a.get(name), None) for token in (3, 4, 3)]
+            check_all(oracle, rows, ask(llm, rows, greedy(3, prompt_logprobs=None)))
+        rows = [(tokens(BLOCK, 8), a["last"], None), *[([9], a["max"], None)] * 2, ([9], None, None)]
+        check_all(oracle, rows, ask(llm, rows, greedy(3, prompt_logprobs=None)))
+
+
+def aborts_and_resets(start, oracle, a):
+    """Requests that are aborted and a cache that is emptied under way, then the same prompts."""
+    from vllm_pedro import PedroRequest
+
+    rows = [(tokens(40 + i, i), a[name], None) for i, name in enumerate(("last", "mean", "other"))]
+    with start(enable_prefix_caching=True) as llm:
+        engine = llm.llm_engine
+        for steps in (0, 1, 3):
+            ids = [
+                engine.add_request(
+                    f"{steps}-{i}", {"prompt_token_ids": prompt}, greedy(12),
+                    lora_request=PedroRequest("a", 1, str(path)),
+                )
+                for i, (prompt, path, _) in enumerate(rows)
+            ]  # fmt: skip
+            for _ in range(steps):
+                engine.step()
+            if steps:
+                assert engine.reset_prefix_cache(reset_running_requests=True)
+            engine.abort_request(ids[:2], internal=True)
+            finished = []
+            while engine.has_unfinished_requests():
+                finished += [o for o in engine.step() if o.finished]
+            (last,) = finished
+            oracle.check(last, rows[2][1])
+            check_all(oracle, rows, ask(llm, rows))
+
+
+def unloaded_while_preempted(start, oracle, a):
+    """Adapters that are unloaded, their folders gone, while requests with them are preempted."""
+    from vllm_pedro import PedroRequest
+
+    names = ["last", "mean", "other", "max"]
+    rows = [(tokens(20 + 3 * i, i), a[name], None) for i, name in enumerate(names)]
+    with start(max_pedros=4) as llm:
+        engine = llm.llm_engine
+        core = engine.engine_core.engine_core
+        runtime = core.model_executor.driver_worker.worker.model_runner.pedro
+        for i, (prompt, path, _) in enumerate(rows):
+            engine.add_request(
+                str(i), {"prompt_token_ids": prompt}, greedy(20),
+                lora_request=PedroRequest(names[i], 1, str(path)),
+            )  # fmt: skip
+        outputs, away = {}, []
+        try:
+            for step in range(200):
+                if step == 5:
+                    # All are preempted, and their vectors forgotten.
+                    assert engine.reset_prefix_cache(reset_running_requests=True)
+                    for digest in {spec.digest for spec in runtime._specs.values()}:
+                        engine.collective_rpc("pedro_retire", args=(digest,))
+                    for _, path, _ in rows:
+                        away.append((path.rename(path.with_name(path.name + "-away")), path))
+                for output in engine.step():
+                    outputs[int(output.request_id)] = output
+                if step > 5 and not engine.has_unfinished_requests():
+                    break
+        finally:
+            for moved, path in away:
+                moved.rename(path)
+        check_all(oracle, rows, [outputs[i] for i in range(len(rows))])
+        for _ in range(3):  # tell the worker which requests ended
+            engine.step()
+        assert len(runtime.host) == 0, "adapters that were unloaded are still in memory"
+
+
+def speculation(start, oracle, a):
+    """n-gram speculation: drafts are verified under the sequence's own vectors."""
+    loop = tokens(6, 3) * 6
+    rows = [(loop, a["last"], None), (loop, None, None), (loop, a["mean"], None)]
+    config = {"num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    with start(speculative_config=config, enable_prefix_caching=True) as llm:
+        for _ in range(2):
+            check_all(oracle, rows, ask(llm, rows, greedy(20)))
+
+
+SCENARIOS = {
+    scenario.__name__: scenario
+    for scenario in (
+        whole_prompts,
+        cached_prompts,
+        cached_turns,
+        forgotten_turns,
+        prompt_ends,
+        preemption,
+        device_slots,
+        parallel_samples,
+        one_token_prompts,
+        aborts_and_resets,
+        unloaded_while_preempted,
+        speculation,
+    )
+}

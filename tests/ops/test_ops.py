@@ -90,6 +90,13 @@ def test_steps_with_nothing_to_do_touch_nothing():
     assert bool((g.vectors == 1).all())
 
 
+@pytest.mark.parametrize("dtype", samples.DTYPES, ids=str)
+@pytest.mark.parametrize("size", samples.SIZES, ids=str)
+def test_the_warm_up_is_a_call_like_serving_s(size, dtype):
+    d, width, _ = size
+    ops.warm_up(d, width, GeneratorLayout(*size).row, dtype, "cpu")
+
+
 @pytest.mark.skipif(not ops.backends.cpu.startswith("native"), reason="the reference is trusted")
 def test_bad_arguments_are_refused():
     s = samples.scale_sample("all rows", samples.WIDTHS[0], torch.float32)

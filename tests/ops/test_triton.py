@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,19 +12,14 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
 
-# In a process of its own: the interpreter is chosen when Triton is imported. It cuts float32 off to
-# bfloat16, where a GPU rounds to the nearest, so that conversion is put right first.
-ROUND = """
-import torch
-from triton.runtime import interpreter
-import triton.language as tl
-original = interpreter._convert_float
-def convert(data, source, target, mode):
-    if source == tl.float32 and target == tl.bfloat16:
-        rounded = torch.from_numpy(data.copy()).to(torch.bfloat16).view(torch.int16)
-        return rounded.numpy().view("uint16")
-    return original(data, source, target, mode)
-interpreter._convert_float = convert
+ROOT = Path(__file__).resolve().parents[2]
+
+# In a process of its own: the interpreter is chosen when Triton is imported. Where it differs from
+# a GPU it is put right first, as for vLLM's V2 runner.
+MENDED = """
+import sitecustomize
+sitecustomize.mend_interpreter()
+sitecustomize.hurry_interpreter()
 """
 
 INTERPRETED = """
@@ -32,10 +28,11 @@ print(samples.check(triton_kernels, widths=samples.WIDTHS[1:3]))
 """
 
 
-def run(code):
+def run(code, folder, **environment):
+    path = [str(ROOT), str(ROOT / folder), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, "-c", ROUND + code],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -44,8 +41,12 @@ def run(code):
     return done.stdout
 
 
+def interpret(code):
+    return run(MENDED + code, "tests/support/v2_on_cpu", TRITON_INTERPRET="1")
+
+
 def test_the_kernels_equal_the_reference_over_the_whole_table():
-    assert int(run(INTERPRETED)) > 500
+    assert int(interpret(INTERPRETED)) > 500
 
 
 NOT_READ = """
@@ -62,4 +63,38 @@ print("ok")
 
 
 def test_rows_without_an_adapter_are_not_read():
-    assert run(NOT_READ).strip() == "ok"
+    assert interpret(NOT_READ).strip() == "ok"
+
+
+# Compiled for a GPU, and launched on none: the calls take Triton's own way to the kernels that they
+# need, with tensors of the same dtypes, strides and alignment as serving's.
+WARMED = """
+import torch
+from gpu_compile import compile_only
+from vllm_pedro import ops
+from vllm_pedro.ops import GeneratorLayout, triton_kernels
+
+ops._generate_vectors = triton_kernels.generate_vectors
+for d, width, rank in ((576, 4032, 32), (4096, 18432, 8), (100, 130, 5)):
+    for dtype in (torch.bfloat16, torch.float32):
+        row = GeneratorLayout(d, width, rank).row
+        buffer = torch.empty(600, d, dtype=dtype)
+        vectors = torch.empty(513, width, dtype=dtype)
+        generators = torch.empty(4, 3, row)
+        prompts = torch.empty(512, 4, dtype=torch.int32)
+        with compile_only(90) as compiled:
+            ops.warm_up(d, width, row, dtype, "cpu")
+            names = [name for name, _ in compiled]
+            assert names == ["_pool_kernel", "_latent_kernel", "_columns_kernel"], names
+            for count in range(1, 513):
+                hidden = buffer[: count + 40] if count % 2 else torch.empty(count, d, dtype=dtype)
+                step = torch.tensor([count, count], dtype=torch.int32)
+                ops.generate_vectors(hidden, vectors, generators[count % 4], prompts, step)
+            assert len(compiled) == 3, [name for name, _ in compiled]
+print("ok")
+"""
+
+
+def test_after_the_warm_up_no_number_of_prompts_is_compiled_for():
+    out = run(WARMED, "benchmarks", TRITON_INTERPRET="0", TRITON_DEFAULT_FP_FUSION="1")
+    assert out.strip() == "ok"

@@ -25,6 +25,7 @@ __all__ = [
     "scale_qkv_",
     "scaled",
     "silu_and_mul_scaled",
+    "warm_up",
 ]
 
 # Bound once: looking an operator up and choosing its overload takes longer than many a call.
@@ -132,3 +133,29 @@ def scaled(x: Tensor, vectors: Tensor, token_slots: Tensor, columns: slice) -> T
         A new ``[tokens, width]``. Rows that read the identity row are bit-equal to ``x``.
     """
     return x * vectors[:, columns][token_slots[: x.shape[0]]]
+
+
+def warm_up(
+    hidden_size: int, width: int, row: int, dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Call :func:`generate_vectors` once, so that the first prompt does not wait for a compiler.
+
+    Triton compiles a kernel at its first call, for the dtypes, alignments and sizes of its
+    arguments. Of a step's arguments only the tensors' lengths and the number of prompts vary, and
+    no kernel is compiled anew for those. With native kernels it is a cheap call, which on a GPU
+    loads them. Nothing of the caller's is touched, and the device is not waited for.
+
+    Args:
+        hidden_size: d.
+        width: D, columns of the vector store.
+        row: Floats in a row of generators, see :class:`GeneratorLayout`.
+        dtype: Of the residual stream and the vector store.
+        device: Where they are; with a GPU the current one.
+    """
+    generate_vectors(
+        torch.zeros(2, hidden_size, dtype=dtype, device=device),
+        torch.ones(2, width, dtype=dtype, device=device),
+        torch.zeros(1, row, dtype=torch.float32, device=device),
+        torch.tensor([[0, 2, 1, 0]], dtype=torch.int32, device=device),
+        torch.tensor([1, 1], dtype=torch.int32, device="cpu"),
+    )

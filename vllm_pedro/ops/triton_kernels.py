@@ -20,7 +20,8 @@ BLOCK = 1024
 """Columns of one program of the elementwise kernels."""
 
 SPLITS = 32
-"""Most programs that share one prompt's mean or maximum."""
+"""Most programs that share one prompt's mean or maximum. How many do depends on the step, so in the
+kernels it is no compile-time constant: each value would be compiled when it first comes up."""
 
 SILU, GELU, GELU_TANH = 0, 1, 2
 
@@ -77,12 +78,12 @@ def _act_kernel(
     tl.store(out, (act * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _pool_kernel(
-    partial_ptr, hidden_ptr, generators_ptr, prompts_ptr, hidden_stride, row, d,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    partial_ptr, hidden_ptr, generators_ptr, prompts_ptr, hidden_stride, row, d, splits,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The pooled state of one share of one prompt's tokens, ``[prompts, SPLITS, d]``.
+    """The pooled state of one share of one prompt's tokens, ``[prompts, splits, d]``.
 
     With the pooling "last" the whole of it is in share 0.
     """
@@ -95,7 +96,7 @@ def _pool_kernel(
     rank = tl.load(header + 1)
     pooling = tl.load(header + 4)
     norm = tl.load(header + 5)
-    each = tl.cdiv(length, SPLITS)
+    each = tl.cdiv(length, splits)
     first = tl.where(pooling == 0, tl.where(share == 0, length - 1, length), share * each)
     end = tl.where(pooling == 0, length, tl.minimum(first + each, length))
     end = tl.where(rank == 0, first, end)
@@ -109,7 +110,7 @@ def _pool_kernel(
             h *= 1.0 / tl.sqrt(tl.sum(h * h, axis=0) / d + 1e-6)
         greater = (h > pooled) | (h != h)  # NaN wins, as it does in torch
         pooled = tl.where(pooling == 2, tl.where(greater, h, pooled), pooled + h)
-    at = partial_ptr + (prompt * SPLITS + share).to(tl.int64) * d + j
+    at = partial_ptr + (prompt * splits + share).to(tl.int64) * d + j
     tl.store(at, pooled, mask=inside)
 
 
@@ -121,10 +122,10 @@ def _horner(coefficients, degree, x):
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _latent_kernel(
-    latent_ptr, partial_ptr, generators_ptr, prompts_ptr, row, d, max_rank, numerator,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    latent_ptr, partial_ptr, generators_ptr, prompts_ptr, row, d, max_rank, numerator, splits,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``g(p @ W_down)[k]`` of one prompt."""
     prompt = tl.program_id(0)
@@ -137,9 +138,9 @@ def _latent_kernel(
         pooling = tl.load(generator + 4)
         j = tl.arange(0, BLOCK)
         inside = j < d
-        partial = partial_ptr + (prompt * SPLITS).to(tl.int64) * d + j
+        partial = partial_ptr + (prompt * splits).to(tl.int64) * d + j
         pooled = tl.load(partial, mask=inside, other=0.0)
-        shares = tl.where(pooling == 0, 1, SPLITS)
+        shares = tl.where(pooling == 0, 1, splits)
         for share in range(1, shares):
             other = tl.load(partial + share * d, mask=inside, other=0.0)
             greater = (other > pooled) | (other != other)
@@ -198,12 +199,12 @@ def generate_vectors(
     latent = hidden.new_empty(count, layout.max_rank, dtype=torch.float32)
     warps = 8 if block >= 4096 else 4
     _pool_kernel[(count, splits)](
-        partial, hidden, generators, prompts, hidden.stride(0), row, d,
-        SPLITS=splits, BLOCK=block, num_warps=warps,
+        partial, hidden, generators, prompts, hidden.stride(0), row, d, splits,
+        BLOCK=block, num_warps=warps,
     )  # fmt: skip
     _latent_kernel[(count, layout.max_rank)](
-        latent, partial, generators, prompts, row, d, layout.max_rank, layout.numerator,
-        SPLITS=splits, BLOCK=block, num_warps=warps,
+        latent, partial, generators, prompts, row, d, layout.max_rank, layout.numerator, splits,
+        BLOCK=block, num_warps=warps,
     )  # fmt: skip
     _columns_kernel[(count, triton.cdiv(width, BLOCK))](
         vectors, latent, generators, prompts, row, width, layout.max_rank, layout.up, layout.bias,

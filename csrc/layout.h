@@ -1,5 +1,5 @@
 // How one adapter slot's generator of one layer lies in memory; the Python side of it is
-// vllm_pedro/serving/adapters.py (GeneratorLayout). All float32:
+// vllm_pedro/ops/layout.py (GeneratorLayout). All float32:
 //   header [8]: activation, rank r, numerator degree m, denominator degree n, pooling, input norm
 //   W_down [max_rank, d]   W_up transposed [max_rank, D]   b_up [D]
 //   numerator [33]   denominator [32]   padding to a multiple of 4

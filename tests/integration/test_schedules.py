@@ -152,7 +152,9 @@ MUTATIONS = [
 
 
 @pytest.mark.parametrize(("mutate", "scenario"), MUTATIONS, ids=lambda v: getattr(v, "__name__", v))
-def test_protection_is_needed(mutate, scenario, tiny_engine, tiny_oracle, tiny_adapters, monkeypatch):
+def test_protection_is_needed(
+    mutate, scenario, tiny_engine, tiny_oracle, tiny_adapters, monkeypatch
+):
     mutate(monkeypatch)
     with pytest.raises((Mismatch, RuntimeError)):
         SCENARIOS[scenario](tiny_engine, tiny_oracle, tiny_adapters)

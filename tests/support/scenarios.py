@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 BLOCK = 32  # the smallest that vLLM's CPU attention takes
 
 
@@ -92,6 +90,15 @@ def forgotten_turns(start, oracle, a):
             check_all(oracle, rows, ask(llm, rows))
 
 
+def hits_up_to_the_last_token(start, oracle, a):
+    """All blocks but one token are cached, and the vectors went to another prompt."""
+    prompt = tokens(BLOCK + 1, 12)
+    with start(enable_prefix_caching=True, max_num_seqs=1) as llm:
+        for name in ("last", "other", "last", "other"):
+            for row in ((prompt, a[name], None), (tokens(9, 40), a["max"], None)):
+                check_all(oracle, [row], ask(llm, [row], greedy(3, prompt_logprobs=None)))
+
+
 def prompt_ends(start, oracle, a):
     """Explicit prompt ends, with tokens past P that are chunked."""
     rows = [
@@ -148,7 +155,11 @@ def one_token_prompts(start, oracle, a):
         for name in ("last", "mean", None):
             rows = [([token], a.get(name), None) for token in (3, 4, 3)]
             check_all(oracle, rows, ask(llm, rows, greedy(3, prompt_logprobs=None)))
-        rows = [(tokens(BLOCK, 8), a["last"], None), *[([9], a["max"], None)] * 2, ([9], None, None)]
+        rows = [
+            (tokens(BLOCK, 8), a["last"], None),
+            *[([9], a["max"], None)] * 2,
+            ([9], None, None),
+        ]
         check_all(oracle, rows, ask(llm, rows, greedy(3, prompt_logprobs=None)))
 
 
@@ -235,6 +246,7 @@ SCENARIOS = {
         cached_prompts,
         cached_turns,
         forgotten_turns,
+        hits_up_to_the_last_token,
         prompt_ends,
         preemption,
         device_slots,

@@ -849,7 +849,7 @@ def run_group(
                     # Sampled requests draw from here: with a seed of their own, a chunked prompt
                     # makes vLLM's CPU runner fail ("CPU Generator does not use offset").
                     torch.manual_seed(seed * 1_000_003 + case)
-                    with time_limit(120):
+                    with time_limit(120 if current_runner() == "v1" else 900):
                         bench.run(draw_case(seed, case, settings, families))
                 except Exception as error:
                     bench._move_folder(None)

@@ -1,0 +1,186 @@
+"""CUDA graphs without CUDA: which steps would replay one, and what a replay computes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from graphs import Tape, chosen_graphs
+from runners import current_runner
+from scenarios import BLOCK, SCENARIOS, ask, check_all, greedy, tokens
+
+pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
+
+
+def choices_of(names, start, oracle, adapters):
+    found = []
+    scenarios = {**SCENARIOS, "base_rows_alone": base_rows_alone}
+    for name in names:
+        scenarios[name](
+            lambda **settings: chosen_graphs(lambda: start(**settings), found), oracle, adapters
+        )
+    return found
+
+
+def base_rows_alone(start, oracle, a):
+    """Rows without adapters: prompts together, then decode steps."""
+    rows = [(tokens(5 + i, i), None, None) for i in range(4)]
+    with start(enable_prefix_caching=False) as llm:
+        for _ in range(3):
+            check_all(oracle, rows, ask(llm, rows))
+
+
+NAMES = [
+    "base_rows_alone",
+    "whole_prompts",
+    "cached_turns",
+    "hits_up_to_the_last_token",
+    "one_token_prompts",
+    "speculation",
+]
+
+
+def test_no_step_that_generates_replays_a_graph(
+    scheduling, tiny_engine, tiny_oracle, tiny_adapters
+):
+    """And all others replay the one that vLLM chooses by itself."""
+
+    def start(**settings):
+        return tiny_engine(**scheduling, **settings)
+
+    found = choices_of(NAMES, start, tiny_oracle, tiny_adapters)
+    # vLLM's choice is a GPU's: graphs of both kinds, for base steps and for those with adapters.
+    base, decode, generating = (
+        Counter(c.alone for c in found if (c.with_adapters, c.generates) == kind)
+        for kind in ((False, False), (True, False), (True, True))
+    )
+    assert base["FULL"] >= 3, base
+    assert base["PIECEWISE"] >= 3, base
+    assert decode["FULL"] >= 3, decode
+    # Without PEDRO's word, steps that generate would replay graphs too.
+    assert generating["PIECEWISE"] >= 3, generating
+    assert generating["FULL"] >= 2, generating
+    assert {c.chosen for c in found if c.generates} == {"NONE"}
+    assert all(c.chosen == c.alone for c in found if not c.generates)
+
+
+def test_the_test_above_would_notice(tiny_engine, tiny_oracle, tiny_adapters, monkeypatch):
+    if current_runner() == "v2":
+        from vllm_pedro.integration.runner_v2 import PedroGraphsMixin
+
+        monkeypatch.delattr(PedroGraphsMixin, "dispatch")
+    else:
+        from vllm_pedro.integration.runner_v1 import PedroRunnerV1Mixin
+
+        monkeypatch.delattr(PedroRunnerV1Mixin, "_determine_batch_execution_and_padding")
+    names = ["hits_up_to_the_last_token"]
+    found = choices_of(names, tiny_engine, tiny_oracle, tiny_adapters)
+    assert "FULL" in {c.chosen for c in found if c.generates}
+
+
+def runner_of(llm):
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def rows_of(adapters):
+    names = ["last", None, "mean", "other", "max"]
+    return [(tokens(BLOCK + i, i), adapters.get(name), None) for i, name in enumerate(names)]
+
+
+def test_a_replay_gives_what_the_eager_step_gives(tiny_engine, tiny_oracle, tiny_adapters):
+    """A decode step is recorded as a capture does it, on the identity, and run again with adapters.
+
+    What a graph takes from Python is fixed at its capture, so the operators have to read everything
+    that changes from the buffers that a step's plan fills.
+    """
+    rows = rows_of(tiny_adapters)
+    with tiny_engine(enable_prefix_caching=False) as llm:
+        runner = runner_of(llm)
+        if current_runner() == "v1":
+            from runners import stage_as_on_a_device
+
+            stage_as_on_a_device(llm)  # else a dummy run launches no operator
+        pedro, forward = runner.pedro, runner.model.forward
+        replays = 0
+
+        def state():
+            return [cache.clone() for cache in runner.kv_caches]
+
+        def restore(saved):
+            for cache, old in zip(runner.kv_caches, saved, strict=True):
+                cache.copy_(old)
+
+        def step(*args, **kwargs):
+            nonlocal replays
+            plan = pedro.plan
+            if not plan.num_rows_with_adapter or pedro.makes_vectors:
+                return forward(*args, **kwargs)
+            before = state()
+            pedro.clear_step()
+            with Tape() as tape:
+                output = forward(*args, **kwargs)
+            identity = output.clone()
+            assert not any("generate_vectors" in name for name in tape.names())
+            assert sum("scale_qkv_" in name for name in tape.names()) == 2 * 3  # in each layer
+            restore(before)
+            pedro.store.load_plan(plan)
+            tape.replay()
+            replayed, cache = output.clone(), state()
+            restore(before)
+            pedro.plan = plan
+            pedro._set_switch()
+            eager = forward(*args, **kwargs)
+            assert torch.equal(replayed, eager)
+            assert all(map(torch.equal, cache, runner.kv_caches))
+            assert not torch.equal(replayed, identity)
+            replays += 1
+            return eager
+
+        runner.model.forward = step
+        check_all(tiny_oracle, rows, ask(llm, rows))
+        assert replays >= 5
+
+
+def test_dummy_and_capture_runs_leave_no_trace(scheduling, tiny_engine, tiny_oracle, tiny_adapters):
+    """In the middle of running requests, as a data-parallel rank without work runs them."""
+    rows = rows_of(tiny_adapters)
+    with tiny_engine(**scheduling, max_num_batched_tokens=256) as llm:
+        runner = runner_of(llm)
+        execute = runner.execute_model
+        dummies = 0
+
+        def step(scheduler_output, *args, **kwargs):
+            nonlocal dummies
+            if not kwargs.get("dummy_run") and scheduler_output.total_num_scheduled_tokens:
+                before = [v.clone() for v in runner.pedro.store.vectors]
+                runner._dummy_run(4)
+                if current_runner() == "v2":
+                    # V2 holds the outcome of a run until it is sampled.
+                    runner.execute_model_state = None
+                    runner.model_state.prepare_dummy_inputs(2, 2)  # before a capture
+                assert not runner.pedro.makes_vectors
+                assert not runner.pedro.store.token_slots.any()
+                assert all(map(torch.equal, before, runner.pedro.store.vectors))
+                dummies += 1
+            return execute(scheduler_output, *args, **kwargs)
+
+        runner.execute_model = step
+        check_all(tiny_oracle, rows, ask(llm, rows))
+        rows = [([7], adapter, None) for _, adapter, _ in rows]
+        check_all(tiny_oracle, rows, ask(llm, rows, greedy(3, prompt_logprobs=None)))
+        assert dummies > 5
+
+
+def without_clearing(patch):
+    from vllm_pedro.serving.runtime import PedroRuntime
+
+    patch.setattr(PedroRuntime, "clear_step", lambda self: None)
+
+
+def test_a_dummy_run_that_leaves_a_trace_is_noticed(
+    tiny_engine, tiny_oracle, tiny_adapters, monkeypatch
+):
+    without_clearing(monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError)):
+        test_dummy_and_capture_runs_leave_no_trace({}, tiny_engine, tiny_oracle, tiny_adapters)

@@ -13,6 +13,7 @@ import time
 import openai
 import pytest
 from engines import write_lora
+from runners import current_runner
 from server import check_greedy, curl, metrics
 from serving_process import serve
 from soak import BREAKAGES
@@ -62,6 +63,7 @@ def server(root, outside, smol, tmp_path_factory):
     flags += [json.dumps([{"name": f"r{i}", "path": str(root / f"random-{i}")} for i in (1, 2, 3)])]
     log = root.parent / "server.log"
     with serve(smol, flags, log, OMP_NUM_THREADS="1", VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as it:
+        assert ("Using V2 Model Runner" in log.read_text()) == (current_runner() == "v2")
         yield it
 
 
@@ -96,6 +98,7 @@ def unload(server, name):
     return curl(f"{server.url}/v1/unload_lora_adapter", {"lora_name": name})
 
 
+@pytest.mark.both_runners
 def test_adapters_are_models(server, client, root):
     models = {model.id: model for model in client.models.list().data}
     assert {"smol", "json", "outside", "r0", "r1", "r2", "r3", "lora"} <= set(models)
@@ -106,6 +109,7 @@ def test_adapters_are_models(server, client, root):
     assert all(str(root.parent) not in str(models[name]) for name in ("json", "outside", "r0"))
 
 
+@pytest.mark.both_runners
 def test_every_adapter_answers_as_the_reference(client, smol_oracle, root):
     """Also checks that the answers differ, so that none of it can be the plain model's."""
     answers = []
@@ -133,6 +137,7 @@ def test_chat_and_responses(client):
     assert json.loads(answer.output_text) == {"answer": "The capital of France is Paris."}
 
 
+@pytest.mark.both_runners
 def test_streams_are_the_same_text(client):
     for model in ("json", "smol"):
         kinds = {"model": model, "messages": QUESTION, "temperature": 0, "max_tokens": 16}
@@ -152,6 +157,7 @@ def test_streams_are_the_same_text(client):
     assert parts[-1].type in ("response.completed", "response.incomplete")
 
 
+@pytest.mark.both_runners
 def test_parallel_samples_and_logprobs(client, smol_oracle, root):
     answer = client.completions.create(
         model="r0",
@@ -170,6 +176,7 @@ def test_parallel_samples_and_logprobs(client, smol_oracle, root):
         assert choice.logprobs.token_logprobs == pytest.approx(reference.logprobs, abs=5e-4)
 
 
+@pytest.mark.both_runners
 def test_beam_search(client, smol_oracle, root):
     """A beam's later steps are new prompts; their vectors stay those of the first."""
     answer = client.completions.create(
@@ -216,6 +223,7 @@ def test_structured_output_and_tools(client):
     assert set(json.loads(call.function.arguments)) == {"city"}
 
 
+@pytest.mark.both_runners
 def test_prompt_length_over_http(client, smol_oracle, root):
     asked = prompt(4, 24)
     for length in (9, 24):
@@ -230,6 +238,7 @@ def test_prompt_length_over_http(client, smol_oracle, root):
         tokens_of(client, "smol", asked, vllm_xargs={"vllm_pedro": "x"})
 
 
+@pytest.mark.both_runners
 def test_lora_and_pedro_in_one_batch(server, client, smol_oracle, root):
     """Eight at once; rows are as when asked alone, PEDRO rows as the reference."""
     names = ["lora", "r0", "smol", "r1", "lora", "r2", "r0", "smol"]
@@ -252,6 +261,7 @@ def test_lora_and_pedro_in_one_batch(server, client, smol_oracle, root):
             assert together[row] == alone[name]
 
 
+@pytest.mark.both_runners
 def test_load_swap_and_unload(server, client, smol_oracle, root, tmp_path):
     asked = prompt(6)
     assert load(server, "mine", root / "random-0") == (
@@ -301,6 +311,7 @@ def test_the_same_folder_with_other_content(server, client, smol_oracle, root):
     unload(server, "changing")
 
 
+@pytest.mark.both_runners
 def test_running_streams_finish_on_the_vectors_they_have(server, client, smol_oracle, root):
     """One adapter is swapped, one unloaded, while streams of both run."""
     asked = prompt(11)
@@ -372,6 +383,7 @@ def test_broken_folders_are_refused_with_the_reason(kind, server, root):
     assert "Traceback" not in text
 
 
+@pytest.mark.both_runners
 def test_adapters_that_do_not_fit_are_refused(server, client, root, smol, tiny, write_adapter):
     write_adapter(tiny, folder=root / "tiny")
     write_adapter(smol, folder=root / "wide", r=17)
@@ -423,6 +435,7 @@ def test_bodies_that_are_no_requests(server):
             assert "Traceback" not in text
 
 
+@pytest.mark.both_runners
 def test_a_stream_beside_failures_is_unharmed(server, client, smol_oracle, root):
     asked = prompt(12)
     stream = client.completions.create(
@@ -440,6 +453,7 @@ def test_a_stream_beside_failures_is_unharmed(server, client, smol_oracle, root)
     check_greedy(smol_oracle, asked, tokens, root / "random-0")
 
 
+@pytest.mark.both_runners
 def test_metrics_and_memory(server, client, root):
     """More adapters than fit; then all are unloaded and the memory is free."""
     before = metrics(server.url)

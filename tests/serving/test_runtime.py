@@ -261,3 +261,14 @@ def test_counts_say_where_adapters_were_found(tmp_path):
     rt.enter("gone", request(tmp_path / "0", "another digest", 2))
     rt.prepare(("gone", 2, 0))
     assert rt.take_stats()["prefills"] == {"failed": 1}
+
+
+def test_warming_up_leaves_no_trace():
+    bank_store = VectorStore(SHAPE, TARGET_MODULES, 4, 64, torch.float32, torch.device("cpu"))
+    bank = AdapterBank(2, LIMITS, bank_store.columns, torch.device("cpu"))
+    runtime = PedroRuntime(HostCache(4, LIMITS), bank, bank_store)
+    tensors = [*bank_store.vectors, *bank.generators, bank_store.prompts, bank_store.step]
+    before = [tensor.clone() for tensor in tensors]
+    runtime.warm_up()
+    assert all(map(torch.equal, before, tensors))
+    assert not runtime.makes_vectors

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 import torch
 
 from ..config import BackboneShape
+from ..ops import library
 from ..serving.adapters import AdapterBank, AdapterLimits, HostCache
 from ..serving.runtime import PedroRuntime
 from ..serving.vectors import VectorStore
@@ -46,7 +48,16 @@ def build_runtime(
         options.max_pedros,
         bank.nbytes / 2**20,
     )
-    return PedroRuntime(host, bank, store)
+    runtime = PedroRuntime(host, bank, store)
+    start = time.perf_counter()
+    runtime.warm_up()
+    backends = library.backends
+    logger.info(
+        "PEDRO: operators are %s, ready in %.2f s",
+        backends.cpu if device.type == "cpu" else backends.cuda,
+        time.perf_counter() - start,
+    )
+    return runtime
 
 
 class PedroRunnerV1Mixin:

@@ -14,7 +14,7 @@ import torch
 
 from ..adapter import StoredAdapter
 from ..errors import PedroError
-from ..ops import generate_vectors
+from ..ops import generate_vectors, warm_up
 from .adapters import AdapterBank, HostCache
 from .plan import IDENTITY_SLOT, Ints, Reader, StepPlan, plan_step
 from .slots import Assignment
@@ -53,6 +53,15 @@ class PedroRuntime:
         self._without_vectors: dict[str, Reader] = {}
         self._reading: list[int] = []
         self._retired: OrderedDict[str, None] = OrderedDict()
+
+    def warm_up(self) -> None:
+        """Compile and load the operators, so that the first prompt does not wait for it.
+
+        Those that scale are launched in vLLM's profiling run already.
+        """
+        store, row = self.store, self.bank.layout.row
+        vectors = store.vectors[0]
+        warm_up(self.bank.limits.shape.hidden_size, store.width, row, vectors.dtype, vectors.device)
 
     # The life of a request.
 

@@ -19,6 +19,8 @@ from vllm_pedro.integration.checks import check_engine
 from vllm_pedro.integration.options import PedroOptions, options_of
 from vllm_pedro.integration.processor import longest_prompt
 
+pytestmark = pytest.mark.both_runners
+
 
 def config(model, **settings):
     arguments = {"skip_tokenizer_init": True, "enable_pedro": True, "max_model_len": 256}

@@ -4,8 +4,11 @@ needed.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from engines import Mismatch
+from runners import current_runner, triton_operators
 from scenarios import SCENARIOS
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
@@ -17,6 +20,31 @@ def test_scenario(name, scheduling, tiny_engine, tiny_oracle, tiny_adapters):
         return tiny_engine(**scheduling, **settings)
 
     SCENARIOS[name](start, tiny_oracle, tiny_adapters)
+
+
+@pytest.mark.skipif(current_runner() == "v1", reason="Triton's interpreter runs on V2 alone")
+@pytest.mark.parametrize("name", ["whole_prompts", "one_token_prompts", "device_slots"])
+def test_scenario_with_the_triton_operators(name, tiny_engine, tiny_oracle, tiny_adapters):
+    from vllm_pedro.ops import triton_kernels
+
+    called = Counter()
+
+    def counted(name):
+        original = getattr(triton_kernels, name)
+
+        def call(*args):
+            called[name] += 1
+            return original(*args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for operator in ("generate_vectors", "scale_qkv_"):
+            patch.setattr(triton_kernels, operator, counted(operator))
+        with triton_operators():
+            SCENARIOS[name](tiny_engine, tiny_oracle, tiny_adapters)
+    assert called["generate_vectors"] > 9
+    assert called["scale_qkv_"] > 50
 
 
 # Mutations: take one protection out, and the named scenario has to fail.
@@ -112,8 +140,6 @@ def without_adapter_limit_per_step(patch):
 
 def without_adapters_of_preempted_requests(patch):
     """As if a preempted request had ended: its adapter may be freed."""
-    from runners import current_runner
-
     if current_runner() == "v2":
         from vllm_pedro.integration.runner_v2 import PedroModelStateMixin
 

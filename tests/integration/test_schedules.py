@@ -55,9 +55,8 @@ def without_whole_prompts(patch):
 
     from vllm_pedro.integration.scheduler import PedroSchedulerMixin
 
-    patch.setattr(
-        PedroSchedulerMixin, "_reserve_prefill_lookahead", Scheduler._reserve_prefill_lookahead
-    )
+    for name in ("_reserve_prefill_lookahead", "_ec_transfer_pending"):
+        patch.setattr(PedroSchedulerMixin, name, getattr(Scheduler, name))
 
 
 def without_hit_limit(patch):

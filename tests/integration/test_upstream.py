@@ -63,6 +63,7 @@ KNOWN = {
     (OpenAIServingModels, "resolve_lora"): "b9ef864b9ccd",
     (Scheduler, "_get_local_prefix_cache_hit"): "3495ddb7de46",
     (Scheduler, "_reserve_prefill_lookahead"): "c214e49d7610",
+    (Scheduler, "_ec_transfer_pending"): "e7bc8efbef3f",
     (GPUModelRunner, "_update_states"): "326599f31b27",
     (GPUModelRunner, "_prepare_inputs"): "c31a77c123a0",
     (GPUModelRunner, "_determine_batch_execution_and_padding"): "8a0228128517",

@@ -99,3 +99,21 @@ def options_of(vllm_config: Any) -> PedroOptions | None:
     if not isinstance(additional, Mapping) or CONFIG_KEY not in additional:
         return None
     return PedroOptions.from_keywords(additional[CONFIG_KEY])
+
+
+def draft_places(speculative_config: Any) -> int:
+    """Places that a row takes in a step's input for its drafts."""
+    if speculative_config is None:
+        return 0
+    return int(speculative_config.max_num_new_slots_for_drafting)
+
+
+def tokens_for_any_prompt(max_prompt: int, max_num_seqs: int, drafts: int) -> int:
+    """Tokens of a step in which a whole prompt starts beside the decode tokens of all other rows.
+
+    Args:
+        max_prompt: Tokens of the longest prompt.
+        max_num_seqs: Most rows of a step.
+        drafts: Tokens that each of them may have drafted.
+    """
+    return max_prompt + (max_num_seqs - 1) * (1 + drafts)

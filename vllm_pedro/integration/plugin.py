@@ -9,7 +9,7 @@ from typing import Any
 from .._import_hook import when_imported
 from ..versions import check_vllm_version
 from . import cli, keywords, metrics
-from .options import options_of
+from .options import options_of, tokens_for_any_prompt
 from .patches import become, extend, wrap
 
 logger = logging.getLogger("vllm.vllm_pedro")
@@ -81,6 +81,7 @@ def _install_engine_config() -> None:
                         f"scheduler_cls={scheduler.scheduler_cls!r}"
                     )
                 scheduler.scheduler_cls = scheduler_path(bool(scheduler.async_scheduling))
+                _advise_on_budget(config)
             return config
 
         return wrapped
@@ -91,14 +92,34 @@ def _install_engine_config() -> None:
             original(self, usage_context, model_config, *args)
             if chosen is None and options_of(self) is not None:
                 # One step must take a whole prompt; 32k tokens bound the profiling run's memory.
+                longest = min(model_config.max_model_len, 32_768)
+                drafts = (self.speculative_config or {}).get("num_speculative_tokens") or 0
                 self.max_num_batched_tokens = max(
-                    self.max_num_batched_tokens, min(model_config.max_model_len, 32_768)
+                    self.max_num_batched_tokens,
+                    tokens_for_any_prompt(longest, self.max_num_seqs, drafts),
                 )
 
         return wrapped
 
     wrap(EngineArgs, "create_engine_config", create_engine_config)
     wrap(EngineArgs, "_set_default_max_num_seqs_and_batched_tokens_args", default_budget)
+
+
+def _advise_on_budget(config: Any) -> None:
+    """Say so where long prompts will hold up running rows, as the user has set the budget."""
+    scheduler, longest = config.scheduler_config, min(config.model_config.max_model_len, 32_768)
+    budget, drafts = scheduler.max_num_batched_tokens, config.num_speculative_tokens
+    needed = tokens_for_any_prompt(longest, scheduler.max_num_seqs, drafts)
+    if budget < needed:
+        logger.warning(
+            "PEDRO: max_num_batched_tokens=%d takes no prompt of %d tokens beside %d other rows: "
+            "long prompts with an adapter wait some steps, and then hold up running rows for one, "
+            "or are refused. %d would take them all.",
+            budget,
+            longest,
+            scheduler.max_num_seqs - 1,
+            needed,
+        )
 
 
 def _install_input_processor() -> None:

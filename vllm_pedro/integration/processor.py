@@ -22,7 +22,7 @@ from ..config import CONFIG_NAME, MAX_CONFIG_BYTES, BackboneShape
 from ..errors import PedroError
 from ..serving.adapters import AdapterLimits
 from ..serving.spec import EXTRA_ARGS_KEY, RequestSpec, cache_salt
-from .options import options_of
+from .options import draft_places, options_of
 from .request import PedroRequest, ServedPedroRequest
 
 
@@ -177,9 +177,8 @@ def digest_tokens(tokens: Sequence[int]) -> str:
 
 def longest_prompt(vllm_config: Any) -> tuple[int, str]:
     """How many tokens one step can take of one prompt, and the option that says so."""
-    scheduler, speculative = vllm_config.scheduler_config, vllm_config.speculative_config
-    drafts = speculative.max_num_new_slots_for_drafting if speculative is not None else 0
-    limit = scheduler.max_num_batched_tokens - drafts
+    scheduler = vllm_config.scheduler_config
+    limit = scheduler.max_num_batched_tokens - draft_places(vllm_config.speculative_config)
     name = "max_num_batched_tokens"
     if (scheduler.max_num_scheduled_tokens or limit) < limit:
         limit, name = scheduler.max_num_scheduled_tokens, "max_num_scheduled_tokens"

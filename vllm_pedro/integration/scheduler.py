@@ -5,6 +5,7 @@ Subclasses of vLLM's schedulers, chosen through ``SchedulerConfig.scheduler_cls`
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +13,11 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from ..serving.admission import Admission, Turn
 from ..serving.slots import Assignment, VectorSlots
 from ..serving.spec import EXTRA_ARGS_KEY, RequestSpec, cache_salt
 from .metrics import StatsRelay
-from .options import options_of
+from .options import draft_places, options_of
 
 ASSIGNMENTS = "pedro_assignments"
 """Attribute of ``SchedulerOutput``: request id -> row of the vector store, for those that enter."""
@@ -48,6 +50,11 @@ class PedroSchedulerMixin:
         # whose generators it would run.
         self._pedro_entering: dict[str, bool] = {}
         self._pedro_step_adapters: set[str] = set()
+        self._pedro_admission = Admission(
+            self.max_num_scheduled_tokens,  # type: ignore[attr-defined]
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            draft_places(vllm_config.speculative_config),
+        )
         self._pedro_stats = StatsRelay()
 
     def add_request(self, request: Any) -> None:
@@ -84,13 +91,24 @@ class PedroSchedulerMixin:
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._pedro_entering.clear()
         self._pedro_step_adapters.clear()
+        self._pedro_admission.begin_step(self._pedro_turns())
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         entering = [i for i in self._pedro_entering if i in output.num_scheduled_tokens]
         if entering:
             # Those whose vectors are kept come first: the others may take rows that nobody holds.
             entering.sort(key=lambda i: not self._pedro_entering[i])
             setattr(output, ASSIGNMENTS, {i: self._pedro_assign(i) for i in entering})
+            for request_id in entering:
+                self._pedro_admission.forget(request_id)
         return output
+
+    def _pedro_turns(self) -> Iterable[Turn]:
+        """The prompts for which this step's tokens may be reserved."""
+        if len(self.running) >= self.max_num_active_reqs:  # type: ignore[attr-defined]
+            return
+        for request_id in self._pedro_admission.candidates():
+            request = self.requests[request_id]  # type: ignore[attr-defined]
+            yield Turn(request_id, request.pedro.prompt_length, request.priority)
 
     def _pedro_assign(self, request_id: str) -> Assignment:
         spec: RequestSpec = self.requests[request_id].pedro  # type: ignore[attr-defined]
@@ -109,6 +127,7 @@ class PedroSchedulerMixin:
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         self._pedro_release(request)
+        self._pedro_admission.forget(request.request_id)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _pedro_release(self, request: Any) -> None:
@@ -158,32 +177,59 @@ class PedroSchedulerMixin:
         boundary = num_hit + num_uncached if num_uncached else 0
         return manager.create_kv_cache_blocks(found), num_hit, boundary, hit[3]
 
+    def _ec_transfer_pending(self, request: Any, num_computed_tokens: int) -> bool:
+        """Pass over a prompt that does not fit this step; those behind it may start.
+
+        Of the functions that vLLM's waiting loop asks whether to skip a request, this is the one
+        that is called when the request's cache hit is known.
+        """
+        if super()._ec_transfer_pending(request, num_computed_tokens):  # type: ignore[misc]
+            return True
+        admission, request_id = self._pedro_admission, request.request_id
+        if admission.is_before_turn(request_id, request.priority):
+            return True
+        spec: RequestSpec | None = request.pedro
+        if spec is None or self._pedro_slots.has(spec.vector_key):
+            return False
+        fits = num_computed_tokens + admission.left >= spec.prompt_length
+        if fits and self._pedro_has_room_for(spec):
+            return False
+        admission.pass_over(request_id)
+        return True
+
+    def _pedro_has_room_for(self, spec: RequestSpec) -> bool:
+        """One step's prompts read their generators from the device slots."""
+        adapters = self._pedro_step_adapters
+        return spec.digest in adapters or len(adapters) < self._pedro_max_adapters
+
     def _reserve_prefill_lookahead(
         self, request: Any, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         """Keep the first P tokens in one step; called after every other cap on a request's tokens.
 
-        Returning 0 leaves the request for a later step. It cannot stay there for ever: a prompt
-        that exceeds what one step takes is refused on arrival. Where the vectors are kept, or made
-        already, the tokens may come in any portions.
+        Returning 0 leaves a running request for the next step, and ends the waiting loop. Where the
+        vectors are kept, or made already, the tokens may come in any portions.
         """
         num_new_tokens = super()._reserve_prefill_lookahead(  # type: ignore[misc]
             request, num_computed_tokens, num_new_tokens
         )
+        admission, request_id = self._pedro_admission, request.request_id
         spec: RequestSpec | None = request.pedro
-        if spec is None or self._pedro_slots.is_held_by(request.request_id):
-            return num_new_tokens
-        kept = self._pedro_slots.has(spec.vector_key)
-        if not kept:
-            if num_computed_tokens + num_new_tokens < spec.prompt_length:
-                return 0
-            # One step's prompts read their generators from the device slots.
-            if spec.digest not in self._pedro_step_adapters:
-                if len(self._pedro_step_adapters) >= self._pedro_max_adapters:
+        if request.status == RequestStatus.RUNNING:
+            num_new_tokens = admission.portion(num_new_tokens, request.is_prefill_chunk)
+        elif spec is not None:
+            kept = self._pedro_slots.has(spec.vector_key)
+            if not kept:
+                # It fits, see above, unless another cap came between.
+                is_whole = num_computed_tokens + num_new_tokens >= spec.prompt_length
+                if not is_whole or not self._pedro_has_room_for(spec):
+                    admission.pass_over(request_id)
                     return 0
                 self._pedro_step_adapters.add(spec.digest)
-        if num_new_tokens:
-            self._pedro_entering[request.request_id] = kept
+            if num_new_tokens:
+                self._pedro_entering[request_id] = kept
+                admission.started(request_id)
+        admission.take(num_new_tokens)
         return num_new_tokens
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:

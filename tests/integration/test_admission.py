@@ -1,0 +1,152 @@
+"""A prompt that does not fit a step holds nobody up, and starts within a few steps itself."""
+
+from __future__ import annotations
+
+import pytest
+from scenarios import greedy, tokens
+
+from vllm_pedro.serving.admission import PATIENCE
+
+pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
+
+POLICIES = pytest.mark.parametrize("policy", ["fcfs", "priority"])
+
+
+class Queue:
+    """An engine driven step by step; requests come in at the steps that a test says."""
+
+    def __init__(self, llm, oracle):
+        self.engine, self.oracle = llm.llm_engine, oracle
+        self.step_number, self.first, self.outputs, self.adapters = 0, {}, {}, {}
+        self.order = iter(range(1 << 20))
+
+    def add(self, name, prompt, adapter=None, max_tokens=4, priority=0):
+        from vllm_pedro import PedroRequest
+
+        request = adapter and PedroRequest(adapter.name, 1, str(adapter))
+        self.engine.add_request(
+            name, {"prompt_token_ids": prompt}, greedy(max_tokens), lora_request=request,
+            arrival_time=float(next(self.order)), priority=priority,
+        )  # fmt: skip
+        self.adapters[name] = adapter
+
+    def step(self, count=1):
+        for _ in range(count):
+            self.step_number += 1
+            for output in self.engine.step():
+                self.outputs[output.request_id] = output
+                self.first.setdefault(output.request_id, self.step_number)
+
+    def finish(self):
+        """Run to the end; every answer is the reference's."""
+        while self.engine.has_unfinished_requests():
+            self.step()
+            assert self.step_number < 2000
+        for name, adapter in self.adapters.items():
+            self.oracle.check(self.outputs[name], adapter)
+        return self.first
+
+
+def queue_of_the_long_prompt(start, oracle, adapter, policy, **settings):
+    """Four rows decode; then a prompt of 95 tokens comes in, and six of 5 tokens behind it."""
+    with start(
+        max_num_batched_tokens=96, max_num_seqs=16, scheduling_policy=policy,
+        enable_prefix_caching=False, **settings,
+    ) as llm:  # fmt: skip
+        queue = Queue(llm, oracle)
+        for i in range(4):
+            queue.add(f"row {i}", tokens(10, i), max_tokens=60)
+        queue.step(3)
+        came = queue.step_number
+        queue.add("long", tokens(95, 9), adapter)
+        for i in range(6):
+            queue.add(f"short {i}", tokens(5, 20 + i))
+        first = queue.finish()
+    return {name: step - came for name, step in first.items() if not name.startswith("row")}
+
+
+@POLICIES
+def test_prompts_behind_one_that_does_not_fit_start_at_once(
+    policy, scheduling, tiny_engine, tiny_oracle, tiny_adapters
+):
+    base, pedro = (
+        queue_of_the_long_prompt(tiny_engine, tiny_oracle, adapter, policy, **scheduling)
+        for adapter in (None, tiny_adapters["last"])
+    )
+    for i in range(6):
+        assert pedro[f"short {i}"] <= base[f"short {i}"] + 5
+    assert pedro["long"] <= PATIENCE + 3
+
+
+@POLICIES
+def test_a_tenant_without_a_slot_delays_nobody(
+    policy, scheduling, tiny_engine, tiny_oracle, tiny_adapters
+):
+    names = ["last", "mean", "other", "max"]
+    with tiny_engine(max_pedros=1, scheduling_policy=policy, **scheduling) as llm:
+        queue = Queue(llm, tiny_oracle)
+        for i, name in enumerate(names):
+            queue.add(name, tokens(20, i), tiny_adapters[name])
+        queue.add("again", tokens(21), tiny_adapters["last"])
+        queue.add("base", tokens(9))
+        first = queue.finish()
+    assert first["last"] == first["again"] == first["base"]
+    assert [first[name] - first["last"] for name in names] == [0, 1, 2, 3]
+
+
+def test_a_stream_of_prompts_does_not_starve_one_that_needs_a_whole_step(
+    scheduling, tiny_engine, tiny_oracle, tiny_adapters
+):
+    """Base prompts that fill every step keep coming."""
+    with tiny_engine(
+        max_num_batched_tokens=64, max_num_seqs=8, enable_prefix_caching=False, **scheduling
+    ) as llm:
+        queue = Queue(llm, tiny_oracle)
+        queue.add("first", tokens(200, 1), max_tokens=2)
+        queue.step()
+        came = queue.step_number
+        queue.add("long", tokens(64, 9), tiny_adapters["last"])
+        for i in range(20):
+            queue.add(f"base {i}", tokens(150, 10 + i), max_tokens=2)
+            queue.step()
+        first = queue.finish()
+    assert first["long"] - came <= 3 * PATIENCE
+
+
+def test_what_cannot_start_for_want_of_blocks_lets_others_get_on(
+    scheduling, tiny_engine, tiny_oracle, tiny_adapters
+):
+    """Its turn comes and goes; the running rows that hold the blocks finish."""
+    with tiny_engine(
+        max_num_batched_tokens=96, num_gpu_blocks_override=9, max_num_seqs=4,
+        enable_prefix_caching=False, **scheduling,
+    ) as llm:  # fmt: skip
+        queue = Queue(llm, tiny_oracle)
+        for i in range(3):
+            queue.add(f"row {i}", tokens(50, i), max_tokens=14)
+        queue.step(2)
+        queue.add("long", tokens(95, 9), tiny_adapters["mean"])
+        first = queue.finish()
+    assert first["long"] <= 14 + 2 * PATIENCE + 6
+
+
+def without_passing_over(patch):
+    from vllm_pedro.serving.admission import Admission
+
+    patch.setattr(Admission, "left", property(lambda self: 1 << 30))
+
+
+def without_a_turn(patch):
+    from vllm_pedro.serving.admission import Admission
+
+    patch.setattr(Admission, "candidates", lambda self: [])
+
+
+@pytest.mark.parametrize("mutate", [without_passing_over, without_a_turn], ids=lambda f: f.__name__)
+def test_each_half_is_needed(mutate, tiny_engine, tiny_oracle, tiny_adapters, monkeypatch):
+    mutate(monkeypatch)
+    found = queue_of_the_long_prompt(tiny_engine, tiny_oracle, tiny_adapters["last"], "fcfs")
+    if mutate is without_passing_over:
+        assert found["short 0"] > 3
+    else:
+        assert found["long"] > 4 * PATIENCE

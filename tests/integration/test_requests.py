@@ -267,7 +267,7 @@ def test_an_adapter_that_vanishes_after_admission_ends_its_request_only(
 def test_a_name_with_other_content_reaches_the_requests_that_wait(
     llm, tiny, write_adapter, tiny_oracle
 ):
-    """Eight run and go on as they began; of those behind them, all but a beam take the new one."""
+    """Those that run go on as they began; of those behind them, all but a beam take the new one."""
     from vllm_pedro.adapter import adapter_digest
 
     old = write_adapter(tiny, seed=60, scale=0.2, down_scale=15.0)
@@ -288,12 +288,15 @@ def test_a_name_with_other_content_reaches_the_requests_that_wait(
         for output in engine.step():
             results[output.request_id] = output
     core = engine.engine_core.engine_core
-    assert core.pedro_replace("mine", str(new), adapter_digest(new), True) == 2
+    running = {r.request_id.partition("-")[0] for r in core.scheduler.running}
+    begun = [f"r{i}" in running for i in range(10)]
+    assert 6 <= sum(begun) <= 8
+    assert core.pedro_replace("mine", str(new), adapter_digest(new), True) == 10 - sum(begun)
     while engine.has_unfinished_requests():
         for output in engine.step():
             results[output.request_id] = output
     for i in range(10):
-        tiny_oracle.check(results[f"r{i}"], old if i < 8 else new)
+        tiny_oracle.check(results[f"r{i}"], old if begun[i] else new)
     tiny_oracle.check(results["beam"], old, 60)
     tiny_oracle.check(results["else"], old)
     # Blocks are found under the content they were computed with.

@@ -27,7 +27,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 import vllm_pedro.ops as ops
 
@@ -162,31 +161,6 @@ def _scale_qkv(s: Setting, kind: str) -> Work | None:
     return Work(lambda: op(qkv, vectors, slots, ranges, step), moved)
 
 
-def _gated(name: str, act: Callable[[Tensor], Tensor]) -> Callable[[Setting, str], Work | None]:
-    def make(s: Setting, kind: str) -> Work | None:
-        q, kv, f, d = s.sizes
-        gate_up = s.tensor(s.batch, 2 * f)
-        moved = (3 * s.batch + s.rows) * f * s.dtype.itemsize
-        if kind == "torch":  # base: the same without vectors
-            plain = 3 * s.batch * f * s.dtype.itemsize
-            return Work(lambda: act(gate_up[:, :f]) * gate_up[:, f:], plain)
-        if kind == "LoRA":
-            x = s.tensor(s.batch, d)
-            run, lora = _lora_work(s, x, gate_up, d, f, f)
-            return Work(
-                lambda: (run(), act(gate_up[:, :f]) * gate_up[:, f:]),
-                lora + 3 * s.batch * f * s.dtype.itemsize,
-            )
-        op = _op(name, kind)
-        if op is None:
-            return None
-        vectors, slots, step = s.vectors(), s.token_slots(), s.step()
-        column = q + 2 * kv + f
-        return Work(lambda: op(gate_up, vectors, slots, -1, column, step), moved)
-
-    return make
-
-
 def _scaled(s: Setting, kind: str) -> Work | None:
     """Gather and multiply, as the compiler is given it; here uncompiled."""
     op = _op("scaled", kind)
@@ -264,11 +238,6 @@ OPERATORS: dict[str, Callable[[Setting, str], Work | None]] = {
     "copy": _copy,
     "scale_qkv_": _scale_qkv,
     "scaled": _scaled,
-    "silu_and_mul_scaled": _gated("silu_and_mul_scaled", functional.silu),
-    "gelu_and_mul_scaled": _gated("gelu_and_mul_scaled", functional.gelu),
-    "gelu_tanh_and_mul_scaled": _gated(
-        "gelu_tanh_and_mul_scaled", lambda x: functional.gelu(x, approximate="tanh")
-    ),
     "generate_vectors": _generate_vectors,
 }
 KINDS = ("torch", "ours", "reference", "LoRA")

@@ -201,12 +201,7 @@ def operator_cases(model: str, tokens: int, plan: Plan) -> Iterator[tuple[str, A
         3 * qv,
     )
     yield f"scale_qkv_: gather and multiply, {where}", gather_qkv, 3 * qv
-    yield (
-        f"silu_and_mul_scaled: {ops_backend(plan)}, {where}",
-        (lambda: ops.silu_and_mul_scaled(gate_up, vectors, slots, -1, up, step)),
-        4 * ff,
-    )
-    yield f"silu_and_mul_scaled: scale, then torch, {where}", separate_activation, 4 * ff
+    yield f"scale_qkv_ of Up, then silu and mul in torch, {where}", separate_activation, 4 * ff
 
 
 def ops_backend(plan: Plan) -> str:
@@ -230,7 +225,6 @@ def compiled_layers(
         torch.rand(tokens + 1, width, device=plan.device).add(0.5).to(dtype) for _ in range(layers)
     ]
     slots = torch.arange(1, tokens + 1, device=plan.device)
-    step = torch.tensor([0, tokens], dtype=torch.int32)
     qkvs = [torch.randn(tokens, packed, device=plan.device).to(dtype) for _ in range(layers)]
     gate_ups = [torch.randn(tokens, 2 * f, device=plan.device).to(dtype) for _ in range(layers)]
     angle = torch.randn(tokens, d + kv, device=plan.device).to(dtype)
@@ -256,12 +250,6 @@ def compiled_layers(
         act = ops.scaled(silu_and_mul(gate_up), by, slots, slice(packed, width))
         return use(qkv, qkv[:, d + kv :] * one), act
 
-    def operators(qkv: torch.Tensor, gate_up: torch.Tensor, by: torch.Tensor) -> Any:
-        # A projection's output is a fresh tensor that the operator may change.
-        qkv = qkv + 0.0
-        ops.scale_qkv_(qkv, by, slots, (0, 0, packed), step)
-        return use(qkv), ops.silu_and_mul_scaled(gate_up, by, slots, -1, packed, step)
-
     def many(layer: Callable[..., Any]) -> Callable[[], Any]:
         graph = torch.compile(
             lambda q, g, v: [layer(*each) for each in zip(q, g, v, strict=True)],
@@ -274,7 +262,6 @@ def compiled_layers(
         "base": base,
         "gather and multiply, Up before the activation": before,
         "gather and multiply, Up after it, V apart": after,
-        "operators": operators,
     }
     return {f"{name}, {layers} layers in a graph": many(form) for name, form in forms.items()}
 

@@ -375,7 +375,6 @@ CONSTANTS = {
     "_latent_kernel": ("d",),
     "_columns_kernel": ("dtype",),
     "_scale_kernel": ("dtype",),
-    "_act_kernel": ("gate", "dtype", "rows"),
 }
 """What each Triton kernel is compiled for, besides the divisibility of sizes."""
 
@@ -393,7 +392,7 @@ def call_as_serving_does(model: str, dtype: Any, count: int = 3) -> Iterator[dic
     """
     import torch
 
-    from vllm_pedro.ops import GeneratorLayout, samples, triton_kernels
+    from vllm_pedro.ops import GeneratorLayout, triton_kernels
 
     d, q, k, v, gate, up = MODELS[model]
     width, tokens = q + k + v + gate + up, count
@@ -413,15 +412,6 @@ def call_as_serving_does(model: str, dtype: Any, count: int = 3) -> Iterator[dic
     triton_kernels.scale_qkv_(qkv, vectors, slots, (0, 0, q + k + v), step)
     triton_kernels.scale_qkv_(packed, vectors, slots, (0, q + k + v, gate + up), step)
     yield constants
-    for gated in samples.GATES:
-        for rows in (tokens, 0):
-            step[1] = rows
-            columns = (q + k + v, q + k + v + gate)
-            getattr(triton_kernels, gated)(packed, vectors, slots, *columns, step)
-            yield constants | {
-                "gate": gated.partition("_and")[0],
-                "rows": "with adapters" if rows else "without",
-            }
 
 
 def triton_worker(quick: bool, cuobjdump: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@
 namespace vllm_pedro {
 
 enum class Type { f32, bf16, f16 };
-enum class Gate { silu, gelu, gelu_tanh };
 
 struct ScaleArgs {
   void* x;
@@ -18,17 +17,6 @@ struct ScaleArgs {
   const int64_t* token_slots;
   const int64_t* ranges;
   int64_t num_ranges;
-};
-
-struct ActArgs {
-  void* out;
-  const void* x;
-  int64_t x_stride;
-  const void* vectors;
-  int64_t vectors_stride;
-  const int64_t* token_slots;  // null: no row has an adapter
-  int64_t width;
-  int64_t gate_column, up_column;  // -1: not scaled
 };
 
 struct GenerateArgs {
@@ -42,7 +30,6 @@ struct GenerateArgs {
 
 struct Kernels {
   void (*scale)(const ScaleArgs&, Type, int64_t begin, int64_t end);
-  void (*act)(const ActArgs&, Type, Gate, int64_t begin, int64_t end);
   void (*latent)(const GenerateArgs&, Type, int64_t prompt, float* out, float* scratch);
   void (*columns)(
       const GenerateArgs&, Type, int64_t prompt, const float* latent, int64_t begin, int64_t end);

@@ -41,77 +41,6 @@ void scale_row(T* __restrict x, const T* __restrict by, int64_t width) {
   for (int64_t j = 0; j < width; ++j) store(x + j, load(x[j]) * load(by[j]));
 }
 
-// exp(x) to within 2 units in the last place, in operations that vectorise. Cephes' polynomial.
-inline float exp_(float x) {
-  x = x > 88.0f ? 88.0f : x;
-  x = x < -87.0f ? -87.0f : x;
-  const float n = __builtin_nearbyintf(x * 1.44269504088896341f);
-  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
-}
-
-struct Silu {
-  static inline float apply(float x) { return x / (1.0f + exp_(-x)); }
-};
-struct GeluTanh {
-  // tanh(y) = 1 - 2 / (1 + exp(2 y)); gelu = x * (1 + tanh(y)) / 2 = x / (1 + exp(-2 y)).
-  static inline float apply(float x) {
-    const float y = 0.79788456080286536f * (x + 0.044715f * x * x * x);
-    return x / (1.0f + exp_(-2.0f * y));
-  }
-};
-struct GeluErf {
-  // The normal distribution by erfc(z) = t (a1 + ... + a5 t^4) exp(-z^2) for z >= 0, Abramowitz and
-  // Stegun 7.1.26, within 1.5e-7: std::erf does not vectorise, and takes ten times as long.
-  static inline float apply(float x) {
-    const float z = (x < 0.0f ? -x : x) * 0.70710678118654752f;
-    const float t = 1.0f / (1.0f + 0.3275911f * z);
-    float p = 1.061405429f;
-    p = p * t - 1.453152027f;
-    p = p * t + 1.421413741f;
-    p = p * t - 0.284496736f;
-    p = p * t + 0.254829592f;
-    const float above = 0.5f * t * p * exp_(-z * z);
-    return x * (x < 0.0f ? above : 1.0f - above);
-  }
-};
-
-template <typename Act, typename T, bool kGateScaled, bool kUpScaled>
-void act_row(
-    T* __restrict out,
-    const T* __restrict gate,
-    const T* __restrict up,
-    const T* __restrict by_gate,
-    const T* __restrict by_up,
-    int64_t width) {
-  for (int64_t j = 0; j < width; ++j) {
-    float g = load(gate[j]);
-    float u = load(up[j]);
-    if (kGateScaled) g *= load(by_gate[j]);
-    if (kUpScaled) u *= load(by_up[j]);
-    store(out + j, Act::apply(g) * u);
-  }
-}
-
-template <typename Act, typename T>
-void act_row_any(
-    T* out, const T* gate, const T* up, const T* by_gate, const T* by_up, int64_t width) {
-  if (by_gate && by_up) act_row<Act, T, true, true>(out, gate, up, by_gate, by_up, width);
-  else if (by_gate) act_row<Act, T, true, false>(out, gate, up, by_gate, by_up, width);
-  else if (by_up) act_row<Act, T, false, true>(out, gate, up, by_gate, by_up, width);
-  else act_row<Act, T, false, false>(out, gate, up, by_gate, by_up, width);
-}
-
 template <typename Get>
 inline float reduce(int64_t width, Get get) {
   float lanes[kLanes] = {};
@@ -269,41 +198,10 @@ void scale_tokens(const ScaleArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-template <typename Act, typename T>
-void act_tokens(const ActArgs& a, int64_t begin, int64_t end) {
-  T* out = static_cast<T*>(a.out);
-  const T* x = static_cast<const T*>(a.x);
-  const T* vectors = static_cast<const T*>(a.vectors);
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t slot = a.token_slots ? a.token_slots[t] : 0;
-    const T* by = vectors + slot * a.vectors_stride;
-    act_row_any<Act, T>(
-        out + t * a.width,
-        x + t * a.x_stride,
-        x + t * a.x_stride + a.width,
-        slot && a.gate_column >= 0 ? by + a.gate_column : nullptr,
-        slot && a.up_column >= 0 ? by + a.up_column : nullptr,
-        a.width);
-  }
-}
-
-template <typename Act>
-void act_any(const ActArgs& a, Type type, int64_t begin, int64_t end) {
-  if (type == Type::f32) act_tokens<Act, float>(a, begin, end);
-  else if (type == Type::bf16) act_tokens<Act, Bf16>(a, begin, end);
-  else act_tokens<Act, F16>(a, begin, end);
-}
-
 void scale(const ScaleArgs& a, Type type, int64_t begin, int64_t end) {
   if (type == Type::f32) scale_tokens<float>(a, begin, end);
   else if (type == Type::bf16) scale_tokens<Bf16>(a, begin, end);
   else scale_tokens<F16>(a, begin, end);
-}
-
-void act(const ActArgs& a, Type type, Gate gate, int64_t begin, int64_t end) {
-  if (gate == Gate::silu) act_any<Silu>(a, type, begin, end);
-  else if (gate == Gate::gelu) act_any<GeluErf>(a, type, begin, end);
-  else act_any<GeluTanh>(a, type, begin, end);
 }
 
 template <typename T>
@@ -344,4 +242,4 @@ void columns(
   else columns_of<F16>(a, prompt, latent, b, e);
 }
 
-const Kernels kernels{scale, act, latent, columns};
+const Kernels kernels{scale, latent, columns};

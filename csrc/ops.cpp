@@ -155,43 +155,10 @@ static void scale_qkv_(
       [&](int64_t begin, int64_t end) { kernels.scale(args, type, begin, end); });
 }
 
-template <Gate gate>
-static Tensor act_and_mul_scaled(
-    const Tensor& gate_up,
-    const Tensor& vectors,
-    const Tensor& token_slots,
-    int64_t gate_column,
-    int64_t up_column,
-    const Tensor& step) {
-  const bool any = step_of(step)[1] != 0;
-  const Type type = type_of(gate_up, "gate_up");
-  check_rows(gate_up, vectors, token_slots);
-  STD_TORCH_CHECK(gate_up.size(1) % 2 == 0, "gate_up must have an even number of columns");
-  const int64_t width = gate_up.size(1) / 2;
-  check_column(gate_column, width, vectors);
-  check_column(up_column, width, vectors);
-  Tensor out = torch::stable::new_empty(gate_up, {gate_up.size(0), width});
-  const ActArgs args{
-      out.mutable_data_ptr(),
-      gate_up.const_data_ptr(),
-      gate_up.stride(0),
-      vectors.const_data_ptr(),
-      vectors.stride(0),
-      any ? static_cast<const int64_t*>(token_slots.const_data_ptr()) : nullptr,
-      width,
-      gate_column,
-      up_column};
-  const Kernels& kernels = cpu_kernels();
-  torch::stable::parallel_for(
-      0, gate_up.size(0), std::max<int64_t>(1, kGrain / (4 * std::max<int64_t>(width, 1))),
-      [&](int64_t begin, int64_t end) { kernels.act(args, type, gate, begin, end); });
-  return out;
-}
-
 static std::string instruction_set() { return cpu_instruction_set(); }
 
 // Raised with every change of a schema or of layout.h; vllm_pedro/ops/library.py expects this one.
-static int64_t interface_version() { return 1; }
+static int64_t interface_version() { return 2; }
 
 }  // namespace vllm_pedro
 
@@ -202,26 +169,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_pedro, m) {
   m.def(
       "scale_qkv_(Tensor(a!) qkv, Tensor vectors, Tensor token_slots, int[] ranges, "
       "Tensor step) -> ()");
-  m.def(
-      "silu_and_mul_scaled(Tensor gate_up, Tensor vectors, Tensor token_slots, int gate_column, "
-      "int up_column, Tensor step) -> Tensor");
-  m.def(
-      "gelu_and_mul_scaled(Tensor gate_up, Tensor vectors, Tensor token_slots, int gate_column, "
-      "int up_column, Tensor step) -> Tensor");
-  m.def(
-      "gelu_tanh_and_mul_scaled(Tensor gate_up, Tensor vectors, Tensor token_slots, "
-      "int gate_column, int up_column, Tensor step) -> Tensor");
   m.def("_instruction_set() -> str");
   m.def("_interface_version() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_pedro, CPU, m) {
-  using vllm_pedro::Gate;
   m.impl("generate_vectors", TORCH_BOX(&vllm_pedro::generate_vectors));
   m.impl("scale_qkv_", TORCH_BOX(&vllm_pedro::scale_qkv_));
-  m.impl("silu_and_mul_scaled", TORCH_BOX(&vllm_pedro::act_and_mul_scaled<Gate::silu>));
-  m.impl("gelu_and_mul_scaled", TORCH_BOX(&vllm_pedro::act_and_mul_scaled<Gate::gelu>));
-  m.impl("gelu_tanh_and_mul_scaled", TORCH_BOX(&vllm_pedro::act_and_mul_scaled<Gate::gelu_tanh>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_pedro, CompositeExplicitAutograd, m) {

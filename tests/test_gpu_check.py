@@ -38,7 +38,7 @@ def test_the_small_size_runs_on_a_cpu_and_finds_nothing_wrong(tmp_path):
         assert all(row["decode tokens/s"] > 0 for row in outcome["rows"])
     text = table.read_text()
     assert "| small, PEDRO | 4 | 4 |" in text
-    assert "silu_and_mul_scaled" in text
+    assert "scale_qkv_ of Up" in text
 
 
 def test_a_machine_without_a_gpu_is_told_so():

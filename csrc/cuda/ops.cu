@@ -89,64 +89,11 @@ __global__ void scale_kernel(
   *at = value;
 }
 
-struct Silu {
-  static __device__ __forceinline__ float apply(float x) { return x / (1.0f + __expf(-x)); }
-};
 struct GeluErf {
   static __device__ __forceinline__ float apply(float x) {
     return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
   }
 };
-struct GeluTanh {
-  static __device__ __forceinline__ float apply(float x) {
-    const float y = 0.79788456080286536f * (x + 0.044715f * x * x * x);
-    return x / (1.0f + __expf(-2.0f * y));
-  }
-};
-
-template <typename Act, typename T, int N>
-__global__ void act_kernel(
-    T* __restrict__ out,
-    const T* __restrict__ x,
-    const T* __restrict__ vectors,
-    const int64_t* __restrict__ token_slots,
-    int64_t x_stride,
-    int64_t vectors_stride,
-    int64_t width,
-    int64_t gate_column,
-    int64_t up_column) {
-  const int64_t token = blockIdx.x;
-  const int64_t j = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * N;
-  if (j >= width) return;
-  using P = Pack<T, N>;
-  const P gate = *reinterpret_cast<const P*>(x + token * x_stride + j);
-  const P up = *reinterpret_cast<const P*>(x + token * x_stride + width + j);
-  float g[N], u[N];
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    g[i] = to_float(gate.values[i]);
-    u[i] = to_float(up.values[i]);
-  }
-  const int64_t slot = token_slots ? token_slots[token] : 0;
-  if (slot != 0) {
-    const T* by = vectors + slot * vectors_stride + j;
-    if (gate_column >= 0) {
-      const P l = *reinterpret_cast<const P*>(by + gate_column);
-#pragma unroll
-      for (int i = 0; i < N; ++i) g[i] *= to_float(l.values[i]);
-    }
-    if (up_column >= 0) {
-      const P l = *reinterpret_cast<const P*>(by + up_column);
-#pragma unroll
-      for (int i = 0; i < N; ++i) u[i] *= to_float(l.values[i]);
-    }
-  }
-  P result;
-#pragma unroll
-  for (int i = 0; i < N; ++i) result.values[i] = from_float<T>(Act::apply(g[i]) * u[i]);
-  *reinterpret_cast<P*>(out + token * width + j) = result;
-}
-
 // Sum over a block of kThreads, in every thread.
 __device__ __forceinline__ float block_sum(float x) {
   __shared__ float warps[kThreads / 32];
@@ -430,49 +377,6 @@ static void scale_qkv_(
   }
 }
 
-template <typename Act>
-static Tensor act_and_mul_scaled(
-    const Tensor& gate_up,
-    const Tensor& vectors,
-    const Tensor& token_slots,
-    int64_t gate_column,
-    int64_t up_column,
-    const Tensor& step) {
-  const bool any = step_of(step)[1] != 0;
-  check_rows(gate_up, vectors, token_slots);
-  STD_TORCH_CHECK(gate_up.size(1) % 2 == 0, "gate_up must have an even number of columns");
-  const int64_t width = gate_up.size(1) / 2;
-  check_column(gate_column, width, vectors);
-  check_column(up_column, width, vectors);
-  Tensor out = torch::stable::new_empty(gate_up, {gate_up.size(0), width});
-  if (out.numel() == 0) return out;
-  const torch::stable::accelerator::DeviceGuard guard(gate_up.get_device_index());
-  const cudaStream_t stream = current_stream(gate_up);
-  by_type(gate_up, [&](auto type) {
-    using T = decltype(type);
-    constexpr int kPack = 16 / sizeof(T);
-    const T* x = static_cast<const T*>(gate_up.const_data_ptr());
-    const T* by = static_cast<const T*>(vectors.const_data_ptr());
-    T* y = static_cast<T*>(out.mutable_data_ptr());
-    const int64_t* slots =
-        any ? static_cast<const int64_t*>(token_slots.const_data_ptr()) : nullptr;
-    const int64_t columns = std::max<int64_t>(gate_column, 0) | std::max<int64_t>(up_column, 0);
-    const bool wide = aligned(x) && aligned(by) && aligned(y) &&
-        (columns | width | gate_up.stride(0) | vectors.stride(0)) % kPack == 0;
-    const int64_t each = kThreads * static_cast<int64_t>(wide ? kPack : 1);
-    const dim3 grid(
-        static_cast<unsigned>(gate_up.size(0)), static_cast<unsigned>((width + each - 1) / each));
-    if (wide)
-      act_kernel<Act, T, kPack><<<grid, kThreads, 0, stream>>>(
-          y, x, by, slots, gate_up.stride(0), vectors.stride(0), width, gate_column, up_column);
-    else
-      act_kernel<Act, T, 1><<<grid, kThreads, 0, stream>>>(
-          y, x, by, slots, gate_up.stride(0), vectors.stride(0), width, gate_column, up_column);
-  });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return out;
-}
-
 static bool has_cuda_kernels() { return true; }
 
 }  // namespace vllm_pedro
@@ -484,11 +388,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_pedro, m) {
 STABLE_TORCH_LIBRARY_IMPL(vllm_pedro, CUDA, m) {
   m.impl("generate_vectors", TORCH_BOX(&vllm_pedro::generate_vectors));
   m.impl("scale_qkv_", TORCH_BOX(&vllm_pedro::scale_qkv_));
-  m.impl("silu_and_mul_scaled", TORCH_BOX(&vllm_pedro::act_and_mul_scaled<vllm_pedro::Silu>));
-  m.impl("gelu_and_mul_scaled", TORCH_BOX(&vllm_pedro::act_and_mul_scaled<vllm_pedro::GeluErf>));
-  m.impl(
-      "gelu_tanh_and_mul_scaled",
-      TORCH_BOX(&vllm_pedro::act_and_mul_scaled<vllm_pedro::GeluTanh>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_pedro, CompositeExplicitAutograd, m) {

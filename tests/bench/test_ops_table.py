@@ -61,5 +61,5 @@ def test_every_operator_can_be_timed_somehow(bench_ops: ModuleType) -> None:
         for kind in ran:
             works[kind].run()
             assert works[kind].bytes > 0
-        if name in ("copy", "scaled", "scale_qkv_", "silu_and_mul_scaled"):
+        if name in ("copy", "scaled", "scale_qkv_"):
             assert ran, name

@@ -43,8 +43,8 @@ def for_the_cpu(text):
     replace(r"#include <torch/csrc/(inductor|stable/(accelerator|macros)).*\n", "", 3)
     text = '#include "cuda_on_cpu.h"\n' + text
     replace(r"(?s)static cudaStream_t current_stream.*?\n}\n", "", 1)
-    replace(r"  const (torch::stable::accelerator::DeviceGuard|cudaStream_t) .*\n", "", 6)
-    replace(r"STD_CUDA_KERNEL_LAUNCH_CHECK\(\);", "", 3)
+    replace(r"  const (torch::stable::accelerator::DeviceGuard|cudaStream_t) .*\n", "", 4)
+    replace(r"STD_CUDA_KERNEL_LAUNCH_CHECK\(\);", "", 2)
     replace(r"is_cuda\(\)", "is_cpu()", 5)
 
     def launch(match):
@@ -52,7 +52,7 @@ def for_the_cpu(text):
         barriers = str(name.split("<")[0] in WITH_BARRIERS).lower()
         return f"launch({grid}, kThreads, {barriers}, [&] {{ {name}({arguments}); }});"
 
-    replace(r"(?s)(\w+_kernel(?:<[\w, ]+>)?)<<<(.*?), kThreads, 0, stream>>>\((.*?)\);", launch, 7)
+    replace(r"(?s)(\w+_kernel(?:<[\w, ]+>)?)<<<(.*?), kThreads, 0, stream>>>\((.*?)\);", launch, 5)
     replace(r"STABLE_TORCH_LIBRARY_FRAGMENT\(vllm_pedro", "STABLE_TORCH_LIBRARY(pedro_on_cpu", 1)
     replace(
         r"STABLE_TORCH_LIBRARY_IMPL\(vllm_pedro, CUDA",
@@ -113,4 +113,4 @@ def test_the_cuda_kernels_equal_the_reference_over_the_whole_table(library, orde
         check=False,
     )
     assert done.returncode == 0, (done.returncode, done.stderr[-4000:])
-    assert int(done.stdout) > 1000
+    assert int(done.stdout) > 500

@@ -19,12 +19,9 @@ __all__ = [
     "Backends",
     "GeneratorLayout",
     "backends",
-    "gelu_and_mul_scaled",
-    "gelu_tanh_and_mul_scaled",
     "generate_vectors",
     "scale_qkv_",
     "scaled",
-    "silu_and_mul_scaled",
     "warm_up",
 ]
 
@@ -64,60 +61,6 @@ def scale_qkv_(
         step: ``[2]`` int32 on the CPU; nothing happens where ``step[1]`` is 0.
     """
     _scale_qkv(qkv, vectors, token_slots, ranges, step)
-
-
-def silu_and_mul_scaled(
-    gate_up: Tensor,
-    vectors: Tensor,
-    token_slots: Tensor,
-    gate_column: int,
-    up_column: int,
-    step: Tensor,
-) -> Tensor:
-    """``silu(l_g * G) * (l_u * U)`` in one pass, in float32, rounded once.
-
-    Args:
-        gate_up: ``[tokens, 2 * width]``, G beside U.
-        vectors: ``[slots, D]``, one layer's vector store, in the dtype of ``gate_up``.
-        token_slots: ``[>= tokens]`` int64, the row of ``vectors`` that each token reads.
-        gate_column: First column of ``vectors`` for G, or -1 to leave G as it is.
-        up_column: The same for U.
-        step: ``[2]`` int32 on the CPU; ``vectors`` is not read where ``step[1]`` is 0.
-
-    Returns:
-        ``[tokens, width]``.
-    """
-    return torch.ops.vllm_pedro.silu_and_mul_scaled(
-        gate_up, vectors, token_slots, gate_column, up_column, step
-    )
-
-
-def gelu_and_mul_scaled(
-    gate_up: Tensor,
-    vectors: Tensor,
-    token_slots: Tensor,
-    gate_column: int,
-    up_column: int,
-    step: Tensor,
-) -> Tensor:
-    """:func:`silu_and_mul_scaled` with GELU in its exact form (erf)."""
-    return torch.ops.vllm_pedro.gelu_and_mul_scaled(
-        gate_up, vectors, token_slots, gate_column, up_column, step
-    )
-
-
-def gelu_tanh_and_mul_scaled(
-    gate_up: Tensor,
-    vectors: Tensor,
-    token_slots: Tensor,
-    gate_column: int,
-    up_column: int,
-    step: Tensor,
-) -> Tensor:
-    """:func:`silu_and_mul_scaled` with the tanh form of GELU."""
-    return torch.ops.vllm_pedro.gelu_tanh_and_mul_scaled(
-        gate_up, vectors, token_slots, gate_column, up_column, step
-    )
 
 
 def scaled(x: Tensor, vectors: Tensor, token_slots: Tensor, columns: slice) -> Tensor:

@@ -20,16 +20,12 @@ from . import reference
 
 logger = logging.getLogger(__name__)
 
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 """Schemas and layout this package was written for; ``csrc/ops.cpp`` has the same number."""
 
 NATIVE_LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
 """Beside it ``setup.py`` leaves ``_C.note`` if it could not build all: what is missing, and why."""
 
-_GATED = (
-    "(Tensor gate_up, Tensor vectors, Tensor token_slots, int gate_column, int up_column, "
-    "Tensor step) -> Tensor"
-)
 SCHEMAS = {
     "generate_vectors": (
         "(Tensor hidden, Tensor(a!) vectors, Tensor generators, Tensor prompts, Tensor step) -> ()"
@@ -37,9 +33,6 @@ SCHEMAS = {
     "scale_qkv_": (
         "(Tensor(a!) qkv, Tensor vectors, Tensor token_slots, int[] ranges, Tensor step) -> ()"
     ),
-    "silu_and_mul_scaled": _GATED,
-    "gelu_and_mul_scaled": _GATED,
-    "gelu_tanh_and_mul_scaled": _GATED,
 }
 
 
@@ -139,18 +132,3 @@ def _(hidden: Tensor, vectors: Tensor, generators: Tensor, prompts: Tensor, step
 @torch.library.register_fake("vllm_pedro::scale_qkv_", lib=_library)
 def _(qkv: Tensor, vectors: Tensor, token_slots: Tensor, ranges: list[int], step: Tensor) -> None:
     return None
-
-
-def _fake_act_and_mul(
-    gate_up: Tensor,
-    vectors: Tensor,
-    token_slots: Tensor,
-    gate_column: int,
-    up_column: int,
-    step: Tensor,
-) -> Tensor:
-    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-
-
-for _name in ("silu_and_mul_scaled", "gelu_and_mul_scaled", "gelu_tanh_and_mul_scaled"):
-    torch.library.register_fake(f"vllm_pedro::{_name}", _fake_act_and_mul, lib=_library)

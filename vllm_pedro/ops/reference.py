@@ -5,12 +5,11 @@ It also runs where there is neither: on a CPU without a compiler.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..generator import generate_vectors as generate
 from ..generator import pool_prompt
@@ -56,30 +55,3 @@ def scale_qkv_(
     for column, vector_column, width in zip(ranges[::3], ranges[1::3], ranges[2::3], strict=True):
         by = vectors[:, vector_column : vector_column + width].index_select(0, slots)
         qkv[:, column : column + width].mul_(by)
-
-
-def _act_and_mul_scaled(act: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    def reference(
-        gate_up: Tensor,
-        vectors: Tensor,
-        token_slots: Tensor,
-        gate_column: int,
-        up_column: int,
-        step: Tensor,
-    ) -> Tensor:
-        width = gate_up.shape[1] // 2
-        gate, up = gate_up[:, :width].float(), gate_up[:, width:].float()
-        if int(step[1]):
-            slots = token_slots[: len(gate_up)]
-            if gate_column >= 0:
-                gate = gate * vectors[slots, gate_column : gate_column + width].float()
-            if up_column >= 0:
-                up = up * vectors[slots, up_column : up_column + width].float()
-        return (act(gate) * up).to(gate_up.dtype)
-
-    return reference
-
-
-silu_and_mul_scaled = _act_and_mul_scaled(functional.silu)
-gelu_and_mul_scaled = _act_and_mul_scaled(functional.gelu)
-gelu_tanh_and_mul_scaled = _act_and_mul_scaled(lambda x: functional.gelu(x, approximate="tanh"))

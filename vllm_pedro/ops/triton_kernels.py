@@ -7,7 +7,6 @@ wrappers here assume checked arguments and launch on the current stream, without
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -22,8 +21,6 @@ BLOCK = 1024
 SPLITS = 32
 """Most programs that share one prompt's mean or maximum. How many do depends on the step, so in the
 kernels it is no compile-time constant: each value would be compiled when it first comes up."""
-
-SILU, GELU, GELU_TANH = 0, 1, 2
 
 assert (HEADER, DENOMINATOR) == (8, 32)
 
@@ -47,35 +44,6 @@ def _scale_kernel(
         x = tl.load(at, mask=inside).to(tl.float32)
         by = tl.load(vectors_ptr + slot * vectors_stride + by_columns, mask=inside).to(tl.float32)
         tl.store(at, (x * by).to(x_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _act_kernel(
-    out_ptr, x_ptr, vectors_ptr, slots_ptr, x_stride, vectors_stride, width,
-    gate_column, up_column,
-    ACTIVATION: tl.constexpr, ANY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = j < width
-    gate = tl.load(x_ptr + token * x_stride + j, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(x_ptr + token * x_stride + width + j, mask=inside, other=0.0).to(tl.float32)
-    if ANY:
-        slot = tl.load(slots_ptr + token)
-        row = vectors_ptr + slot * vectors_stride + j
-        if (slot != 0) & (gate_column >= 0):
-            gate *= tl.load(row + gate_column, mask=inside, other=1.0).to(tl.float32)
-        if (slot != 0) & (up_column >= 0):
-            up *= tl.load(row + up_column, mask=inside, other=1.0).to(tl.float32)
-    if ACTIVATION == 0:
-        act = gate / (1.0 + tl.exp(-gate))
-    elif ACTIVATION == 1:
-        act = 0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476))
-    else:
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        act = gate / (1.0 + tl.exp(-2.0 * inner))
-    out = out_ptr + token * width + j
-    tl.store(out, (act * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -226,30 +194,3 @@ def scale_qkv_(
             _scale_kernel[(tokens, blocks)](
                 qkv, vectors, token_slots, qkv.stride(0), vectors.stride(0), *nine, BLOCK=BLOCK
             )
-
-
-def _act_and_mul_scaled(activation: int) -> Any:
-    def call(
-        gate_up: Tensor,
-        vectors: Tensor,
-        token_slots: Tensor,
-        gate_column: int,
-        up_column: int,
-        step: Tensor,
-    ) -> Tensor:
-        tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-        out = gate_up.new_empty(tokens, width)
-        if tokens:
-            _act_kernel[(tokens, triton.cdiv(width, BLOCK))](
-                out, gate_up, vectors, token_slots, gate_up.stride(0), vectors.stride(0), width,
-                gate_column, up_column,
-                ACTIVATION=activation, ANY=int(step[1]) != 0, BLOCK=BLOCK,
-            )  # fmt: skip
-        return out
-
-    return call
-
-
-silu_and_mul_scaled = _act_and_mul_scaled(SILU)
-gelu_and_mul_scaled = _act_and_mul_scaled(GELU)
-gelu_tanh_and_mul_scaled = _act_and_mul_scaled(GELU_TANH)

@@ -117,7 +117,7 @@ def test_a_replay_gives_what_the_eager_step_gives(tiny_engine, tiny_oracle, tiny
             if not plan.num_rows_with_adapter or pedro.makes_vectors:
                 return forward(*args, **kwargs)
             before = state()
-            pedro.clear_step()
+            runner.pedro_model.clear_step()
             with Tape() as tape:
                 output = forward(*args, **kwargs)
             identity = output.clone()
@@ -129,7 +129,7 @@ def test_a_replay_gives_what_the_eager_step_gives(tiny_engine, tiny_oracle, tiny
             replayed, cache = output.clone(), state()
             restore(before)
             pedro.plan = plan
-            pedro._set_switch()
+            runner.pedro_model.switch()
             eager = forward(*args, **kwargs)
             assert torch.equal(replayed, eager)
             assert all(map(torch.equal, cache, runner.kv_caches))

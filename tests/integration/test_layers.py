@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vllm_pedro.adapter import init_adapter
 from vllm_pedro.config import TARGET_MODULES, BackboneShape, PedroConfig
-from vllm_pedro.integration.layers import find_decoder_layers, install_hooks
+from vllm_pedro.integration.layers import HookedModel, find_decoder_layers
 from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, HostCache
 from vllm_pedro.serving.runtime import PedroRuntime
 from vllm_pedro.serving.slots import Assignment
@@ -114,8 +114,8 @@ class Model(nn.Module):
         return x + residual
 
 
-def serve(modules: tuple[str, ...], is_compiled: bool) -> tuple[Model, PedroRuntime]:
-    """A model under a runtime with one request, "a", of an adapter on these modules."""
+def serve(modules: tuple[str, ...], is_compiled: bool) -> tuple[Model, HookedModel]:
+    """A model, and with PEDRO in it, with one request, "a", of an adapter on these modules."""
     config = PedroConfig(r=2, target_modules=list(modules))
     adapter = stored(init_adapter(config, SHAPE, seed=1, scale=0.5))
     limits = AdapterLimits(SHAPE, 4, modules)
@@ -123,9 +123,8 @@ def serve(modules: tuple[str, ...], is_compiled: bool) -> tuple[Model, PedroRunt
     bank = AdapterBank(2, limits, store.columns, CPU)
     runtime = PedroRuntime(HostCache(4, limits, lambda *args, **keywords: adapter), bank, store)
     model = Model()
-    install_hooks(model, SHAPE, runtime, is_compiled)
     runtime.admit("a", RequestSpec("x", "/x", "x", 3, "a"))
-    return model, runtime
+    return model, HookedModel(model, SHAPE, runtime, is_compiled)
 
 
 def own_forwards(model: Model) -> set[str]:
@@ -140,35 +139,35 @@ def tokens(count: int, seed: int) -> Tensor:
     return torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def steps(runtime: PedroRuntime) -> Iterator[Tensor]:
+def steps(hooked: HookedModel) -> Iterator[Tensor]:
     """A prompt beside a base row, then a decode step, each prepared; yields the step's tokens."""
-    runtime.assign({"a": Assignment(2, True, 1)})
-    runtime.prepare_step(["b", "a"], [2, 3], [0, 0])
+    hooked.runtime.assign({"a": Assignment(2, True, 1)})
+    hooked.prepare_step(["b", "a"], [2, 3], [0, 0])
     yield tokens(5, 1)
-    runtime.step_launched()
-    runtime.prepare_step(["b", "a"], [1, 1], [2, 3])
+    hooked.runtime.step_launched()
+    hooked.prepare_step(["b", "a"], [1, 1], [2, 3])
     yield tokens(2, 2)
 
 
 @torch.inference_mode()
 def test_modules_are_as_they_were_in_steps_that_need_nothing() -> None:
     plain = Model()
-    model, runtime = serve(("q_proj", "v_proj", "up_proj"), is_compiled=False)
-    runtime.prepare_step(["b"], [4], [0])
+    model, hooked = serve(("q_proj", "v_proj", "up_proj"), is_compiled=False)
+    hooked.prepare_step(["b"], [4], [0])
     assert own_forwards(model) == set()
     assert torch.equal(model(tokens(4, 0)), plain(tokens(4, 0)))
     scaled = {"self_attn.qkv_proj", "mlp.gate_up_proj"}
     expected = [scaled | {"input_layernorm"}, scaled]
-    for x, names in zip(steps(runtime), expected, strict=True):
+    for x, names in zip(steps(hooked), expected, strict=True):
         assert own_forwards(model) == names
         out, base = model(x), plain(x)
         rows = len(x) - (3 if len(x) == 5 else 1)
         assert torch.equal(out[:rows], base[:rows])
         assert not torch.allclose(out[rows:], base[rows:])
-    runtime.finish(["a"])
-    runtime.prepare_step(["b"], [1], [3])
+    hooked.runtime.finish(["a"])
+    hooked.prepare_step(["b"], [1], [3])
     assert own_forwards(model) == set()
-    runtime.clear_step()
+    hooked.clear_step()
     assert torch.equal(model(tokens(4, 0)), plain(tokens(4, 0)))
 
 
@@ -178,16 +177,16 @@ def test_a_traced_model_computes_what_a_switched_one_does(modules: tuple[str, ..
     torch._dynamo.reset()
     plain = Model()
     eager, one = serve(modules, is_compiled=False)
-    hooked, two = serve(modules, is_compiled=True)
-    compiled = torch.compile(hooked, backend="eager", fullgraph=True, dynamic=True)
-    assert own_forwards(hooked) == set()
+    traced, two = serve(modules, is_compiled=True)
+    compiled = torch.compile(traced, backend="eager", fullgraph=True, dynamic=True)
+    assert own_forwards(traced) == set()
     for x, y in zip(steps(one), steps(two), strict=True):
         expected, found = eager(x), compiled(y)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         rows = len(x) - (3 if len(x) == 5 else 1)
         assert torch.equal(found[:rows], plain(x)[:rows])
         assert not torch.allclose(found[rows:], plain(x)[rows:])
-    for a, b in zip(one.store.vectors, two.store.vectors, strict=True):
+    for a, b in zip(one.runtime.store.vectors, two.runtime.store.vectors, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 

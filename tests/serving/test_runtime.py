@@ -94,7 +94,7 @@ def test_vectors_equal_the_training_module(tmp_path, variant, modules):
     hidden = torch.randn(10, 8, generator=torch.Generator().manual_seed(1)) * 3
     slot = rt.row("a")
     for layer in range(3):
-        rt.write_vectors(layer, hidden)
+        rt.layers[layer].generate(hidden)
         torch.testing.assert_close(
             rt.store.vectors[layer][slot], expected(adapter, layer, hidden[3:8])
         )
@@ -116,7 +116,7 @@ def test_rows_of_several_adapters_in_one_step(tmp_path):
     assert slots == sorted(slots)
     assert rt.store.step.tolist() == [3, 3]
     hidden = torch.randn(7, 8, generator=torch.Generator().manual_seed(2))
-    rt.write_vectors(0, hidden)
+    rt.layers[0].generate(hidden)
     for name, rows in (("a", slice(0, 2)), ("b", slice(2, 6)), ("c", slice(6, 7))):
         torch.testing.assert_close(
             rt.store.vectors[0][rt.row(name)], expected(made[name], 0, hidden[rows])
@@ -128,14 +128,14 @@ def test_decode_steps_and_dummy_runs_make_nothing(tmp_path):
     rt = runtime()
     rt.enter("a", request(tmp_path / "x", digest, 2))
     rt.prepare(("a", 2, 0))
-    rt.write_vectors(0, torch.randn(2, 8))
+    rt.layers[0].generate(torch.randn(2, 8))
     kept = rt.store.vectors[0].clone()
     rt.prepare(("a", 1, 2))
     assert not rt.makes_vectors
     assert rt.store.token_slots[0] == rt.row("a")
     rt.clear_step()
     assert bool((rt.store.token_slots == 0).all())
-    rt.write_vectors(0, torch.randn(2, 8))
+    rt.layers[0].generate(torch.randn(2, 8))
     assert torch.equal(rt.store.vectors[0], kept)
 
 
@@ -146,7 +146,7 @@ def test_kept_vectors_are_not_made_again(tmp_path):
     rt.enter("a", spec)
     rt.prepare(("a", 2, 0))
     hidden = torch.full((2, 8), 2.0)
-    rt.write_vectors(0, hidden)
+    rt.layers[0].generate(hidden)
     rt.leave("a")
     rt.enter("b", spec)
     rt.prepare(("b", 1, 1))
@@ -176,7 +176,7 @@ def test_more_tenants_than_device_slots(tmp_path):
         adapters[name], digest = write(tmp_path / name, seed=i)
         rt.enter(name, request(tmp_path / name, digest, 2, prompt=name))
         rt.prepare((name, 2, 0))
-        rt.write_vectors(0, torch.full((2, 8), float(i + 1)))
+        rt.layers[0].generate(torch.full((2, 8), float(i + 1)))
     rt.prepare(*((name, 1, 2) for name in "abc"))
     assert len(rt.plan.segments) == 3
     for i, name in enumerate("abc"):
@@ -194,7 +194,7 @@ def test_an_adapter_that_went_away_fails_its_own_request_only(tmp_path):
     rt.enter("b", request(tmp_path / "good", good, 2))
     (tmp_path / "gone" / "adapter_model.safetensors").unlink()
     rt.prepare(("a", 2, 0), ("b", 2, 0))
-    rt.write_vectors(0, torch.randn(4, 8))
+    rt.layers[0].generate(torch.randn(4, 8))
     failed = rt.take_failed()
     assert list(failed) == ["a"]
     assert "adapter_model.safetensors" in failed["a"]
@@ -211,7 +211,7 @@ def test_vectors_are_made_in_float32_and_kept_in_the_model_dtype(tmp_path):
     rt.enter("a", request(tmp_path / "x", digest, 1))
     rt.prepare(("a", 1, 0))
     hidden = torch.full((1, 8), 300.0, dtype=torch.bfloat16)
-    rt.write_vectors(0, hidden)
+    rt.layers[0].generate(hidden)
     row = rt.store.vectors[0][rt.row("a")]
     assert row.dtype == torch.bfloat16
     assert torch.equal(row, expected(adapter, 0, hidden.float()).bfloat16())

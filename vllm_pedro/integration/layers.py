@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import TARGET_MODULES, BackboneShape
-from ..ops import generate_vectors, scale_qkv_, scaled
+from ..serving.layer import PedroLayer
+from ..serving.plan import Ints
 from ..serving.runtime import PedroRuntime
 from ..serving.vectors import VectorStore
 
@@ -18,40 +19,6 @@ PACKED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 """vLLM's packed projections and what they pack, in the order of their columns."""
-
-
-class PedroLayer(nn.Module):
-    """One decoder layer's tensors, as buffers so that the compiled graph takes them as inputs.
-
-    Attributes:
-        vectors: ``[slots, D]``, the layer's store.
-        generators: ``[adapter slots, row]`` float32, the layer's generators.
-        token_slots: ``[max_tokens]`` int64, shared by all layers.
-        prompts: ``[sequences, 4]`` int32, shared by all layers.
-        step: ``[2]`` int32 on the CPU, shared by all layers.
-        one: A scalar 1 in the model's dtype, which no compiler can fold away.
-    """
-
-    vectors: Tensor
-    generators: Tensor
-    token_slots: Tensor
-    prompts: Tensor
-    step: Tensor
-    one: Tensor
-
-    def __init__(self, runtime: PedroRuntime, index: int) -> None:
-        super().__init__()
-        store, generators = runtime.store, runtime.bank.generators[index]
-        vectors = store.vectors[index]
-        for name, tensor in (
-            ("vectors", vectors),
-            ("generators", generators),
-            ("token_slots", store.token_slots),
-            ("prompts", store.prompts),
-            ("step", store.step),
-            ("one", torch.ones((), dtype=vectors.dtype, device=vectors.device)),
-        ):
-            self.register_buffer(name, tensor, persistent=False)
 
 
 def find_decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -98,10 +65,8 @@ def is_compiled(vllm_config: Any) -> bool:
     return bool(vllm_config.compilation_config.mode)
 
 
-def install_hooks(
-    model: nn.Module, shape: BackboneShape, runtime: PedroRuntime, is_compiled: bool
-) -> None:
-    """Hook every decoder layer of ``model`` up to the runtime.
+class HookedModel:
+    """A vLLM model with PEDRO's part in each decoder layer, and the steps it is prepared for.
 
     Forward hooks leave modules and parameter names as they are, so weights load and reload as ever.
 
@@ -114,19 +79,39 @@ def install_hooks(
     Raises:
         ValueError: The model is not of the shape that its configuration promised.
     """
-    layers = find_decoder_layers(model)
-    if len(layers) != shape.num_layers:
-        raise ValueError(f"the model has {len(layers)} decoder layers, not {shape.num_layers}")
-    expected = {module: shape.widths[module] for module in TARGET_MODULES}
-    switch = None if is_compiled else ForwardSwitch()
-    for index, layer in enumerate(layers):
-        if layer_widths(layer) != expected:
-            raise ValueError(
-                f"layer {index} has projections of widths {layer_widths(layer)}, "
-                f"expected {expected}"
-            )
-        _hook_layer(layer, index, runtime, switch)
-    runtime.switch = switch
+
+    def __init__(
+        self, model: nn.Module, shape: BackboneShape, runtime: PedroRuntime, is_compiled: bool
+    ) -> None:
+        layers = find_decoder_layers(model)
+        if len(layers) != shape.num_layers:
+            raise ValueError(f"the model has {len(layers)} decoder layers, not {shape.num_layers}")
+        expected = {module: shape.widths[module] for module in TARGET_MODULES}
+        self.runtime = runtime
+        self._switch = None if is_compiled else ForwardSwitch()
+        for index, layer in enumerate(layers):
+            if layer_widths(layer) != expected:
+                raise ValueError(
+                    f"layer {index} has projections of widths {layer_widths(layer)}, "
+                    f"expected {expected}"
+                )
+            _hook_layer(layer, runtime.layers[index], runtime.store, self._switch)
+
+    def prepare_step(self, request_ids: Sequence[str], lengths: Ints, computed: Ints) -> None:
+        """See :meth:`.PedroRuntime.prepare_step`."""
+        self.runtime.prepare_step(request_ids, lengths, computed)
+        self.switch()
+
+    def clear_step(self) -> None:
+        """See :meth:`.PedroRuntime.clear_step`."""
+        self.runtime.clear_step()
+        self.switch()
+
+    def switch(self) -> None:
+        """Have in the layers what the step that the store holds needs."""
+        if self._switch is not None:
+            store = self.runtime.store
+            self._switch(store.has_prompts, store.has_rows_with_adapter)
 
 
 class ForwardSwitch:
@@ -144,18 +129,12 @@ class ForwardSwitch:
 
     def add_maker(self, norm: nn.Module, state: PedroLayer) -> None:
         """Run a layer's generators on what its input norm reads."""
-        original = norm.forward
-        vectors, generators, prompts, step = (
-            state.vectors,
-            state.generators,
-            state.prompts,
-            state.step,
-        )
+        original, generate = norm.forward, state.generate
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             hidden = output[1] if isinstance(output, tuple) else args[0]
-            generate_vectors(hidden, vectors, generators, prompts, step)
+            generate(hidden)
             return output
 
         self._makers.append((norm, forward))
@@ -164,13 +143,12 @@ class ForwardSwitch:
         self, projection: nn.Module, state: PedroLayer, ranges: tuple[int, int, int]
     ) -> None:
         """Scale a packed projection's output in place."""
-        original = projection.forward
-        vectors, token_slots, step = state.vectors, state.token_slots, state.step
+        original, scale_ = projection.forward, state.scale_
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             x = output[0] if isinstance(output, tuple) else output
-            scale_qkv_(x, vectors, token_slots, ranges, step)
+            scale_(x, ranges)
             return output
 
         self._scalers.append((projection, forward))
@@ -199,18 +177,17 @@ class ForwardSwitch:
 
 
 def _hook_layer(
-    layer: Any, index: int, runtime: PedroRuntime, switch: ForwardSwitch | None
+    layer: Any, state: PedroLayer, store: VectorStore, switch: ForwardSwitch | None
 ) -> None:
     """Hooks for the compiler to trace, or, without one, forwards to switch."""
-    state = PedroLayer(runtime, index)
     layer.add_module("pedro", state)
-    widths, stored = layer_widths(layer), runtime.store.columns
+    widths, stored = layer_widths(layer), store.columns
     attention, mlp = layer.self_attn, layer.mlp
     compiled_elsewhere = set()
     if switch is not None:
         switch.add_maker(layer.input_layernorm, state)
     else:
-        layer.input_layernorm.register_forward_hook(_input_hook(state, runtime))
+        layer.input_layernorm.register_forward_hook(_input_hook(state, store))
         if "v_proj" in stored and isinstance(getattr(attention, "attn", None), nn.Module):
             attention.attn.register_forward_pre_hook(_value_hook(state))
         if "up_proj" in stored and "gate_proj" not in stored and hasattr(mlp, "act_fn"):
@@ -231,7 +208,7 @@ def _hook_layer(
             switch.add_scaler(projection, state, (offset, columns.start, width))
             continue
         total = sum(widths[module] for module in packed)
-        hook = _scale_hook(state, runtime.store, columns, offset, total, name in compiled_elsewhere)
+        hook = _scale_hook(state, store, columns, offset, total, name in compiled_elsewhere)
         projection.register_forward_hook(hook)
 
 
@@ -241,7 +218,7 @@ def _columns(columns: dict[str, slice], packed: tuple[str, ...]) -> slice | None
     return slice(held[0].start, held[-1].stop) if held else None
 
 
-def _input_hook(state: PedroLayer, runtime: PedroRuntime) -> Callable[..., None]:
+def _input_hook(state: PedroLayer, store: VectorStore) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # vLLM's norms take (x, residual) and return (normed, residual + x), which is the layer's
         # input; in the first layer, and in models without the fused form, the argument itself is.
@@ -250,9 +227,9 @@ def _input_hook(state: PedroLayer, runtime: PedroRuntime) -> Callable[..., None]
             # A copy, not the residual itself: Inductor keeps that in float32 across fused kernels,
             # and an operator that reads it would force it into 16 bits there, for base rows too.
             hidden = hidden * state.one
-        elif not runtime.makes_vectors:
+        elif not store.has_prompts:
             return
-        generate_vectors(hidden, state.vectors, state.generators, state.prompts, state.step)
+        state.generate(hidden)
 
     return hook
 
@@ -274,15 +251,15 @@ def _scale_hook(
         if not torch.compiler.is_compiling():
             # The operator would return at once, but getting there takes a while, in each layer.
             if store.has_rows_with_adapter:
-                scale_qkv_(x, state.vectors, state.token_slots, ranges, state.step)
+                state.scale_(x, ranges)
             return None
         if compiled_elsewhere:
             return output
         if width == total:
-            x = scaled(x, state.vectors, state.token_slots, columns)
+            x = state.scaled(x, columns)
         else:
             end = offset + width
-            middle = scaled(x[:, offset:end], state.vectors, state.token_slots, columns)
+            middle = state.scaled(x[:, offset:end], columns)
             x = torch.cat((x[:, :offset], middle, x[:, end:]), dim=-1)
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
@@ -314,6 +291,6 @@ def _activation_hook(state: PedroLayer, columns: slice) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not torch.compiler.is_compiling():
             return None
-        return scaled(output, state.vectors, state.token_slots, columns)
+        return state.scaled(output, columns)
 
     return hook

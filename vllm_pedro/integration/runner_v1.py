@@ -13,7 +13,7 @@ from ..ops import library
 from ..serving.adapters import AdapterBank, AdapterLimits, HostCache
 from ..serving.runtime import PedroRuntime
 from ..serving.vectors import VectorStore
-from .layers import install_hooks, is_compiled
+from .layers import HookedModel, is_compiled
 from .metrics import attach_reports
 from .options import PedroOptions, options_of
 from .scheduler import ASSIGNMENTS, spec_of_params
@@ -64,6 +64,7 @@ class PedroRunnerV1Mixin:
     """What ``GPUModelRunner`` and ``CPUModelRunner`` do differently when PEDRO is on."""
 
     pedro: PedroRuntime
+    pedro_model: HookedModel
     vllm_config: Any
     device: torch.device
     max_num_tokens: int
@@ -77,7 +78,7 @@ class PedroRunnerV1Mixin:
         max_tokens = max(self.max_num_tokens, *captured)
         self.pedro = build_runtime(self.vllm_config, options, self.device, max_tokens)
         # After LoRA has put its layers in place, so that the sum W x + BA x is what is scaled.
-        install_hooks(
+        self.pedro_model = HookedModel(
             self.get_model(),  # type: ignore[attr-defined]
             self.pedro.bank.limits.shape,
             self.pedro,
@@ -97,7 +98,7 @@ class PedroRunnerV1Mixin:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
         batch = self.input_batch
         rows = len(num_scheduled_tokens)
-        self.pedro.prepare_step(
+        self.pedro_model.prepare_step(
             batch.req_ids[:rows], num_scheduled_tokens, batch.num_computed_tokens_cpu[:rows]
         )
         return prepared
@@ -120,8 +121,8 @@ class PedroRunnerV1Mixin:
         )
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
-        if hasattr(self, "pedro"):
-            self.pedro.clear_step()
+        if hasattr(self, "pedro_model"):
+            self.pedro_model.clear_step()
         return super()._dummy_run(*args, **kwargs)  # type: ignore[misc]
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .layers import install_hooks, is_compiled
+from .layers import HookedModel, is_compiled
 from .metrics import attach_reports
 from .options import options_of
 from .patches import become
@@ -31,6 +31,7 @@ class PedroModelStateMixin:
     """
 
     pedro: Any
+    pedro_model: Any
     preempted: frozenset[str] = frozenset()
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
@@ -49,7 +50,7 @@ class PedroModelStateMixin:
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         """A graph is about to be captured: no row reads or makes vectors."""
-        self.pedro.clear_step()
+        self.pedro_model.clear_step()
         return super().prepare_dummy_inputs(num_reqs, num_tokens)  # type: ignore[misc]
 
 
@@ -97,6 +98,7 @@ class PedroRunnerV2Mixin:
     """What the V2 ``GPUModelRunner`` does differently when PEDRO is on."""
 
     pedro: Any
+    pedro_model: Any
     vllm_config: Any
     device: Any
     model: Any
@@ -112,15 +114,15 @@ class PedroRunnerV2Mixin:
         captured = self.vllm_config.compilation_config.cudagraph_capture_sizes or [0]
         max_tokens = max(self.max_num_tokens, *captured)
         self.pedro = build_runtime(self.vllm_config, options, self.device, max_tokens)
-        # Its class was chosen when the runner created it: see plugin.py.
-        self.model_state.pedro = self.pedro
         # After LoRA has put its layers in place, so that the sum W x + BA x is what is scaled.
-        install_hooks(
+        self.pedro_model = HookedModel(
             self.model,
             self.pedro.bank.limits.shape,
             self.pedro,
             is_compiled=is_compiled(self.vllm_config),
         )
+        # Its class was chosen when the runner created it: see plugin.py.
+        self.model_state.pedro, self.model_state.pedro_model = self.pedro, self.pedro_model
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> Any:
         """This creates the graph manager."""
@@ -142,10 +144,10 @@ class PedroRunnerV2Mixin:
         gathered = super().gather_batch_req_state(scheduler_output, dummy_run)  # type: ignore[misc]
         batch = gathered[0]
         if batch is None:
-            self.pedro.clear_step()
+            self.pedro_model.clear_step()
             return gathered
         self.pedro.assign(getattr(scheduler_output, ASSIGNMENTS, {}))
-        self.pedro.prepare_step(
+        self.pedro_model.prepare_step(
             batch.req_ids,
             batch.num_scheduled_tokens,
             self.req_states.num_computed_tokens_np[batch.idx_mapping_np],

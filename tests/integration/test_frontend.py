@@ -13,7 +13,7 @@ from vllm_pedro.integration.frontend import (
 )
 from vllm_pedro.integration.processor import RefusedRequestError
 from vllm_pedro.integration.request import ServedPedroRequest
-from vllm_pedro.integration.scheduler import FAILURE_MARK
+from vllm_pedro.integration.wire import put_failure
 
 
 def output(text="token", finish_reason=None, stop_reason=None):
@@ -21,7 +21,8 @@ def output(text="token", finish_reason=None, stop_reason=None):
     return SimpleNamespace(outputs=[completion])
 
 
-GONE = output("", "error", FAILURE_MARK + "/secret/x: the files changed")
+GONE = output("", "error")
+put_failure(GONE.outputs[0], "/secret/x: the files changed")
 
 
 def served(digest="one", **fields):

@@ -184,3 +184,25 @@ def test_a_dummy_run_that_leaves_a_trace_is_noticed(
     without_clearing(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError)):
         test_dummy_and_capture_runs_leave_no_trace({}, tiny_engine, tiny_oracle, tiny_adapters)
+
+
+def test_steps_that_warm_the_runner_up_come_from_no_scheduler(
+    tiny_engine, tiny_oracle, tiny_adapters
+):
+    """A GPU's worker makes a V2 runner's first steps itself, to have kernels compiled."""
+    if current_runner() == "v1":
+        pytest.skip("V1 is warmed up by dummy runs")
+    from vllm.v1.worker.gpu import warmup
+
+    rows, steps = rows_of(tiny_adapters), []
+    with tiny_engine(enable_prefix_caching=False) as llm:
+        runner = runner_of(llm)
+
+        def execute(scheduler_output):
+            steps.append(scheduler_output.total_num_scheduled_tokens)
+            return runner.execute_model(scheduler_output)
+
+        # `warmup_kernels` makes its steps alike, but samples in ways that no interpreter can.
+        assert warmup.run_mixed_prefill_decode_warmup(runner, execute, runner.sample_tokens, 16)
+        assert sum(count > 0 for count in steps) == 2, steps
+        check_all(tiny_oracle, rows, ask(llm, rows))

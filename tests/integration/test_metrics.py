@@ -9,7 +9,8 @@ from prometheus_client import REGISTRY
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import SchedulerStats
 
-from vllm_pedro.integration.metrics import STATS_KEY, PedroMetrics, StatsRelay, attach_reports
+from vllm_pedro.integration import wire
+from vllm_pedro.integration.metrics import PedroMetrics
 
 
 @pytest.fixture
@@ -37,7 +38,8 @@ STATS = {
 
 
 def test_what_a_step_counted_is_published_and_hidden_from_other_loggers(metrics):
-    stats = SchedulerStats(ec_connector_stats={STATS_KEY: STATS})
+    stats = SchedulerStats()
+    wire.put_stats(stats, STATS)
     metrics.record(stats, None)
     assert stats.ec_connector_stats is None
     metrics.record(SchedulerStats(), None)
@@ -76,28 +78,3 @@ def test_pedro_names_stay_out_of_the_label_that_lists_loras(metrics):
     metrics.record(stats, None)
     assert stats.running_lora_adapters == {"lora": 1}
     assert stats.waiting_lora_adapters == {}
-
-
-def test_the_relay_keeps_counts_until_statistics_take_them(metrics):
-    relay = StatsRelay()
-    runtime = SimpleNamespace(take_failed=dict, take_stats=lambda: {"hits": {"host": 1}})
-    for _ in range(2):
-        output = SimpleNamespace()
-        attach_reports(output, runtime)
-        relay.add(output)
-    relay.add(SimpleNamespace())
-    stats = SchedulerStats()
-    relay.attach(stats)
-    assert stats.ec_connector_stats == {STATS_KEY: {"hits": {"host": 2}}}
-    later = SchedulerStats()
-    relay.attach(later)
-    assert later.ec_connector_stats is None
-
-
-def test_where_statistics_are_off_nothing_piles_up():
-    relay = StatsRelay()
-    relay.add(SimpleNamespace(pedro_stats={"hits": {"host": 1}}))
-    relay.attach(None)
-    stats = SchedulerStats()
-    relay.attach(stats)
-    assert stats.ec_connector_stats is None

@@ -55,12 +55,12 @@ def chosen_graphs(
 
 def _observe_steps(runner: Any, now: dict[str, bool]) -> None:
     """Keep in ``now`` what the scheduler said of the step that runs."""
-    from vllm_pedro.integration.scheduler import ASSIGNMENTS
+    from vllm_pedro.integration import wire
 
     execute = runner.execute_model
 
     def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        entering = getattr(scheduler_output, ASSIGNMENTS, {})
+        entering = wire.assignments_of(scheduler_output)
         rows = scheduler_output.num_scheduled_tokens
         now["generates"] = any(a.makes for a in entering.values())
         now["with_adapters"] = any(i in entering or runner.pedro.slot_of(i) for i in rows)

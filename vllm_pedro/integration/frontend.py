@@ -13,7 +13,7 @@ from typing import Any
 from .patches import wrap
 from .processor import RefusedRequestError
 from .request import PedroRequest, ServedPedroRequest
-from .scheduler import FAILURE_MARK
+from .wire import failure_of
 
 ATTEMPTS = 4
 
@@ -59,7 +59,7 @@ async def _generate(
         outputs, begun = start(adapter), False
         try:
             async for output in outputs:
-                reason = failure_of(output)
+                reason = next(filter(None, map(failure_of, output.outputs)), "")
                 if reason:
                     break
                 begun = True
@@ -77,15 +77,6 @@ async def _generate(
         # The reason may name folders; the worker's log has it.
         reason = "it was changed or removed while the request ran; send the request again"
     raise RefusedRequestError(f"adapter {adapter.lora_name!r}: {reason}", parameter="model")
-
-
-def failure_of(output: Any) -> str:
-    """Why a request ended for want of its adapter, or the empty string."""
-    for completion in output.outputs:
-        reason = completion.stop_reason
-        if completion.finish_reason == "error" and str(reason).startswith(FAILURE_MARK):
-            return str(reason).removeprefix(FAILURE_MARK)
-    return ""
 
 
 def install_beam_search() -> None:

@@ -11,14 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..serving.runtime import PedroRuntime
-from ..serving.stats import PREFILL_STATES, TIERS, merge_stats
+from ..serving.stats import PREFILL_STATES, TIERS
+from . import wire
 from .options import options_of
 from .patches import wrap
-
-STATS_KEY = "vllm_pedro"
-"""Key of the counts in ``SchedulerStats.ec_connector_stats``, the field that may hold any values.
-It is for connectors of multimodal encoders, which an engine with PEDRO does not have."""
 
 LOAD_SECONDS_BUCKETS = (
     0.001,
@@ -35,38 +31,6 @@ LOAD_SECONDS_BUCKETS = (
     5.0,
     10.0,
 )
-
-
-def attach_reports(output: Any, runtime: PedroRuntime) -> None:
-    """Put on a step's output what the scheduler has to know: failed requests, and the counts."""
-    # An asynchronous output wraps the one that the scheduler will see: V1's, V2's.
-    for name in ("_model_runner_output", "model_runner_output"):
-        output = getattr(output, name, output)
-    failed, stats = runtime.take_failed(), runtime.take_stats()
-    if failed:
-        output.pedro_failed = failed
-    if stats:
-        output.pedro_stats = stats
-
-
-class StatsRelay:
-    """The scheduler's side: keeps counts until its next statistics take them along."""
-
-    def __init__(self) -> None:
-        self._stats: dict[str, Any] = {}
-
-    def add(self, model_runner_output: Any) -> None:
-        """Take a step's counts."""
-        stats = getattr(model_runner_output, "pedro_stats", None)
-        if stats:
-            merge_stats(self._stats, stats)
-
-    def attach(self, scheduler_stats: Any) -> None:
-        """Hand the counts on; None, where statistics are off, drops them."""
-        stats, self._stats = self._stats, {}
-        if stats and scheduler_stats is not None:
-            payload = dict(scheduler_stats.ec_connector_stats or {})
-            scheduler_stats.ec_connector_stats = {**payload, STATS_KEY: stats}
 
 
 class PedroMetrics:
@@ -145,10 +109,9 @@ class PedroMetrics:
         """Publish a step's counts, and take them away before the other loggers see them."""
         if scheduler_stats is None:
             return
-        payload = scheduler_stats.ec_connector_stats
-        if payload and STATS_KEY in payload:
-            self.observe(payload.pop(STATS_KEY), engine_idx)
-            scheduler_stats.ec_connector_stats = payload or None
+        counts = wire.take_stats(scheduler_stats)
+        if counts:
+            self.observe(counts, engine_idx)
         # vLLM makes a label of the LoRAs in use: their number is bounded by max_loras.
         for names in (scheduler_stats.running_lora_adapters, scheduler_stats.waiting_lora_adapters):
             for name in [n for n in names if self.is_pedro_name(n)]:

@@ -17,6 +17,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from ..errors import PedroError
+from . import wire
 from .cli import AdapterModules, PedroModulePath
 from .folders import check_name, public_reason, resolve_folder
 from .metrics import metrics_of
@@ -325,11 +326,11 @@ class PedroServingModelsMixin:
     async def _pedro_register(self, entry: ServedPedroRequest) -> None:
         old = self.lora_requests.get(entry.lora_name)
         self.lora_requests[entry.lora_name] = entry
-        await self._pedro_tell_workers("pedro_restore", entry.digest)
+        await wire.restore(self.engine_client, entry.digest)
         if isinstance(old, PedroRequest):
             if getattr(old, "digest", "") != entry.digest:
-                await self.engine_client.engine_core.call_utility_async(
-                    "pedro_replace",
+                await wire.replace(
+                    self.engine_client,
                     entry.lora_name,
                     entry.lora_path,
                     entry.digest,
@@ -352,12 +353,9 @@ class PedroServingModelsMixin:
             self._pedro_registry.forget(old.lora_path)
         digest = getattr(old, "digest", "")
         if digest and all(getattr(e, "digest", "") != digest for e in entries):
-            await self._pedro_tell_workers("pedro_retire", digest)
-
-    async def _pedro_tell_workers(self, method: str, digest: str) -> None:
-        answers = await self.engine_client.collective_rpc(method, args=(digest,))
-        if self._pedro_metrics is not None and answers and answers[0]:
-            self._pedro_metrics.observe(answers[0])
+            counts = await wire.retire(self.engine_client, digest)
+            if self._pedro_metrics is not None:
+                self._pedro_metrics.observe(counts)
 
     def _pedro_count(self) -> None:
         if self._pedro_metrics is not None:

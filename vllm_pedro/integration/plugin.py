@@ -8,7 +8,7 @@ from typing import Any
 
 from .._import_hook import when_imported
 from ..versions import check_vllm_version
-from . import cli, keywords, metrics
+from . import cli, keywords, metrics, wire
 from .options import options_of, tokens_for_any_prompt
 from .patches import become, extend, wrap
 
@@ -167,23 +167,16 @@ def _install_engine_core() -> None:
     """
     from vllm.v1.engine.core import EngineCore
 
-    from .scheduler import spec_of_params
-
     def preprocess(original: Callable[..., Any]) -> Callable[..., Any]:
         def preprocess_add_request(self: Any, request: Any) -> Any:
-            if spec_of_params(request.sampling_params) is not None:
+            if wire.spec_of(request.sampling_params) is not None:
                 request.lora_request = None
             return original(self, request)
 
         return preprocess_add_request
 
-    # vLLM counts the arguments of what a front end calls: they have to be named.
-    def pedro_replace(self: Any, name: str, path: str, digest: str, needs_all_states: bool) -> int:
-        """Called by a front end: see :meth:`.PedroSchedulerMixin.pedro_replace`."""
-        return int(self.scheduler.pedro_replace(name, path, digest, needs_all_states))
-
     wrap(EngineCore, "preprocess_add_request", preprocess)
-    EngineCore.pedro_replace = pedro_replace
+    wire.add_core_methods(EngineCore)
 
 
 def _install_beam_search() -> None:
@@ -251,17 +244,7 @@ def _install_workers() -> None:
     """
     from vllm.v1.worker.worker_base import WorkerBase
 
-    def pedro_retire(self: Any, digest: str) -> dict[str, Any]:
-        """Free an adapter's memory once nobody needs it; the counts."""
-        self.model_runner.pedro.retire(digest)
-        return dict(self.model_runner.pedro.take_stats())
-
-    def pedro_restore(self: Any, digest: str) -> None:
-        """An adapter that may have been retired is served again."""
-        self.model_runner.pedro.restore(digest)
-
-    WorkerBase.pedro_retire = pedro_retire
-    WorkerBase.pedro_restore = pedro_restore
+    wire.add_worker_methods(WorkerBase)
 
 
 def _install_gpu_runner() -> None:

@@ -21,7 +21,8 @@ from ..adapter import WEIGHTS_NAME, inspect_adapter, verify_adapter
 from ..config import CONFIG_NAME, MAX_CONFIG_BYTES, BackboneShape
 from ..errors import PedroError
 from ..serving.adapters import AdapterLimits
-from ..serving.spec import EXTRA_ARGS_KEY, RequestSpec, cache_salt
+from ..serving.spec import RequestSpec, cache_salt
+from . import wire
 from .options import draft_places, options_of
 from .request import PedroRequest, ServedPedroRequest
 
@@ -221,9 +222,9 @@ class PedroInputProcessorMixin:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if (getattr(params, "extra_args", None) or {}).get(EXTRA_ARGS_KEY) is not None:
+        if wire.carries_spec(params):
             raise RefusedRequestError(
-                f"extra_args[{EXTRA_ARGS_KEY!r}] is reserved: ask for a PEDRO adapter with "
+                f"extra_args[{wire.KEY!r}] is reserved: ask for a PEDRO adapter with "
                 "lora_request=PedroRequest(...), or by its model name",
                 parameter="extra_args",
             )
@@ -315,6 +316,5 @@ class PedroInputProcessorMixin:
             known.needs_all_states,
             getattr(lora_request, "prompt_length", None) is not None,
         )
-        params = request.sampling_params
-        params.extra_args = {**(params.extra_args or {}), EXTRA_ARGS_KEY: spec.to_wire()}
+        wire.put_spec(request.sampling_params, spec)
         request.cache_salt = cache_salt(request.cache_salt, spec)

@@ -13,10 +13,9 @@ from ..ops import library
 from ..serving.adapters import AdapterBank, AdapterLimits, HostCache
 from ..serving.runtime import PedroRuntime
 from ..serving.vectors import VectorStore
+from . import wire
 from .layers import HookedModel, is_compiled
-from .metrics import attach_reports
 from .options import PedroOptions, options_of
-from .scheduler import ASSIGNMENTS, spec_of_params
 
 logger = logging.getLogger("vllm.vllm_pedro")
 
@@ -60,6 +59,11 @@ def build_runtime(
     return runtime
 
 
+def report_of_step(runtime: PedroRuntime) -> wire.StepReport:
+    """What happened since the last report."""
+    return wire.StepReport(runtime.take_failed(), runtime.take_stats())
+
+
 class PedroRunnerV1Mixin:
     """What ``GPUModelRunner`` and ``CPUModelRunner`` do differently when PEDRO is on."""
 
@@ -88,10 +92,11 @@ class PedroRunnerV1Mixin:
     def _update_states(self, scheduler_output: Any) -> Any:
         self.pedro.finish(scheduler_output.finished_req_ids)
         for request in scheduler_output.scheduled_new_reqs:
-            spec = spec_of_params(request.sampling_params)
+            spec = wire.spec_of(request.sampling_params)
             if spec is not None:
                 self.pedro.admit(request.req_id, spec)
-        self.pedro.assign(getattr(scheduler_output, ASSIGNMENTS, {}))
+        if self.pedro.has_requests:
+            self.pedro.assign(wire.assignments_of(scheduler_output))
         return super()._update_states(scheduler_output)  # type: ignore[misc]
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
@@ -127,5 +132,5 @@ class PedroRunnerV1Mixin:
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
-        attach_reports(output, self.pedro)
+        wire.put_report(output, report_of_step(self.pedro))
         return output

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import wire
 from .layers import HookedModel, is_compiled
-from .metrics import attach_reports
 from .options import options_of
 from .patches import become
-from .runner_v1 import build_runtime
-from .scheduler import ASSIGNMENTS, spec_of_params
+from .runner_v1 import build_runtime, report_of_step
 
 
 class PedroModelStateMixin:
@@ -38,7 +37,7 @@ class PedroModelStateMixin:
         """A request enters, for the first time or after preemption."""
         super().add_request(req_index, new_req_data)  # type: ignore[misc]
         self.preempted -= {new_req_data.req_id}
-        spec = spec_of_params(new_req_data.sampling_params)
+        spec = wire.spec_of(new_req_data.sampling_params)
         if spec is not None:
             self.pedro.admit(new_req_data.req_id, spec)
 
@@ -146,7 +145,8 @@ class PedroRunnerV2Mixin:
         if batch is None:
             self.pedro_model.clear_step()
             return gathered
-        self.pedro.assign(getattr(scheduler_output, ASSIGNMENTS, {}))
+        if self.pedro.has_requests:  # no scheduler made the steps that warm the runner up
+            self.pedro.assign(wire.assignments_of(scheduler_output))
         self.pedro_model.prepare_step(
             batch.req_ids,
             batch.num_scheduled_tokens,
@@ -162,5 +162,5 @@ class PedroRunnerV2Mixin:
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
         if output is not None:
-            attach_reports(output, self.pedro)
+            wire.put_report(output, report_of_step(self.pedro))
         return output

@@ -15,26 +15,13 @@ from vllm.v1.request import RequestStatus
 
 from ..serving.admission import Admission, Turn
 from ..serving.slots import Assignment, VectorSlots
-from ..serving.spec import EXTRA_ARGS_KEY, RequestSpec, cache_salt
-from .metrics import StatsRelay
+from ..serving.spec import RequestSpec, cache_salt
+from ..serving.stats import merge_stats
+from . import wire
 from .options import draft_places, options_of
-
-ASSIGNMENTS = "pedro_assignments"
-"""Attribute of ``SchedulerOutput``: request id -> row of the vector store, for those that enter."""
-
 
 WAITING = (RequestStatus.WAITING, RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR)
 """Of a request that was never scheduled."""
-
-FAILURE_MARK = "PEDRO: "
-"""Begins the ``stop_reason`` of a request that ended because its adapter could not be had."""
-
-
-def spec_of_params(params: Any) -> RequestSpec | None:
-    """The spec that a request's sampling parameters carry, if any."""
-    extra = getattr(params, "extra_args", None)
-    wire = extra.get(EXTRA_ARGS_KEY) if extra else None
-    return None if wire is None else RequestSpec.from_wire(wire)
 
 
 class PedroSchedulerMixin:
@@ -55,10 +42,11 @@ class PedroSchedulerMixin:
             vllm_config.scheduler_config.max_num_batched_tokens,
             draft_places(vllm_config.speculative_config),
         )
-        self._pedro_stats = StatsRelay()
+        # Counts that wait for the next statistics.
+        self._pedro_stats: dict[str, Any] = {}
 
     def add_request(self, request: Any) -> None:
-        request.pedro = spec_of_params(request.sampling_params)
+        request.pedro = wire.spec_of(request.sampling_params)
         super().add_request(request)  # type: ignore[misc]
 
     def pedro_replace(self, name: str, path: str, digest: str, needs_all_states: bool) -> int:
@@ -79,8 +67,7 @@ class PedroSchedulerMixin:
                 continue
             new = replace(old, path=path, digest=digest, needs_all_states=needs_all_states)
             request.pedro = new
-            params = request.sampling_params
-            params.extra_args = {**params.extra_args, EXTRA_ARGS_KEY: new.to_wire()}
+            wire.put_spec(request.sampling_params, new)
             salt = request.cache_salt.removesuffix(cache_salt("", old))
             request.cache_salt = cache_salt(salt, new)
             request.block_hashes.clear()
@@ -94,12 +81,11 @@ class PedroSchedulerMixin:
         self._pedro_admission.begin_step(self._pedro_turns())
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         entering = [i for i in self._pedro_entering if i in output.num_scheduled_tokens]
-        if entering:
-            # Those whose vectors are kept come first: the others may take rows that nobody holds.
-            entering.sort(key=lambda i: not self._pedro_entering[i])
-            setattr(output, ASSIGNMENTS, {i: self._pedro_assign(i) for i in entering})
-            for request_id in entering:
-                self._pedro_admission.forget(request_id)
+        # Those whose vectors are kept come first: the others may take rows that nobody holds.
+        entering.sort(key=lambda i: not self._pedro_entering[i])
+        wire.put_assignments(output, {i: self._pedro_assign(i) for i in entering})
+        for request_id in entering:
+            self._pedro_admission.forget(request_id)
         return output
 
     def _pedro_turns(self) -> Iterable[Turn]:
@@ -234,29 +220,31 @@ class PedroSchedulerMixin:
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """End the requests whose adapter could not be had; drop what they computed."""
-        self._pedro_stats.add(model_runner_output)
-        failed = getattr(model_runner_output, "pedro_failed", {})
+        report = wire.report_of(scheduler_output, model_runner_output)
+        merge_stats(self._pedro_stats, report.stats)
         dropped: dict[str, str] = {}
-        for request_id, assignment in getattr(scheduler_output, ASSIGNMENTS, {}).items():
+        for request_id, assignment in wire.assignments_of(scheduler_output).items():
             if not assignment.makes:
                 continue
-            if request_id not in failed:
+            if request_id not in report.failed:
                 self._pedro_slots.confirm(assignment)
                 continue
             for reader in self._pedro_slots.withdraw(assignment):
                 self._pedro_drop(reader, model_runner_output)
-                dropped[reader] = failed[request_id]
+                dropped[reader] = report.failed[request_id]
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         if dropped:
             for client in outputs.values():
                 for output in client.outputs:
                     if output.request_id in dropped and output.finish_reason is not None:
-                        output.stop_reason = FAILURE_MARK + dropped[output.request_id]
+                        wire.put_failure(output, dropped[output.request_id])
         return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
-        self._pedro_stats.attach(stats)
+        counts, self._pedro_stats = self._pedro_stats, {}
+        if counts and stats is not None:  # None where statistics are off
+            wire.put_stats(stats, counts)
         return stats
 
     def _pedro_drop(self, request_id: str, model_runner_output: Any) -> None:

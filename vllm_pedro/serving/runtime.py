@@ -66,6 +66,11 @@ class PedroRuntime:
 
     # The life of a request.
 
+    @property
+    def has_requests(self) -> bool:
+        """Whether any request with an adapter has entered and is not done."""
+        return bool(self._specs)
+
     def admit(self, request_id: str, spec: RequestSpec) -> None:
         """A request with an adapter enters its first step."""
         self._specs[request_id] = spec

@@ -7,13 +7,6 @@ from typing import Any
 
 from .slots import VectorKey
 
-EXTRA_ARGS_KEY = "vllm_pedro"
-"""Key under which a request's spec travels in ``SamplingParams.extra_args``.
-
-That dictionary is vLLM's own channel for per-request plugin data: it survives the wire between the
-front end, the engine core and the workers, and both model runners hand it on with a new request.
-"""
-
 
 @dataclass(frozen=True, slots=True)
 class RequestSpec:

@@ -1,0 +1,208 @@
+"""Everything of PEDRO's that rides on vLLM's objects between its processes, in one place.
+
+| crossing | rides on | is put by | is taken by |
+| --- | --- | --- | --- |
+| `RequestSpec` | `SamplingParams.extra_args` | input processor | scheduler, runner |
+| assignments | an attribute of `SchedulerOutput` | scheduler | runner, scheduler |
+| `StepReport` | an attribute of `ModelRunnerOutput` | runner | scheduler |
+| counts | `SchedulerStats.ec_connector_stats` | scheduler | metrics |
+| a failure's reason | `stop_reason` of a request's last output | scheduler | front end |
+| calls | `EngineCore`, `WorkerBase`: methods of these names | front end | engine core, worker |
+
+What is due and is not there is an error: an attribute that was lost on the way would otherwise read
+as "nobody enters" or "nothing failed".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..serving.slots import Assignment
+from ..serving.spec import RequestSpec
+
+KEY = "vllm_pedro"
+"""PEDRO's key in vLLM's open dictionaries: `extra_args` and `ec_connector_stats`."""
+
+_ASSIGNMENTS = "pedro_assignments"
+_REPORT = "pedro_report"
+_FAILURE = "PEDRO: "
+
+
+class WireError(RuntimeError):
+    """Something that has to travel with one of vLLM's objects was lost on the way."""
+
+
+# Front end -> scheduler and worker: `extra_args` is vLLM's own channel for a plugin's data of a
+# request. It reaches all processes, and both runners hand it on with a new request.
+
+
+def carries_spec(params: Any) -> bool:
+    """Whether something lies where a request's spec belongs; users may not put it there."""
+    return (getattr(params, "extra_args", None) or {}).get(KEY) is not None
+
+
+def put_spec(params: Any, spec: RequestSpec) -> None:
+    """Have a request's spec travel with its sampling parameters."""
+    params.extra_args = {**(params.extra_args or {}), KEY: spec.to_wire()}
+
+
+def spec_of(params: Any) -> RequestSpec | None:
+    """The spec that travels with sampling parameters; None for a request without an adapter."""
+    extra = getattr(params, "extra_args", None)
+    wire = extra.get(KEY) if extra else None
+    return None if wire is None else RequestSpec.from_wire(wire)
+
+
+# Scheduler -> worker.
+
+
+def put_assignments(scheduler_output: Any, assignments: Mapping[str, Assignment]) -> None:
+    """Send the rows of the requests that enter the batch in this step, of none too."""
+    setattr(scheduler_output, _ASSIGNMENTS, dict(assignments))
+
+
+def assignments_of(scheduler_output: Any) -> dict[str, Assignment]:
+    """Request id -> row of the vector store, for the requests that enter in this step.
+
+    Raises:
+        WireError: They were not put, or were lost.
+    """
+    found = getattr(scheduler_output, _ASSIGNMENTS, None)
+    if found is None:
+        raise WireError(
+            "a step came without PEDRO's assignments: vLLM's SchedulerOutput lost them, or the "
+            "engine runs another scheduler than vllm_pedro's"
+        )
+    return dict(found)
+
+
+# Worker -> scheduler.
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What the scheduler has to know of a step.
+
+    Attributes:
+        failed: Request id -> why its adapter could not be loaded.
+        stats: Counts as :meth:`.PedroRuntime.take_stats` gives them.
+    """
+
+    failed: dict[str, str] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+def put_report(output: Any, report: StepReport) -> None:
+    """Send a step's report with its output; an asynchronous one wraps what the scheduler sees."""
+    for name in ("_model_runner_output", "model_runner_output"):  # V1's, V2's
+        output = getattr(output, name, output)
+    setattr(output, _REPORT, report)
+
+
+def report_of(scheduler_output: Any, model_runner_output: Any) -> StepReport:
+    """The report of a step; an empty one of a step without tokens, which runs no model.
+
+    Raises:
+        WireError: It was not put, or was lost.
+    """
+    if not scheduler_output.total_num_scheduled_tokens:
+        return StepReport()
+    report = getattr(model_runner_output, _REPORT, None)
+    if not isinstance(report, StepReport):
+        raise WireError(
+            "a step's output came without PEDRO's report: vLLM's ModelRunnerOutput lost it, or the "
+            "worker runs another model runner than vllm_pedro's"
+        )
+    return report
+
+
+# Scheduler -> front end.
+
+
+def put_stats(scheduler_stats: Any, stats: dict[str, Any]) -> None:
+    """Send counts with the scheduler's statistics.
+
+    In the one field that may hold any values. It is for connectors of multimodal encoders, which an
+    engine with PEDRO does not have.
+    """
+    payload = dict(scheduler_stats.ec_connector_stats or {})
+    scheduler_stats.ec_connector_stats = {**payload, KEY: stats}
+
+
+def take_stats(scheduler_stats: Any) -> dict[str, Any] | None:
+    """The counts that came with statistics, if any; they are gone from there afterwards."""
+    payload = scheduler_stats.ec_connector_stats
+    if not payload or KEY not in payload:
+        return None
+    stats: dict[str, Any] = payload.pop(KEY)
+    scheduler_stats.ec_connector_stats = payload or None
+    return stats
+
+
+def put_failure(output: Any, reason: str) -> None:
+    """Have a request's last output say that its adapter could not be loaded, and why."""
+    output.stop_reason = _FAILURE + reason
+
+
+def failure_of(completion: Any) -> str:
+    """Why a request ended for want of its adapter; the empty string if it did not."""
+    reason = completion.stop_reason
+    if completion.finish_reason == "error" and str(reason).startswith(_FAILURE):
+        return str(reason).removeprefix(_FAILURE)
+    return ""
+
+
+# Front end -> engine core and workers: vLLM calls methods by name. `plugin.py` adds them.
+
+
+async def retire(engine_client: Any, digest: str) -> dict[str, Any]:
+    """Free an adapter's memory in the workers once no request needs it; the first worker's counts.
+
+    The counts tell an idle engine's metrics that the memory is free.
+    """
+    answers = await engine_client.collective_rpc("pedro_retire", args=(digest,))
+    return dict(answers[0])
+
+
+async def restore(engine_client: Any, digest: str) -> None:
+    """Serve an adapter that may have been retired."""
+    await engine_client.collective_rpc("pedro_restore", args=(digest,))
+
+
+async def replace(
+    engine_client: Any, name: str, path: str, digest: str, needs_all_states: bool
+) -> int:
+    """Give a name's new content to the requests that have not begun; how many those are."""
+    return int(
+        await engine_client.engine_core.call_utility_async(
+            "pedro_replace", name, path, digest, needs_all_states
+        )
+    )
+
+
+def add_core_methods(engine_core: type) -> None:
+    """Add what :func:`replace` calls; vLLM counts the arguments, so they have to be named."""
+
+    def pedro_replace(self: Any, name: str, path: str, digest: str, needs_all_states: bool) -> int:
+        """Called by a front end: see :meth:`.PedroSchedulerMixin.pedro_replace`."""
+        return int(self.scheduler.pedro_replace(name, path, digest, needs_all_states))
+
+    engine_core.pedro_replace = pedro_replace  # type: ignore[attr-defined]
+
+
+def add_worker_methods(worker: type) -> None:
+    """Add what :func:`retire` and :func:`restore` call."""
+
+    def pedro_retire(self: Any, digest: str) -> dict[str, Any]:
+        """Free an adapter's memory once no request needs it; the counts."""
+        self.model_runner.pedro.retire(digest)
+        return dict(self.model_runner.pedro.take_stats())
+
+    def pedro_restore(self: Any, digest: str) -> None:
+        """An adapter that may have been retired is served again."""
+        self.model_runner.pedro.restore(digest)
+
+    worker.pedro_retire = pedro_retire  # type: ignore[attr-defined]
+    worker.pedro_restore = pedro_restore  # type: ignore[attr-defined]

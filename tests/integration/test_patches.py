@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 import types
 
 import pytest
@@ -20,6 +21,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_pedro import integration
 from vllm_pedro.integration.models import PedroServingModelsMixin
 from vllm_pedro.integration.patches import become, extend, wrap
+from vllm_pedro.integration.plugin import PATCHES
 from vllm_pedro.integration.processor import PedroInputProcessorMixin
 from vllm_pedro.integration.runner_v1 import PedroRunnerV1Mixin
 from vllm_pedro.integration.runner_v2 import (
@@ -102,6 +104,46 @@ def test_wrapping_is_done_once_and_calls_the_original():
     wrap(Target, "method", twice)
     wrap(Target, "method", twice)
     assert Target().method(1) == 4
+
+
+def test_a_second_patch_of_one_function_is_a_mistake():
+    def other(original):
+        return original
+
+    class Target:
+        @classmethod
+        def method(cls):
+            return 1
+
+    def more(original):
+        return lambda cls: original(cls) + 1
+
+    wrap(Target, "method", more)
+    wrap(Target, "method", more)
+    assert Target.method() == 2
+    with pytest.raises(RuntimeError, match=r"patches .*Target\.method twice: by .*more and by"):
+        wrap(Target, "method", other)
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.target)
+def test_each_listed_patch_can_be_applied_and_says_why(patch):
+    patch.apply()
+    owner, names = importlib.import_module(patch.module), patch.target.partition(":")[2].split(".")
+    for name in names:
+        owner = getattr(owner, name)
+    assert hasattr(owner, "_vllm_pedro_original")
+    assert patch.why
+    assert patch.until
+    assert re.fullmatch(r"https://github\.com/vllm-project/vllm/(issues|pull)/\d+", patch.upstream)
+
+
+def test_nothing_is_patched_that_is_not_listed():
+    """`wrap` is for the list alone, and for the keywords, which are needed before plugins load."""
+    calls = {}
+    for info in pkgutil.iter_modules(integration.__path__):
+        source = inspect.getsource(importlib.import_module(f"{integration.__name__}.{info.name}"))
+        calls[info.name] = len(re.findall(r"(?<!def )\bwrap\(", source))
+    assert {name for name, count in calls.items() if count} == {"patches", "keywords"}
 
 
 def test_a_module_s_function_is_wrapped_like_a_class_s():

@@ -31,6 +31,8 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_pedro.integration.plugin import PATCHES
+
 KNOWN = {
     # wrapped
     (EngineArgs, "create_engine_config"): "b9b94288f46d",
@@ -101,3 +103,11 @@ def digest(owner: type, name: str) -> str:
 @pytest.mark.parametrize(("owner", "name"), KNOWN, ids=lambda v: getattr(v, "__name__", v))
 def test_function_is_the_known_one(owner, name):
     assert digest(owner, name) == KNOWN[owner, name]
+
+
+def test_every_patched_function_is_held():
+    """But for the constructors that a dataclass writes itself."""
+    known = {f"{o.__module__}:{o.__qualname__}.{n}" for o, n in KNOWN if isinstance(o, type)}
+    known |= {f"{o.__name__}:{n}" for o, n in KNOWN if not isinstance(o, type)}
+    for patch in PATCHES:
+        assert patch.target in known or patch.target.endswith("EngineArgs.__init__")

@@ -18,7 +18,6 @@ from ..config import CONFIG_NAME, TARGET_MODULES
 from ..errors import PedroError
 from .folders import check_name
 from .options import CONFIG_KEY, ENABLE_KEYWORD, OPTION_NAMES, PedroOptions
-from .patches import wrap
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,27 +246,20 @@ def apply_flags(args: Any) -> None:
     args.lora_modules = AdapterModules(lora, pedro, root)
 
 
-def install() -> None:
-    """Teach vLLM's command line the flags.
+def add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Patch of `EngineArgs`."""
 
-    Upstream: plugins load while the parser is built, before the engine's arguments are added, but
-    have no place to add theirs.
-    Can go when: vLLM lets plugins add arguments.
-    """
-    from vllm.engine.arg_utils import EngineArgs
+    def wrapped(parser: Any) -> Any:
+        return add_flags(original(parser))
 
-    def add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(parser: Any) -> Any:
-            return add_flags(original(parser))
+    return wrapped
 
-        return wrapped
 
-    def from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(cls: Any, args: Any) -> Any:
-            apply_flags(args)
-            return original(cls, args)
+def from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Patch of `EngineArgs`."""
 
-        return wrapped
+    def wrapped(cls: Any, args: Any) -> Any:
+        apply_flags(args)
+        return original(cls, args)
 
-    wrap(EngineArgs, "add_cli_args", add_cli_args)
-    wrap(EngineArgs, "from_cli_args", from_cli_args)
+    return wrapped

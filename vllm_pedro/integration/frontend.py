@@ -10,40 +10,33 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from .patches import wrap
-from .processor import RefusedRequestError
+import msgspec
+
+from .processor import RefusedRequestError, is_pedro
 from .request import PedroRequest, ServedPedroRequest
 from .wire import failure_of
 
 ATTEMPTS = 4
 
 
-def install_generate() -> None:
-    """Admit a request again if its adapter went before its prompt was prefilled.
+def generate(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Patch of `AsyncLLM`: admit a request again whose adapter changed before its prefill."""
 
-    Upstream: a request ends with the finish reason ``error``, which the API answers with a 500.
-    Can go when: requests can fail with a reason that is the client's, and be put back.
-    """
-    from vllm.v1.engine.async_llm import AsyncLLM
+    def wrapped(
+        self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        lora_request = kwargs.pop("lora_request", None)
 
-    def generate(original: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(
-            self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
-        ) -> AsyncGenerator[Any, None]:
-            lora_request = kwargs.pop("lora_request", None)
+        def start(adapter: Any) -> AsyncGenerator[Any, None]:
+            return original(
+                self, prompt, sampling_params, request_id, lora_request=adapter, **kwargs
+            )
 
-            def start(adapter: Any) -> AsyncGenerator[Any, None]:
-                return original(
-                    self, prompt, sampling_params, request_id, lora_request=adapter, **kwargs
-                )
+        if not isinstance(lora_request, PedroRequest):
+            return start(lora_request)
+        return _generate(start, lora_request, getattr(self, "pedro_models", None))
 
-            if not isinstance(lora_request, PedroRequest):
-                return start(lora_request)
-            return _generate(start, lora_request, getattr(self, "pedro_models", None))
-
-        return wrapped
-
-    wrap(AsyncLLM, "generate", generate)
+    return wrapped
 
 
 async def _generate(
@@ -79,35 +72,39 @@ async def _generate(
     raise RefusedRequestError(f"adapter {adapter.lora_name!r}: {reason}", parameter="model")
 
 
-def install_beam_search() -> None:
-    """Let the server's beams carry the length of the original prompt, as the offline ones do.
+def beam_search_instance(original: Callable[..., None]) -> Callable[..., None]:
+    """Patch of `BeamSearchInstance`: offline beams carry the length of the original prompt."""
 
-    Upstream: see ``plugin._install_beam_search``; the server has an own loop.
-    Can go when: beam search runs inside the engine.
-    """
-    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    def __init__(
+        self: Any, prompt: Any, lora_request: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        if is_pedro(lora_request):
+            decoder = prompt if prompt["type"] != "enc_dec" else prompt["decoder_prompt"]
+            lora_request = with_prompt_length(lora_request, len(decoder["prompt_token_ids"]))
+        original(self, prompt, lora_request, *args, **kwargs)
 
-    def search(original: Callable[..., Any]) -> Callable[..., Any]:
-        def beam_search(
-            self: Any,
-            prompt: Any,
-            request_id: Any,
-            params: Any,
-            lora_request: Any = None,
-            **kw: Any,
-        ) -> Any:
-            if isinstance(lora_request, PedroRequest) and prompt["type"] == "token":
-                lora_request = with_prompt_length(lora_request, len(prompt["prompt_token_ids"]))
-            return original(self, prompt, request_id, params, lora_request, **kw)
-
-        return beam_search
-
-    wrap(BeamSearchOnlineMixin, "beam_search", search)
+    return __init__
 
 
-def with_prompt_length(request: PedroRequest, length: int) -> PedroRequest:
-    """The same request with P, unless it has one."""
+def beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Patch of `BeamSearchOnlineMixin`: the server has a loop of its own."""
+
+    def wrapped(
+        self: Any, prompt: Any, request_id: Any, params: Any, lora_request: Any = None, **kw: Any
+    ) -> Any:
+        if isinstance(lora_request, PedroRequest) and prompt["type"] == "token":
+            lora_request = with_prompt_length(lora_request, len(prompt["prompt_token_ids"]))
+        return original(self, prompt, request_id, params, lora_request, **kw)
+
+    return wrapped
+
+
+def with_prompt_length(request: Any, length: int) -> PedroRequest:
+    """The same request with P, unless it has one; a LoRA request for a PEDRO folder becomes one."""
+    if not isinstance(request, PedroRequest):
+        fields = {name: getattr(request, name) for name in request.__struct_fields__}
+        request = PedroRequest(**fields)
     if request.prompt_length is not None:
         return request
-    fields = {f: getattr(request, f) for f in request.__struct_fields__}
-    return type(request)(**{**fields, "prompt_length": length})
+    changed: PedroRequest = msgspec.structs.replace(request, prompt_length=length)
+    return changed

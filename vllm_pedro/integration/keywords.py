@@ -32,7 +32,9 @@ def take_keywords(keywords: dict[str, Any]) -> PedroOptions | None:
     return options if enabled else None
 
 
-def _with_keywords(original: Callable[..., None]) -> Callable[..., None]:
+def with_keywords(original: Callable[..., None]) -> Callable[..., None]:
+    """Patch of `EngineArgs` and `AsyncEngineArgs`."""
+
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         options = take_keywords(kwargs)
         if options is not None:
@@ -63,8 +65,8 @@ def _check_plugin_loads() -> None:
 
 
 def install() -> None:
-    """Teach the keywords to both engine-argument classes."""
+    """Teach the keywords to both engine-argument classes before vLLM loads plugins."""
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
     for cls in (EngineArgs, AsyncEngineArgs):
-        wrap(cls, "__init__", _with_keywords)
+        wrap(cls, "__init__", with_keywords)

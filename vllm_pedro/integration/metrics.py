@@ -14,7 +14,6 @@ from typing import Any
 from ..serving.stats import PREFILL_STATES, TIERS
 from . import wire
 from .options import options_of
-from .patches import wrap
 
 LOAD_SECONDS_BUCKETS = (
     0.001,
@@ -153,22 +152,13 @@ def metrics_of(engine_client: Any) -> PedroMetrics | None:
     return next((entry for entry in loggers if isinstance(entry, PedroMetrics)), None)
 
 
-def install() -> None:
-    """Give a switched-on engine's front end the metrics.
+def init(original: Callable[..., None]) -> Callable[..., None]:
+    """Patch of `StatLoggerManager`: give a switched-on engine's front end the metrics."""
 
-    Upstream: a stat logger that comes as a plugin is made before vLLM's own, which then unregisters
-    all metrics named ``vllm:``; and statistics have no field for a plugin's.
-    Can go when: plugins may add metrics, and scheduler statistics carry theirs.
-    """
-    from vllm.v1.metrics.loggers import StatLoggerManager
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        if options_of(vllm_config) is not None:
+            # The first, since it takes the counts out of a field that others read.
+            self.stat_loggers.insert(0, PedroMetrics(vllm_config, self.engine_indexes))
 
-    def init(original: Callable[..., None]) -> Callable[..., None]:
-        def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-            original(self, vllm_config, *args, **kwargs)
-            if options_of(vllm_config) is not None:
-                # The first, since it takes the counts out of a field that others read.
-                self.stat_loggers.insert(0, PedroMetrics(vllm_config, self.engine_indexes))
-
-        return __init__
-
-    wrap(StatLoggerManager, "__init__", init)
+    return __init__

@@ -22,7 +22,7 @@ from .cli import AdapterModules, PedroModulePath
 from .folders import check_name, public_reason, resolve_folder
 from .metrics import metrics_of
 from .options import options_of
-from .patches import become, wrap
+from .patches import become
 from .processor import (
     PROMPT_LENGTH_KEY,
     AdapterRegistry,
@@ -378,45 +378,31 @@ def _error(
     return create_error_response(message=message, err_type=kind, status_code=status, param=param)
 
 
-def install_models() -> None:
-    """Turn a switched-on server's table of models into PEDRO's.
+def init(original: Callable[..., None]) -> Callable[..., None]:
+    """Patch of `OpenAIServingModels`: a switched-on server's table of models becomes PEDRO's."""
 
-    Upstream: ``OpenAIServingModels`` is created by name and knows LoRA alone; its resolvers must
-    give a ``LoRARequest`` that the engine loads at once.
-    Can go when: its class can be configured, or other kinds of adapters are known.
+    def __init__(
+        self: Any, engine_client: Any, *args: Any, lora_modules: Any = None, **kwargs: Any
+    ) -> None:
+        original(self, engine_client, *args, lora_modules=lora_modules, **kwargs)
+        if options_of(getattr(engine_client, "vllm_config", None)) is not None:
+            become(self, PedroServingModelsMixin)
+            self.enable_pedro(lora_modules)
+
+    return __init__
+
+
+def check_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Patch of `BaseServing`: read a request's adapter before the request is answered.
+
+    What is wrong with an adapter would otherwise be found when the request is processed, and then
+    the status of a stream has already been sent.
     """
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
-    def init(original: Callable[..., None]) -> Callable[..., None]:
-        def __init__(
-            self: Any, engine_client: Any, *args: Any, lora_modules: Any = None, **kwargs: Any
-        ) -> None:
-            original(self, engine_client, *args, lora_modules=lora_modules, **kwargs)
-            if options_of(getattr(engine_client, "vllm_config", None)) is not None:
-                become(self, PedroServingModelsMixin)
-                self.enable_pedro(lora_modules)
+    async def _check_model(self: Any, request: Any) -> Any:
+        refused = await original(self, request)
+        if refused is None and isinstance(self.models, PedroServingModelsMixin):
+            refused = await self.models.pedro_ready(request)
+        return refused
 
-        return __init__
-
-    wrap(OpenAIServingModels, "__init__", init)
-
-
-def install_model_check() -> None:
-    """Read a request's adapter before the request is answered.
-
-    Upstream: what is wrong with an adapter is found when the request is processed, and then the
-    status of a stream has already been sent.
-    Can go when: adapters are checked before a stream begins.
-    """
-    from vllm.entrypoints.serve.engine.serving import BaseServing
-
-    def check(original: Callable[..., Any]) -> Callable[..., Any]:
-        async def _check_model(self: Any, request: Any) -> Any:
-            refused = await original(self, request)
-            if refused is None and isinstance(self.models, PedroServingModelsMixin):
-                refused = await self.models.pedro_ready(request)
-            return refused
-
-        return _check_model
-
-    wrap(BaseServing, "_check_model", check)
+    return _check_model

@@ -1,28 +1,68 @@
-"""The few functions of vLLM that are wrapped, and how.
+"""How vLLM's functions and classes are extended; `plugin.py` lists which functions, and why.
 
-Nearly everything else is done by subclassing: a switched-on engine gets its own scheduler class,
-and its input processor and model runner change to a subclass of what they are. What stands here
-only decides whether that happens. Each patch calls the original, is applied once per process, and
-does nothing in an engine without PEDRO. ``tests/integration/test_upstream.py`` fails when a
-function that is wrapped or overridden differs from the one this was written for.
+Nearly everything is done by subclassing: a switched-on engine gets its own scheduler class, and its
+input processor and model runner change to a subclass of what they are. A patch only decides whether
+that happens. Each calls the original, is applied once per process, and does nothing in an engine
+without PEDRO. `tests/integration/test_upstream.py` fails when a function that is wrapped or
+overridden differs from the one this was written for.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 _MARK = "_vllm_pedro_original"
+_BY = "_vllm_pedro_patch"
+
+Make = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def wrap(
-    owner: type | ModuleType, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One function of vLLM that is replaced by one that calls it.
+
+    Attributes:
+        target: `module:Class.function`, or `module:function` for what the module's code calls.
+        by: `room:function` of this package; given the original, it returns the replacement.
+        why: What vLLM does not let a plugin do otherwise.
+        upstream: Where vLLM's users ask for that, or its maintainers answered.
+        until: What makes the patch unnecessary.
+    """
+
+    target: str
+    by: str
+    why: str
+    upstream: str
+    until: str
+
+    @property
+    def module(self) -> str:
+        """The module of vLLM that has to be imported before the patch can be applied."""
+        return self.target.partition(":")[0]
+
+    def apply(self) -> None:
+        """Wrap the function.
+
+        Raises:
+            RuntimeError: See :func:`wrap`.
+        """
+        owner: Any = importlib.import_module(self.module)
+        *inside, name = self.target.partition(":")[2].split(".")
+        for part in inside:
+            owner = getattr(owner, part)
+        room, _, make = self.by.partition(":")
+        wrap(owner, name, getattr(importlib.import_module(f"{__package__}.{room}"), make))
+
+
+def wrap(owner: type | ModuleType, name: str, make: Make) -> None:
     """Replace ``owner.name`` by ``make(original)``, once.
 
     Args:
@@ -32,22 +72,28 @@ def wrap(
         make: Given the original function, returns the one to put in its place.
 
     Raises:
-        RuntimeError: The owner does not define the function: vLLM has changed.
+        RuntimeError: The owner does not define the function: vLLM has changed. Or the function is
+            wrapped by another ``make`` already: two patches of one function are a mistake.
     """
     original = vars(owner).get(name)
+    where = f"{_full_name(owner)}.{name}"
     if original is None:
         raise RuntimeError(
-            f"vllm_pedro cannot find {_full_name(owner)}.{name}: this vLLM is not the one it was "
-            "written for"
+            f"vllm_pedro cannot find {where}: this vLLM is not the one it was written for"
         )
-    if hasattr(original, _MARK):
-        return
+    by = f"{make.__module__}.{make.__qualname__}"
     kind = type(original) if isinstance(original, (staticmethod, classmethod)) else None
     function = original if kind is None else original.__func__
+    first = getattr(function, _BY, None)
+    if first == by:
+        return
+    if first is not None:
+        raise RuntimeError(f"vllm_pedro patches {where} twice: by {first} and by {by}")
     replacement = functools.wraps(function)(make(function))
     setattr(replacement, _MARK, function)
+    setattr(replacement, _BY, by)
     setattr(owner, name, replacement if kind is None else kind(replacement))
-    logger.debug("wrapped %s.%s", _full_name(owner), name)
+    logger.debug("wrapped %s by %s", where, by)
 
 
 def _full_name(owner: type | ModuleType) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -24,6 +24,7 @@ from ..serving.adapters import AdapterLimits
 from ..serving.spec import RequestSpec, cache_salt
 from . import wire
 from .options import draft_places, options_of
+from .patches import become
 from .request import PedroRequest, ServedPedroRequest
 
 
@@ -318,3 +319,29 @@ class PedroInputProcessorMixin:
         )
         wire.put_spec(request.sampling_params, spec)
         request.cache_salt = cache_salt(request.cache_salt, spec)
+
+
+def init(original: Callable[..., None]) -> Callable[..., None]:
+    """Patch of `InputProcessor`: a switched-on engine's understands requests for PEDRO adapters."""
+
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        if options_of(vllm_config) is not None:
+            become(self, PedroInputProcessorMixin)
+            self.enable_pedro()
+
+    return __init__
+
+
+def validate_lora(original: Callable[..., None]) -> Callable[..., None]:
+    """Patch of `InputProcessor`."""
+
+    def _validate_lora(self: Any, lora_request: Any) -> None:
+        if isinstance(lora_request, PedroRequest):
+            raise RefusedRequestError(
+                f"got {lora_request!r}, but PEDRO is not enabled: start the engine with "
+                "enable_pedro=True (--enable-pedro)"
+            )
+        original(self, lora_request)
+
+    return _validate_lora

@@ -15,7 +15,7 @@ as "nobody enters" or "nothing failed".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,6 +180,21 @@ async def replace(
             "pedro_replace", name, path, digest, needs_all_states
         )
     )
+
+
+def preprocess_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Patch of `EngineCore`: take a PEDRO request out of ``lora_request``.
+
+    Else it counts towards ``max_loras``, the LoRA manager tries to load it, and its name and path
+    enter the block hashes. From here on a request's adapter is its spec alone.
+    """
+
+    def wrapped(self: Any, request: Any) -> Any:
+        if spec_of(request.sampling_params) is not None:
+            request.lora_request = None
+        return original(self, request)
+
+    return wrapped
 
 
 def add_core_methods(engine_core: type) -> None:

@@ -1,0 +1,70 @@
+"""A switched-on engine's configuration: checked, its budget sized, PEDRO's scheduler chosen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from .options import options_of, tokens_for_any_prompt
+
+logger = logging.getLogger("vllm.vllm_pedro")
+
+
+def create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Patch of `EngineArgs`."""
+
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = original(self, *args, **kwargs)
+        options = options_of(config)
+        if options is not None:
+            from .checks import check_engine
+            from .scheduler import scheduler_path
+
+            check_engine(config, options)
+            scheduler = config.scheduler_config
+            if scheduler.scheduler_cls is not None:
+                raise ValueError(
+                    "PEDRO brings its own scheduler class and cannot be combined with "
+                    f"scheduler_cls={scheduler.scheduler_cls!r}"
+                )
+            scheduler.scheduler_cls = scheduler_path(bool(scheduler.async_scheduling))
+            _advise_on_budget(config)
+        return config
+
+    return wrapped
+
+
+def default_budget(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Patch of `EngineArgs`: one step takes a whole prompt beside every other row."""
+
+    def wrapped(self: Any, usage_context: Any, model_config: Any, *args: Any) -> Any:
+        chosen = self.max_num_batched_tokens
+        original(self, usage_context, model_config, *args)
+        if chosen is None and options_of(self) is not None:
+            # 32k tokens bound the profiling run's memory.
+            longest = min(model_config.max_model_len, 32_768)
+            drafts = (self.speculative_config or {}).get("num_speculative_tokens") or 0
+            self.max_num_batched_tokens = max(
+                self.max_num_batched_tokens,
+                tokens_for_any_prompt(longest, self.max_num_seqs, drafts),
+            )
+
+    return wrapped
+
+
+def _advise_on_budget(config: Any) -> None:
+    """Say so where long prompts will hold up running rows, as the user has set the budget."""
+    scheduler, longest = config.scheduler_config, min(config.model_config.max_model_len, 32_768)
+    budget, drafts = scheduler.max_num_batched_tokens, config.num_speculative_tokens
+    needed = tokens_for_any_prompt(longest, scheduler.max_num_seqs, drafts)
+    if budget < needed:
+        logger.warning(
+            "PEDRO: max_num_batched_tokens=%d takes no prompt of %d tokens beside %d other rows: "
+            "long prompts with an adapter wait some steps, and then hold up running rows for one, "
+            "or are refused. %d would take them all.",
+            budget,
+            longest,
+            scheduler.max_num_seqs - 1,
+            needed,
+        )

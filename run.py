@@ -818,6 +818,8 @@ def main(argv: list[str] | None = None) -> int:
         execute([str(VENV / "bin" / "vllm-pedro"), "demo", *rest])
     if args.command == "test":
         os.chdir(ROOT)
+        if not rest:
+            os.environ.setdefault("OMP_NUM_THREADS", "1")  # else engines wait for each other's
         execute([venv_python(), "-m", "pytest", *(rest or TWO_AT_A_TIME)])
     return 0
 

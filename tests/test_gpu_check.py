@@ -62,7 +62,7 @@ def test_the_small_size_runs_on_a_cpu_and_finds_nothing_wrong(tmp_path):
     assert "vllm_pedro::scale_qkv_" not in kernels["base"]
     assert parts["bandwidth"][0]["GB/s"] > 0.1
     blocks = {row["engine"]: row["kv blocks"] for row in parts["memory"]}
-    assert 0 < blocks["PEDRO"] <= blocks["base"]
+    assert 0.9 < blocks["PEDRO"] / blocks["base"] < 1.1  # the machine's memory moves meanwhile
     assert {row["adapter"] for row in parts["model"]} > {"none"}
     assert all(row["best"] > row["tokens"] / 2 for row in parts["model"])
     assert parts["serve"][0]["tenants"] > 0

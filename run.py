@@ -90,8 +90,6 @@ NATIVE = ROOT / "vllm_pedro" / "_C.so"
 LOG = VENV / "setup.log"
 
 COMMANDS = ("demo", "test", "lint", "setup")
-TWO_AT_A_TIME = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
-"""Of pytest-xdist, for the whole suite: its engines use a core each and share within a file."""
 SETUP_VERSION = 1  # raise it when this file sets things up differently
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NEEDED_BYTES = {"cpu": 5 << 30, "cuda": 16 << 30}
@@ -717,21 +715,40 @@ def execute(command: list[str]) -> NoReturn:
 
 
 def lint() -> int:
-    """Run the three checkers, all of them even if one complains."""
-    scripts = VENV / "bin"
-    checks = (
-        ["ruff", "check", "."],
-        ["ruff", "format", "--check", "."],
-        ["mypy"],
-    )
+    """Run the three checkers."""
+    return run_all("lint", ["ruff check .", "ruff format --check .", "mypy"])
+
+
+def test() -> int:
+    """Run all tests on vLLM's V1 runner, then those marked `both_runners` on V2, a GPU's default.
+
+    Two files at a time. Engines use a thread each: with more they would wait for each other's.
+    """
+    every = "python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10"
+    return run_all("test", [every, f"{every} --runner v2"], OMP_NUM_THREADS="1")
+
+
+def run_all(what: str, commands: list[str], **environment: str) -> int:
+    """Run programs of `.venv`, all of them even if one fails; the exit status.
+
+    `environment` is what they get where the user has not set it.
+    """
     failed = []
-    for program, *arguments in checks:
-        name = shlex.join([program, *arguments])
-        print(f"== {name}", flush=True)
-        command = [str(scripts / program), *arguments]
-        if subprocess.run(command, cwd=ROOT, env=clean_environment(), check=False).returncode:
-            failed.append(name)
-    print(f"lint: failed: {', '.join(failed)}" if failed else "lint: ok", flush=True)
+    for command in commands:
+        print(f"== {command}", flush=True)
+        program, *arguments = shlex.split(command)
+        words = [str(VENV / "bin" / program), *arguments]
+        process = subprocess.Popen(words, cwd=ROOT, env={**environment, **clean_environment()})
+        try:
+            status = process.wait()
+        except KeyboardInterrupt as interrupt:
+            if isinstance(interrupt, Terminated):  # a Ctrl-C has reached the program as well
+                process.send_signal(signal.SIGINT)
+            process.wait()  # it ends what it has started
+            raise
+        if status:
+            failed.append(command)
+    print(f"{what}: failed: {', '.join(failed)}" if failed else f"{what}: ok", flush=True)
     return 1 if failed else 0
 
 
@@ -785,9 +802,13 @@ def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
     return own, rest
 
 
+class Terminated(KeyboardInterrupt):
+    """A SIGTERM."""
+
+
 def stop(*_: object) -> NoReturn:
     """End by way of the `finally` clauses, which also end what set-up has started."""
-    raise KeyboardInterrupt
+    raise Terminated
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -802,9 +823,11 @@ def main(argv: list[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         set_up(args)
-        signal.signal(signal.SIGTERM, before)
         if args.command == "lint":
             return lint()
+        if args.command == "test" and not rest:
+            return test()
+        signal.signal(signal.SIGTERM, before)
     except SetupError as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 2
@@ -818,9 +841,7 @@ def main(argv: list[str] | None = None) -> int:
         execute([str(VENV / "bin" / "vllm-pedro"), "demo", *rest])
     if args.command == "test":
         os.chdir(ROOT)
-        if not rest:
-            os.environ.setdefault("OMP_NUM_THREADS", "1")  # else engines wait for each other's
-        execute([venv_python(), "-m", "pytest", *(rest or TWO_AT_A_TIME)])
+        execute([venv_python(), "-m", "pytest", *rest])
     return 0
 
 

@@ -235,23 +235,30 @@ class Child:
         self.runs += 1
         self.llm.collective_rpc("clock_start", args=(self.runs, len(tenants), profile))
         began = time.perf_counter()
-        names = [self.add(row, tenant, prompt, tokens) for row, tenant in enumerate(tenants)]
-        unseen, together, done = set(names), None, False
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                unseen.discard(output.request_id)
-                row = int(output.request_id.partition("-")[2])
-                done |= output.finished and row < len(tenants)
-            now = time.perf_counter()
-            if unseen:
-                continue
-            together = together or now
-            if done or (seconds is not None and now - together > seconds):
-                engine.abort_request(names)
-                break
-            while arrivals and now > together + arrivals["every"] * (len(names) - len(tenants)):
-                turn = arrivals["tenants"][len(names) % len(arrivals["tenants"])]
-                names.append(self.add(len(names), turn, arrivals["prompt"], 1))
+        names: list[str] = []
+        try:
+            for row, tenant in enumerate(tenants):
+                names.append(self.add(row, tenant, prompt, tokens))
+            unseen, together, done = set(names), None, False
+            while engine.has_unfinished_requests() and (unseen or not done):
+                for output in engine.step():
+                    unseen.discard(output.request_id)
+                    row = int(output.request_id.partition("-")[2])
+                    done |= output.finished and row < len(tenants)
+                now = time.perf_counter()
+                if unseen:
+                    continue
+                together = together or now
+                done |= seconds is not None and now - together > seconds
+                while (
+                    arrivals
+                    and not done
+                    and now > together + arrivals["every"] * (len(names) - len(tenants))
+                ):
+                    turn = arrivals["tenants"][len(names) % len(arrivals["tenants"])]
+                    names.append(self.add(len(names), turn, arrivals["prompt"], 1))
+        finally:  # after an error too: the next run must not find them
+            engine.abort_request(names)
         return began, self.llm.collective_rpc("clock_read")[0]
 
     def decode(self, **case: Any) -> dict[str, Any]:
@@ -328,7 +335,7 @@ class Spec:
 
 
 class Engine:
-    """A running engine process. Any failure ends it."""
+    """A running engine process. One that does not answer in time is ended."""
 
     def __init__(self, spec: Spec, settings: dict[str, Any], adapters: Path, log: Path) -> None:
         self.spec, self.log = spec, log
@@ -397,6 +404,8 @@ class Engine:
 
     def ask(self, do: str, deadline: float, **arguments: Any) -> dict[str, Any]:
         """Have a method of `Child` called."""
+        if not self.runs:
+            raise RuntimeError(f"{self.spec.name} has ended")
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self.process.stdin.flush()

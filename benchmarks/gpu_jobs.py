@@ -33,7 +33,9 @@ from vllm_pedro.reference import NEAR_TIE_MARGIN, reference_logits, reference_sc
 def write_model(name: str, folder: Path, weights: bool = False) -> Path:
     """A Llama of this shape: with random float32 weights, or its configuration alone."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     config = LlamaConfig(
         **MODELS[name],
         max_position_embeddings=40960,
@@ -148,7 +150,7 @@ def start_llm(task: dict[str, Any], **settings: Any) -> Any:
     if task["device"] == "cpu":
         settings |= {"kv_cache_memory_bytes": 1 << 27, "distributed_executor_backend": "uni"}
     else:  # others are on the card too
-        settings |= {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.02}
+        settings |= {"kv_cache_memory_bytes": 1 << 28, "gpu_memory_utilization": 0.02}
     if task["mode"] == "eager":
         settings["enforce_eager"] = True
     elif task["mode"] == "compiled":

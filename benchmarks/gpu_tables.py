@@ -89,9 +89,10 @@ def beside_base(case: tuple[str, ...], value: str, unit: str) -> Callable[[list[
 
 
 def _noise(rows: list[Row]) -> tuple[Any, str]:
-    worst = max(row["noise"] for row in rows)
-    enough = all(row["enough"] for row in rows)
-    return max(row["rounds"] for row in rows), f"{worst:.4f}" + ("" if enough else ", above 0.005")
+    known = [row["noise"] for row in rows if row["noise"] is not None]
+    said = f"{max(known):.4f}" if known else "too few rounds"
+    enough = all(row["enough"] for row in rows) or not known
+    return max(row["rounds"] for row in rows), said + ("" if enough else ", above 0.005")
 
 
 def errors(rows: list[Row]) -> str:

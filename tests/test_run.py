@@ -6,6 +6,7 @@ import ast
 import fcntl
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -750,6 +751,43 @@ def test_lint_runs_all_and_fails_if_one_does(
     assert "lint: failed: ruff format --check ." in capfd.readouterr().out
     (run.VENV / "bin" / "ruff").write_text("#!/bin/sh\nexit 0\n")
     assert run.main(["lint"]) == 0
+
+
+def test_the_suite_runs_on_both_runners_and_fails_if_one_does(
+    run: ModuleType, programs: Programs, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run.main(["setup"])
+    log, python = run.ROOT / "called", run.VENV / "bin" / "python"
+    python.unlink()  # a link to this very Python
+    python.write_text(f'#!/bin/sh\necho "$OMP_NUM_THREADS" "$@" >> "{log}"\n[ "${{11}}" = v2 ]\n')
+    python.chmod(0o755)
+    assert run.main(["test"]) == 1
+    both = "1 -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10"
+    assert log.read_text().splitlines() == [both, f"{both} --runner v2"]
+    failed = both.removeprefix("1 ")
+    assert f"test: failed: python {failed}\n" in capfd.readouterr().out
+    python.write_text("#!/bin/sh\nexit 0\n")
+    assert run.main(["test"]) == 0
+
+
+def test_a_terminated_suite_is_interrupted_and_waited_for(
+    run: ModuleType, programs: Programs, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Tests end their engines when they are interrupted; killed, they could not."""
+    run.main(["setup"])
+    log, python = run.ROOT / "called", run.VENV / "bin" / "python"
+    python.unlink()
+    python.write_text(
+        f"#!/bin/sh\ntrap 'sleep 0.6; echo ended >> \"{log}\"; exit 1' INT\n"
+        f'echo began >> "{log}"\nkill -TERM $PPID\nwhile :; do sleep 0.1; done\n'
+    )
+    python.chmod(0o755)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run.main(["test"]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert log.read_text().splitlines() == ["began", "ended"]
 
 
 def test_ci_runs_both_and_fails_if_one_does(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def __dir__() -> list[str]:
 # vLLM reads the keywords of LLM(enable_pedro=True) before it loads plugins, so it has to know them
 # as soon as both packages are imported, in whichever order.
 def _teach_keywords() -> None:
-    importlib.import_module(".integration.keywords", __name__).install()
+    importlib.import_module(".integration.plugin", __name__).teach_keywords()
 
 
 when_imported("vllm.engine.arg_utils", _teach_keywords)

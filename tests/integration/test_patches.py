@@ -138,12 +138,11 @@ def test_each_listed_patch_can_be_applied_and_says_why(patch):
 
 
 def test_nothing_is_patched_that_is_not_listed():
-    """`wrap` is for the list alone, and for the keywords, which are needed before plugins load."""
     calls = {}
     for info in pkgutil.iter_modules(integration.__path__):
         source = inspect.getsource(importlib.import_module(f"{integration.__name__}.{info.name}"))
         calls[info.name] = len(re.findall(r"(?<!def )\bwrap\(", source))
-    assert {name for name, count in calls.items() if count} == {"patches", "keywords"}
+    assert {name for name, count in calls.items() if count} == {"patches"}
 
 
 def test_a_module_s_function_is_wrapped_like_a_class_s():

@@ -12,7 +12,6 @@ from typing import Any
 
 from ..versions import check_vllm_version
 from .options import CONFIG_KEY, ENABLE_KEYWORD, OPTION_NAMES, PedroOptions
-from .patches import wrap
 
 PLUGIN_NAME = "vllm_pedro"
 """Name of the entry point in ``vllm.general_plugins``."""
@@ -62,11 +61,3 @@ def _check_plugin_loads() -> None:
         raise ValueError(
             f"PEDRO is enabled, but VLLM_PLUGINS leaves its plugin out: add {PLUGIN_NAME!r} to it"
         )
-
-
-def install() -> None:
-    """Teach the keywords to both engine-argument classes before vLLM loads plugins."""
-    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-
-    for cls in (EngineArgs, AsyncEngineArgs):
-        wrap(cls, "__init__", with_keywords)

@@ -33,7 +33,7 @@ class Patch:
         target: `module:Class.function`, or `module:function` for what the module's code calls.
         by: `room:function` of this package; given the original, it returns the replacement.
         why: What vLLM does not let a plugin do otherwise.
-        upstream: Where vLLM's users ask for that, or its maintainers answered.
+        upstream: The issue or pull request of vLLM that is nearest to it.
         until: What makes the patch unnecessary.
     """
 

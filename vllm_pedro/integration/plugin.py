@@ -47,7 +47,7 @@ PATCHES = (
     Patch(
         "vllm.engine.arg_utils:AsyncEngineArgs.__init__",
         "keywords:with_keywords",
-        why="the same",
+        why="as above; the class has a constructor of its own",
         **_ARGUMENTS,
     ),
     Patch(
@@ -59,7 +59,7 @@ PATCHES = (
     Patch(
         "vllm.engine.arg_utils:EngineArgs.from_cli_args",
         "cli:from_cli_args",
-        why="the same",
+        why="what the flags said has to reach each process of the server",
         **_ARGUMENTS,
     ),
     Patch(
@@ -151,6 +151,13 @@ METHODS: dict[str, Callable[[type], None]] = {
 }
 """Classes that get methods for a front end to call. ``worker_extension_cls`` adds methods too, but
 there is one for all plugins, and none for engine cores."""
+
+
+def teach_keywords() -> None:
+    """Apply the patches that are due before vLLM loads plugins."""
+    for patch in PATCHES:
+        if patch.by == "keywords:with_keywords":
+            patch.apply()
 
 
 def register() -> None:

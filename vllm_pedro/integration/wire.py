@@ -15,7 +15,7 @@ as "nobody enters" or "nothing failed".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,9 +58,9 @@ def spec_of(params: Any) -> RequestSpec | None:
 # Scheduler -> worker.
 
 
-def put_assignments(scheduler_output: Any, assignments: Mapping[str, Assignment]) -> None:
+def put_assignments(scheduler_output: Any, assignments: dict[str, Assignment]) -> None:
     """Send the rows of the requests that enter the batch in this step, of none too."""
-    setattr(scheduler_output, _ASSIGNMENTS, dict(assignments))
+    setattr(scheduler_output, _ASSIGNMENTS, assignments)
 
 
 def assignments_of(scheduler_output: Any) -> dict[str, Assignment]:
@@ -69,13 +69,13 @@ def assignments_of(scheduler_output: Any) -> dict[str, Assignment]:
     Raises:
         WireError: They were not put, or were lost.
     """
-    found = getattr(scheduler_output, _ASSIGNMENTS, None)
+    found: dict[str, Assignment] | None = getattr(scheduler_output, _ASSIGNMENTS, None)
     if found is None:
         raise WireError(
             "a step came without PEDRO's assignments: vLLM's SchedulerOutput lost them, or the "
             "engine runs another scheduler than vllm_pedro's"
         )
-    return dict(found)
+    return found
 
 
 # Worker -> scheduler.

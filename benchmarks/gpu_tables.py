@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from vllm_pedro.bench import report
+
 Row = dict[str, Any]
 
 
@@ -36,10 +38,8 @@ def latest(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def table(headers: Iterable[str], lines: Iterable[Iterable[Any]]) -> str:
-    """Markdown."""
-    head = list(headers)
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(map(show, row)) + " |" for row in rows) + "\n"
+    """Markdown, of whatever values."""
+    return report.table(list(headers), [[show(value) for value in line] for line in lines]) + "\n"
 
 
 def show(value: Any) -> str:

@@ -70,7 +70,7 @@ def test_the_small_size_runs_on_a_cpu_and_finds_nothing_wrong(tmp_path):
 
     table = check("--render", tmp_path).stdout
     assert "## Decode, vLLM's LoRA; over base: tokens/s" in table
-    assert "| scale_qkv_ of Up, then silu and mul in torch, small, 4 tokens |" in table
+    assert "| scale_qkv_ of Up, then silu and mul in torch, small, 4 tokens " in table
 
 
 def test_a_run_that_was_killed_is_gone_on_with(tmp_path):

@@ -743,8 +743,8 @@ def run_all(what: str, commands: list[str], **environment: str) -> int:
             status = process.wait()
         except KeyboardInterrupt as interrupt:
             if isinstance(interrupt, Terminated):  # a Ctrl-C has reached the program as well
-                process.send_signal(signal.SIGINT)
-            process.wait()  # it ends what it has started
+                process.terminate()
+            process.wait()
             raise
         if status:
             failed.append(command)

@@ -19,6 +19,8 @@ def use_v2() -> None:
     Raises:
         RuntimeError: vLLM or Triton has been imported already.
     """
+    if current_runner() == "v2" and str(V2_ON_CPU) in sys.path:
+        return  # this process was started by one that did, and `sitecustomize` has run
     if "triton" in sys.modules or "vllm" in sys.modules:
         raise RuntimeError("vLLM or Triton is imported already: too late to choose the V2 runner")
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"

@@ -770,15 +770,14 @@ def test_the_suite_runs_on_both_runners_and_fails_if_one_does(
     assert run.main(["test"]) == 0
 
 
-def test_a_terminated_suite_is_interrupted_and_waited_for(
+def test_a_terminated_suite_is_terminated_and_waited_for(
     run: ModuleType, programs: Programs, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Tests end their engines when they are interrupted; killed, they could not."""
     run.main(["setup"])
     log, python = run.ROOT / "called", run.VENV / "bin" / "python"
     python.unlink()
     python.write_text(
-        f"#!/bin/sh\ntrap 'sleep 0.6; echo ended >> \"{log}\"; exit 1' INT\n"
+        f"#!/bin/sh\ntrap 'sleep 0.6; echo ended >> \"{log}\"; exit 1' TERM\n"
         f'echo began >> "{log}"\nkill -TERM $PPID\nwhile :; do sleep 0.1; done\n'
     )
     python.chmod(0o755)

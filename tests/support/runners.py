@@ -19,7 +19,7 @@ def use_v2() -> None:
     Raises:
         RuntimeError: vLLM or Triton has been imported already.
     """
-    if current_runner() == "v2" and str(V2_ON_CPU) in sys.path:
+    if str(V2_ON_CPU) in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         return  # this process was started by one that did, and `sitecustomize` has run
     if "triton" in sys.modules or "vllm" in sys.modules:
         raise RuntimeError("vLLM or Triton is imported already: too late to choose the V2 runner")

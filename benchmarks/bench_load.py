@@ -42,7 +42,7 @@ def measure(args: argparse.Namespace, paths: list[str]) -> dict[str, list[float]
     from vllm_pedro.integration.processor import AdapterRegistry, PedroInputProcessorMixin
     from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, HostCache
     from vllm_pedro.serving.spec import RequestSpec
-    from vllm_pedro.serving.vectors import VectorStore
+    from vllm_pedro.serving.store import VectorStore
 
     importlib.import_module("vllm.logger")
     plugin.register()  # shows this package's log lines as vLLM's

@@ -89,7 +89,7 @@ class Setting:
         vectors[0] = 1
         return vectors.to(self.dtype)
 
-    def token_slots(self) -> Tensor:
+    def token_rows(self) -> Tensor:
         """Adapters and base rows are mixed evenly."""
         slots = torch.arange(1, self.batch + 1, device=DEVICE)
         if self.share < 100:
@@ -108,7 +108,7 @@ class Setting:
         count = max(1, self.tenants)
         a = self.tensor(count, 1, LORA_RANK, size_in)
         b = self.tensor(count, 1, size_out, LORA_RANK)
-        slots = self.token_slots()
+        slots = self.token_rows()
         return a, b, torch.where(slots > 0, (slots - 1) % count, -1)
 
 
@@ -146,17 +146,17 @@ def _copy(s: Setting, kind: str) -> Work | None:
     return Work(lambda: target.copy_(source), 2 * source.nbytes)
 
 
-def _scale_qkv(s: Setting, kind: str) -> Work | None:
+def _scale_columns(s: Setting, kind: str) -> Work | None:
     q, kv, _, d = s.sizes
     qkv, moved = s.tensor(s.batch, q + 2 * kv), 3 * s.rows * (q + kv) * s.dtype.itemsize
     if kind == "LoRA":
         x = s.tensor(s.batch, d)
         parts = [_lora_work(s, x, qkv, d, size, at) for size, at in ((q, 0), (kv, q + kv))]
         return Work(lambda: [run() for run, _ in parts], sum(size for _, size in parts))
-    op = _op("scale_qkv_", kind)
+    op = _op("scale_columns_", kind)
     if op is None:
         return None
-    vectors, slots, step = s.vectors(), s.token_slots(), s.step()
+    vectors, slots, step = s.vectors(), s.token_rows(), s.step()
     ranges = [0, 0, q, q + kv, q + kv, kv]
     return Work(lambda: op(qkv, vectors, slots, ranges, step), moved)
 
@@ -167,7 +167,7 @@ def _scaled(s: Setting, kind: str) -> Work | None:
     if kind != "ours" or op is None:
         return None
     q, kv, _, _ = s.sizes
-    x, vectors, slots = s.tensor(s.batch, q + 2 * kv), s.vectors(), s.token_slots()
+    x, vectors, slots = s.tensor(s.batch, q + 2 * kv), s.vectors(), s.token_rows()
     columns = slice(0, q + 2 * kv)
     moved = (2 * s.batch + s.rows) * x.shape[1] * s.dtype.itemsize
     return Work(lambda: op(x, vectors, slots, columns), moved)
@@ -236,7 +236,7 @@ def _lora_work(
 
 OPERATORS: dict[str, Callable[[Setting, str], Work | None]] = {
     "copy": _copy,
-    "scale_qkv_": _scale_qkv,
+    "scale_columns_": _scale_columns,
     "scaled": _scaled,
     "generate_vectors": _generate_vectors,
 }

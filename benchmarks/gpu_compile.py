@@ -396,7 +396,7 @@ def call_as_serving_does(model: str, dtype: Any, count: int = 3) -> Iterator[dic
 
     d, q, k, v, gate, up = MODELS[model]
     width, tokens = q + k + v + gate + up, count
-    row = GeneratorLayout(d, width, RANK).row
+    row = GeneratorLayout(d, width, RANK).record
     constants = {"dtype": str(dtype).removeprefix("torch."), "d": f"d = {d}"}
     # Addresses and strides count, not contents: pages that are not touched take no memory.
     hidden = torch.empty(tokens, d, dtype=dtype)
@@ -409,8 +409,8 @@ def call_as_serving_does(model: str, dtype: Any, count: int = 3) -> Iterator[dic
     yield constants
     qkv = torch.empty(tokens, q + k + v, dtype=dtype)
     packed = torch.empty(tokens, gate + up, dtype=dtype)
-    triton_kernels.scale_qkv_(qkv, vectors, slots, (0, 0, q + k + v), step)
-    triton_kernels.scale_qkv_(packed, vectors, slots, (0, q + k + v, gate + up), step)
+    triton_kernels.scale_columns_(qkv, vectors, slots, (0, 0, q + k + v), step)
+    triton_kernels.scale_columns_(packed, vectors, slots, (0, q + k + v, gate + up), step)
     yield constants
 
 

@@ -159,18 +159,18 @@ def operator_cases(
     where = f"{plan.model}, {tokens} tokens"
 
     def scale() -> None:
-        implementation.scale_qkv_(qkv, vectors, slots, ranges, step)
+        implementation.scale_columns_(qkv, vectors, slots, ranges, step)
 
     def gather() -> None:
-        reference.scale_qkv_(qkv, vectors, slots, ranges, step)
+        reference.scale_columns_(qkv, vectors, slots, ranges, step)
 
     def separate_activation() -> torch.Tensor:
-        implementation.scale_qkv_(gate_up, vectors, slots, (f, up, f), step)
+        implementation.scale_columns_(gate_up, vectors, slots, (f, up, f), step)
         return torch.nn.functional.silu(gate_up[:, :f]) * gate_up[:, f:]
 
-    yield f"scale_qkv_: {backend}, {where}", scale, 3 * qv
-    yield f"scale_qkv_: gather and multiply, {where}", gather, 3 * qv
-    yield f"scale_qkv_ of Up, then silu and mul in torch, {where}", separate_activation, 4 * ff
+    yield f"scale_columns_: {backend}, {where}", scale, 3 * qv
+    yield f"scale_columns_: gather and multiply, {where}", gather, 3 * qv
+    yield f"scale_columns_ of Up, then silu and mul in torch, {where}", separate_activation, 4 * ff
 
 
 def generator_cases(

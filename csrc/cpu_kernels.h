@@ -14,7 +14,7 @@ struct ScaleArgs {
   int64_t x_stride;
   const void* vectors;
   int64_t vectors_stride;
-  const int64_t* token_slots;
+  const int64_t* token_rows;
   const int64_t* ranges;
   int64_t num_ranges;
 };
@@ -24,7 +24,7 @@ struct GenerateArgs {
   int64_t hidden_stride;
   void* vectors;
   const float* generators;
-  const int32_t* prompts;
+  const int32_t* prefills;
   Layout at;
 };
 

@@ -188,12 +188,12 @@ void scale_tokens(const ScaleArgs& a, int64_t begin, int64_t end) {
   T* x = static_cast<T*>(a.x);
   const T* vectors = static_cast<const T*>(a.vectors);
   for (int64_t t = begin; t < end; ++t) {
-    const int64_t slot = a.token_slots[t];
-    if (slot == 0) continue;
+    const int64_t row = a.token_rows[t];
+    if (row == 0) continue;
     for (int64_t i = 0; i + 2 < a.num_ranges; i += 3)
       scale_row(
           x + t * a.x_stride + a.ranges[i],
-          vectors + slot * a.vectors_stride + a.ranges[i + 1],
+          vectors + row * a.vectors_stride + a.ranges[i + 1],
           a.ranges[i + 2]);
   }
 }
@@ -206,14 +206,14 @@ void scale(const ScaleArgs& a, Type type, int64_t begin, int64_t end) {
 
 template <typename T>
 void latent_of(const GenerateArgs& a, int64_t prompt, float* latent, float* scratch) {
-  const int32_t* fields = a.prompts + prompt * kPromptFields;
+  const int32_t* fields = a.prefills + prompt * kPrefillFields;
   generate_latent(
       latent,
       scratch,
       static_cast<const T*>(a.hidden),
       a.hidden_stride,
       fields,
-      a.generators + fields[kSlot] * a.at.row,
+      a.generators + fields[kSlot] * a.at.record,
       a.at);
 }
 
@@ -225,11 +225,11 @@ void latent(const GenerateArgs& a, Type type, int64_t prompt, float* out, float*
 
 template <typename T>
 void columns_of(const GenerateArgs& a, int64_t prompt, const float* latent, int64_t b, int64_t e) {
-  const int32_t* fields = a.prompts + prompt * kPromptFields;
+  const int32_t* fields = a.prefills + prompt * kPrefillFields;
   write_columns(
       static_cast<T*>(a.vectors) + fields[kRow] * a.at.width,
       latent,
-      a.generators + fields[kSlot] * a.at.row,
+      a.generators + fields[kSlot] * a.at.record,
       a.at,
       b,
       e);

@@ -22,17 +22,17 @@ constexpr int64_t kDenominator = 32;
 enum Activation { kGelu = 0, kRelu = 1, kRational = 2 };
 enum Pooling { kLast = 0, kMean = 1, kMax = 2 };
 
-// Columns of `prompts`, [max_prompts, 4] int32.
-enum PromptField { kStart = 0, kLength = 1, kRow = 2, kSlot = 3, kPromptFields = 4 };
+// Columns of `prefills`, [max prefills, 4] int32.
+enum PrefillField { kStart = 0, kLength = 1, kRow = 2, kSlot = 3, kPrefillFields = 4 };
 
 struct Layout {
-  int64_t hidden_size, width, max_rank, row;
+  int64_t hidden_size, width, max_rank, record;
 
-  Layout(int64_t hidden_size_, int64_t width_, int64_t row_)
+  Layout(int64_t hidden_size_, int64_t width_, int64_t record_)
       : hidden_size(hidden_size_),
         width(width_),
-        max_rank((row_ - kHeader - width_ - kNumerator - kDenominator) / (hidden_size_ + width_)),
-        row(row_) {}
+        max_rank((record_ - kHeader - width_ - kNumerator - kDenominator) / (hidden_size_ + width_)),
+        record(record_) {}
 
   VLLM_PEDRO_DEVICE int64_t down() const { return kHeader; }
   VLLM_PEDRO_DEVICE int64_t up() const { return down() + max_rank * hidden_size; }

@@ -31,24 +31,24 @@ static Type type_of(const Tensor& x, const char* name) {
   return Type::f32;
 }
 
-static const int32_t* step_of(const Tensor& step) {
+static const int32_t* counts_of(const Tensor& counts) {
   STD_TORCH_CHECK(
-      step.is_cpu() && step.scalar_type() == ScalarType::Int && step.numel() == 2,
-      "step must be 2 int32 on the CPU: prompts that make vectors, rows with an adapter");
-  return static_cast<const int32_t*>(step.const_data_ptr());
+      counts.is_cpu() && counts.scalar_type() == ScalarType::Int && counts.numel() == 2,
+      "counts must be 2 int32 on the CPU: prompts that generate vectors, rows with an adapter");
+  return static_cast<const int32_t*>(counts.const_data_ptr());
 }
 
-static void check_rows(const Tensor& x, const Tensor& vectors, const Tensor& token_slots) {
+static void check_rows(const Tensor& x, const Tensor& vectors, const Tensor& token_rows) {
   STD_TORCH_CHECK(
       x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1),
       "the projection must be [tokens, width] with contiguous rows");
   STD_TORCH_CHECK(
       vectors.dim() == 2 && vectors.stride(1) == 1 && vectors.scalar_type() == x.scalar_type(),
-      "vectors must be [slots, D] with contiguous rows, in the dtype of the projection");
+      "vectors must be [rows, D] with contiguous rows, in the dtype of the projection");
   STD_TORCH_CHECK(
-      token_slots.dim() == 1 && token_slots.stride(0) == 1 &&
-          token_slots.scalar_type() == ScalarType::Long && token_slots.size(0) >= x.size(0),
-      "token_slots must be int64 and contiguous, with an entry for each token");
+      token_rows.dim() == 1 && token_rows.stride(0) == 1 &&
+          token_rows.scalar_type() == ScalarType::Long && token_rows.size(0) >= x.size(0),
+      "token_rows must be int64 and contiguous, with an entry for each token");
 }
 
 static void check_column(int64_t column, int64_t width, const Tensor& vectors) {
@@ -61,9 +61,9 @@ static void generate_vectors(
     const Tensor& hidden,
     Tensor vectors,
     const Tensor& generators,
-    const Tensor& prompts,
-    const Tensor& step) {
-  const int64_t count = step_of(step)[0];
+    const Tensor& prefills,
+    const Tensor& counts) {
+  const int64_t count = counts_of(counts)[0];
   if (count == 0) return;
   const Type type = type_of(hidden, "hidden");
   STD_TORCH_CHECK(
@@ -71,26 +71,26 @@ static void generate_vectors(
       "hidden must be [tokens, d] with contiguous rows");
   STD_TORCH_CHECK(
       vectors.dim() == 2 && vectors.is_contiguous() && vectors.scalar_type() == hidden.scalar_type(),
-      "vectors must be a contiguous [slots, D] in the dtype of hidden");
+      "vectors must be a contiguous [rows, D] in the dtype of hidden");
   STD_TORCH_CHECK(
       generators.dim() == 2 && generators.is_contiguous() &&
           generators.scalar_type() == ScalarType::Float,
-      "generators must be a contiguous float32 [slots, row]");
+      "generators must be a contiguous float32 [slots, record]");
   STD_TORCH_CHECK(
-      prompts.dim() == 2 && prompts.is_contiguous() && prompts.scalar_type() == ScalarType::Int &&
-          prompts.size(1) == kPromptFields && prompts.size(0) >= count,
-      "prompts must be a contiguous int32 [>= ", count, ", 4]");
+      prefills.dim() == 2 && prefills.is_contiguous() && prefills.scalar_type() == ScalarType::Int &&
+          prefills.size(1) == kPrefillFields && prefills.size(0) >= count,
+      "prefills must be a contiguous int32 [>= ", count, ", 4]");
   GenerateArgs args{
       hidden.const_data_ptr(),
       hidden.stride(0),
       vectors.mutable_data_ptr(),
       static_cast<const float*>(generators.const_data_ptr()),
-      static_cast<const int32_t*>(prompts.const_data_ptr()),
+      static_cast<const int32_t*>(prefills.const_data_ptr()),
       Layout(hidden.size(1), vectors.size(1), generators.size(1))};
   const Layout& at = args.at;
   int64_t pooled_tokens = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const int32_t* p = args.prompts + i * kPromptFields;
+    const int32_t* p = args.prefills + i * kPrefillFields;
     STD_TORCH_CHECK(
         p[kStart] >= 0 && p[kLength] >= 1 && p[kStart] + p[kLength] <= hidden.size(0) &&
             p[kRow] > 0 && p[kRow] < vectors.size(0) && p[kSlot] >= 0 &&
@@ -108,7 +108,7 @@ static void generate_vectors(
         for (int64_t i = begin; i < end; ++i)
           kernels.latent(args, type, i, latents.data() + i * at.max_rank, scratch.data());
       });
-  // Rows of one adapter lie side by side in `prompts`, so a chunk of W_up is read from memory once.
+  // Rows of one adapter lie side by side in `prefills`, so a chunk of W_up is read from memory once.
   constexpr int64_t kChunk = 512;
   const int64_t chunks = (at.width + kChunk - 1) / kChunk;
   torch::stable::parallel_for(
@@ -122,60 +122,60 @@ static void generate_vectors(
       });
 }
 
-static void scale_qkv_(
-    Tensor qkv,
+static void scale_columns_(
+    Tensor x,
     const Tensor& vectors,
-    const Tensor& token_slots,
+    const Tensor& token_rows,
     std::vector<int64_t> ranges,
-    const Tensor& step) {
-  if (step_of(step)[1] == 0) return;
-  const Type type = type_of(qkv, "qkv");
-  check_rows(qkv, vectors, token_slots);
+    const Tensor& counts) {
+  if (counts_of(counts)[1] == 0) return;
+  const Type type = type_of(x, "the projection");
+  check_rows(x, vectors, token_rows);
   STD_TORCH_CHECK(ranges.size() % 3 == 0, "ranges must be triples: column, vector column, width");
   int64_t scaled = 0;
   for (size_t i = 0; i < ranges.size(); i += 3) {
     STD_TORCH_CHECK(
-        ranges[i] >= 0 && ranges[i + 2] >= 0 && ranges[i] + ranges[i + 2] <= qkv.size(1),
+        ranges[i] >= 0 && ranges[i + 2] >= 0 && ranges[i] + ranges[i + 2] <= x.size(1),
         "columns ", ranges[i], " to ", ranges[i] + ranges[i + 2], " lie outside of the projection");
     STD_TORCH_CHECK(ranges[i + 1] >= 0, "columns of vectors must not be negative");
     check_column(ranges[i + 1], ranges[i + 2], vectors);
     scaled += ranges[i + 2];
   }
   const ScaleArgs args{
-      qkv.mutable_data_ptr(),
-      qkv.stride(0),
+      x.mutable_data_ptr(),
+      x.stride(0),
       vectors.const_data_ptr(),
       vectors.stride(0),
-      static_cast<const int64_t*>(token_slots.const_data_ptr()),
+      static_cast<const int64_t*>(token_rows.const_data_ptr()),
       ranges.data(),
       static_cast<int64_t>(ranges.size())};
   const Kernels& kernels = cpu_kernels();
   torch::stable::parallel_for(
-      0, qkv.size(0), std::max<int64_t>(1, kGrain / std::max<int64_t>(scaled, 1)),
+      0, x.size(0), std::max<int64_t>(1, kGrain / std::max<int64_t>(scaled, 1)),
       [&](int64_t begin, int64_t end) { kernels.scale(args, type, begin, end); });
 }
 
 static std::string instruction_set() { return cpu_instruction_set(); }
 
 // Raised with every change of a schema or of layout.h; vllm_pedro/ops/library.py expects this one.
-static int64_t interface_version() { return 2; }
+static int64_t interface_version() { return 3; }
 
 }  // namespace vllm_pedro
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_pedro, m) {
   m.def(
-      "generate_vectors(Tensor hidden, Tensor(a!) vectors, Tensor generators, Tensor prompts, "
-      "Tensor step) -> ()");
+      "generate_vectors(Tensor hidden, Tensor(a!) vectors, Tensor generators, Tensor prefills, "
+      "Tensor counts) -> ()");
   m.def(
-      "scale_qkv_(Tensor(a!) qkv, Tensor vectors, Tensor token_slots, int[] ranges, "
-      "Tensor step) -> ()");
+      "scale_columns_(Tensor(a!) x, Tensor vectors, Tensor token_rows, int[] ranges, "
+      "Tensor counts) -> ()");
   m.def("_instruction_set() -> str");
   m.def("_interface_version() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_pedro, CPU, m) {
   m.impl("generate_vectors", TORCH_BOX(&vllm_pedro::generate_vectors));
-  m.impl("scale_qkv_", TORCH_BOX(&vllm_pedro::scale_qkv_));
+  m.impl("scale_columns_", TORCH_BOX(&vllm_pedro::scale_columns_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_pedro, CompositeExplicitAutograd, m) {

@@ -59,8 +59,8 @@ def test_the_small_size_runs_on_a_cpu_and_finds_nothing_wrong(tmp_path):
     assert all(row["ms"] > 0 for row in parts["first"])
     assert {row["arrivals a second"] for row in parts["running"]} == {0, 50}
     kernels = {row["engine"]: {k[0] for k in row["kernels"]} for row in parts["profile"]}
-    assert "vllm_pedro::scale_qkv_" in kernels["PEDRO"]
-    assert "vllm_pedro::scale_qkv_" not in kernels["base"]
+    assert "vllm_pedro::scale_columns_" in kernels["PEDRO"]
+    assert "vllm_pedro::scale_columns_" not in kernels["base"]
     assert parts["bandwidth"][0]["GB/s"] > 0.1
     blocks = {row["engine"]: row["kv blocks"] for row in parts["memory"]}
     assert 0.9 < blocks["PEDRO"] / blocks["base"] < 1.1  # a CPU's are what the process leaves
@@ -70,7 +70,7 @@ def test_the_small_size_runs_on_a_cpu_and_finds_nothing_wrong(tmp_path):
 
     table = check("--render", tmp_path).stdout
     assert "## Decode, vLLM's LoRA; over base: tokens/s" in table
-    assert "| scale_qkv_ of Up, then silu and mul in torch, small, 4 tokens " in table
+    assert "| scale_columns_ of Up, then silu and mul in torch, small, 4 tokens " in table
 
 
 def test_a_run_that_was_killed_is_gone_on_with(tmp_path):

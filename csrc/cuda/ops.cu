@@ -2,7 +2,7 @@
 // operator means stands in vllm_pedro/ops/reference.py.
 //
 // All arithmetic is in float32. Memory is read and written 16 bytes at a time where widths and
-// addresses allow it. Counts are read on the host (`step` lies on the CPU), so a step with nothing
+// addresses allow it. Counts are read on the host (`counts` lies on the CPU), so a step with nothing
 // to do launches nothing, and nothing waits for the device.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -60,13 +60,13 @@ template <typename T, int N>
 __global__ void scale_kernel(
     T* x,
     const T* __restrict__ vectors,
-    const int64_t* __restrict__ token_slots,
+    const int64_t* __restrict__ token_rows,
     int64_t x_stride,
     int64_t vectors_stride,
     Ranges ranges) {
   const int64_t token = blockIdx.x;
-  const int64_t slot = token_slots[token];
-  if (slot == 0) return;
+  const int64_t row = token_rows[token];
+  if (row == 0) return;
   int64_t j = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * N;
   // Indices that the compiler knows: with others each thread copies the ranges to local memory.
   int64_t column = -1, by_column = 0;
@@ -82,7 +82,7 @@ __global__ void scale_kernel(
   using P = Pack<T, N>;
   P* at = reinterpret_cast<P*>(x + token * x_stride + column);
   P value = *at;
-  const P by = *reinterpret_cast<const P*>(vectors + slot * vectors_stride + by_column);
+  const P by = *reinterpret_cast<const P*>(vectors + row * vectors_stride + by_column);
 #pragma unroll
   for (int i = 0; i < N; ++i)
     value.values[i] = from_float<T>(to_float(value.values[i]) * to_float(by.values[i]));
@@ -115,12 +115,12 @@ __global__ void pool_kernel(
     float* __restrict__ partial,
     const T* __restrict__ hidden,
     const float* __restrict__ generators,
-    const int32_t* __restrict__ prompts,
+    const int32_t* __restrict__ prefills,
     int64_t hidden_stride,
     Layout at) {
   const int64_t prompt = blockIdx.x, share = blockIdx.y, splits = gridDim.y;
-  const int32_t* fields = prompts + prompt * kPromptFields;
-  const float* header = generators + fields[kSlot] * at.row;
+  const int32_t* fields = prefills + prompt * kPrefillFields;
+  const float* header = generators + fields[kSlot] * at.record;
   if (header[1] == 0.0f) return;  // static vectors
   const int pooling = static_cast<int>(header[4]);
   const bool norm = header[5] != 0.0f;
@@ -166,12 +166,12 @@ __global__ void latent_kernel(
     float* __restrict__ latent,
     const float* __restrict__ partial,
     const float* __restrict__ generators,
-    const int32_t* __restrict__ prompts,
+    const int32_t* __restrict__ prefills,
     int64_t splits,
     Layout at) {
   const int64_t prompt = blockIdx.x, k = blockIdx.y;
-  const int32_t* fields = prompts + prompt * kPromptFields;
-  const float* generator = generators + fields[kSlot] * at.row;
+  const int32_t* fields = prefills + prompt * kPrefillFields;
+  const float* generator = generators + fields[kSlot] * at.record;
   if (k >= static_cast<int64_t>(generator[1])) return;
   const int pooling = static_cast<int>(generator[4]);
   const int64_t shares = pooling == kLast ? 1 : splits;
@@ -212,13 +212,13 @@ __global__ void columns_kernel(
     T* __restrict__ vectors,
     const float* __restrict__ latent,
     const float* __restrict__ generators,
-    const int32_t* __restrict__ prompts,
+    const int32_t* __restrict__ prefills,
     Layout at) {
   const int64_t prompt = blockIdx.x;
   const int64_t j = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
   if (j >= at.width) return;
-  const int32_t* fields = prompts + prompt * kPromptFields;
-  const float* generator = generators + fields[kSlot] * at.row;
+  const int32_t* fields = prefills + prompt * kPrefillFields;
+  const float* generator = generators + fields[kSlot] * at.record;
   const int64_t rank = static_cast<int64_t>(generator[1]);
   float sum = 0.0f;
   for (int64_t k = 0; k < rank; ++k)
@@ -232,26 +232,26 @@ static cudaStream_t current_stream(const Tensor& x) {
   return static_cast<cudaStream_t>(stream);
 }
 
-static const int32_t* step_of(const Tensor& step) {
+static const int32_t* counts_of(const Tensor& counts) {
   STD_TORCH_CHECK(
-      step.is_cpu() && step.scalar_type() == ScalarType::Int && step.numel() == 2,
-      "step must be 2 int32 on the CPU: prompts that make vectors, rows with an adapter");
-  return static_cast<const int32_t*>(step.const_data_ptr());
+      counts.is_cpu() && counts.scalar_type() == ScalarType::Int && counts.numel() == 2,
+      "counts must be 2 int32 on the CPU: prompts that generate vectors, rows with an adapter");
+  return static_cast<const int32_t*>(counts.const_data_ptr());
 }
 
-static void check_rows(const Tensor& x, const Tensor& vectors, const Tensor& token_slots) {
+static void check_rows(const Tensor& x, const Tensor& vectors, const Tensor& token_rows) {
   STD_TORCH_CHECK(
       x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1),
       "the projection must be [tokens, width] with contiguous rows");
   STD_TORCH_CHECK(
       vectors.dim() == 2 && vectors.stride(1) == 1 && vectors.scalar_type() == x.scalar_type(),
-      "vectors must be [slots, D] with contiguous rows, in the dtype of the projection");
+      "vectors must be [rows, D] with contiguous rows, in the dtype of the projection");
   STD_TORCH_CHECK(
-      token_slots.dim() == 1 && token_slots.scalar_type() == ScalarType::Long &&
-          token_slots.size(0) >= x.size(0),
-      "token_slots must be int64, with an entry for each token");
+      token_rows.dim() == 1 && token_rows.scalar_type() == ScalarType::Long &&
+          token_rows.size(0) >= x.size(0),
+      "token_rows must be int64, with an entry for each token");
   STD_TORCH_CHECK(
-      vectors.is_cuda() && token_slots.is_cuda(), "all but step must be on the same CUDA device");
+      vectors.is_cuda() && token_rows.is_cuda(), "all but counts must be on the same CUDA device");
 }
 
 static void check_column(int64_t column, int64_t width, const Tensor& vectors) {
@@ -277,27 +277,27 @@ static void generate_vectors(
     const Tensor& hidden,
     Tensor vectors,
     const Tensor& generators,
-    const Tensor& prompts,
-    const Tensor& step) {
-  const int64_t count = step_of(step)[0];
+    const Tensor& prefills,
+    const Tensor& counts) {
+  const int64_t count = counts_of(counts)[0];
   if (count == 0) return;
   STD_TORCH_CHECK(
       hidden.dim() == 2 && (hidden.stride(1) == 1 || hidden.size(1) <= 1),
       "hidden must be [tokens, d] with contiguous rows");
   STD_TORCH_CHECK(
       vectors.dim() == 2 && vectors.is_contiguous() && vectors.scalar_type() == hidden.scalar_type(),
-      "vectors must be a contiguous [slots, D] in the dtype of hidden");
+      "vectors must be a contiguous [rows, D] in the dtype of hidden");
   STD_TORCH_CHECK(
       generators.dim() == 2 && generators.is_contiguous() &&
           generators.scalar_type() == ScalarType::Float,
-      "generators must be a contiguous float32 [slots, row]");
+      "generators must be a contiguous float32 [slots, record]");
   STD_TORCH_CHECK(
-      prompts.dim() == 2 && prompts.is_contiguous() && prompts.scalar_type() == ScalarType::Int &&
-          prompts.size(1) == kPromptFields && prompts.size(0) >= count,
-      "prompts must be a contiguous int32 [>= ", count, ", 4]");
+      prefills.dim() == 2 && prefills.is_contiguous() && prefills.scalar_type() == ScalarType::Int &&
+          prefills.size(1) == kPrefillFields && prefills.size(0) >= count,
+      "prefills must be a contiguous int32 [>= ", count, ", 4]");
   STD_TORCH_CHECK(
-      vectors.is_cuda() && generators.is_cuda() && prompts.is_cuda(),
-      "all but step must be on the same CUDA device");
+      vectors.is_cuda() && generators.is_cuda() && prefills.is_cuda(),
+      "all but counts must be on the same CUDA device");
   const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
   const cudaStream_t stream = current_stream(hidden);
   const Layout at(hidden.size(1), vectors.size(1), generators.size(1));
@@ -309,7 +309,7 @@ static void generate_vectors(
   float* partials = static_cast<float*>(partial.mutable_data_ptr());
   float* latents = static_cast<float*>(latent.mutable_data_ptr());
   const float* weights = static_cast<const float*>(generators.const_data_ptr());
-  const int32_t* fields = static_cast<const int32_t*>(prompts.const_data_ptr());
+  const int32_t* fields = static_cast<const int32_t*>(prefills.const_data_ptr());
   const unsigned n = static_cast<unsigned>(count);
   by_type(hidden, [&](auto type) {
     using T = decltype(type);
@@ -326,24 +326,24 @@ static void generate_vectors(
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-static void scale_qkv_(
-    Tensor qkv,
+static void scale_columns_(
+    Tensor projection,
     const Tensor& vectors,
-    const Tensor& token_slots,
+    const Tensor& token_rows,
     std::vector<int64_t> flat,
-    const Tensor& step) {
-  if (step_of(step)[1] == 0 || qkv.size(0) == 0) return;
-  check_rows(qkv, vectors, token_slots);
+    const Tensor& counts) {
+  if (counts_of(counts)[1] == 0 || projection.size(0) == 0) return;
+  check_rows(projection, vectors, token_rows);
   STD_TORCH_CHECK(flat.size() % 3 == 0, "ranges must be triples: column, vector column, width");
-  const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
-  const cudaStream_t stream = current_stream(qkv);
+  const torch::stable::accelerator::DeviceGuard guard(projection.get_device_index());
+  const cudaStream_t stream = current_stream(projection);
   for (size_t begin = 0; begin < flat.size(); begin += 3 * kMaxRanges) {
     Ranges ranges{};
     int64_t total = 0, offsets = 0;
     for (size_t i = 0; i < kMaxRanges && begin + 3 * i < flat.size(); ++i) {
       const int64_t* r = flat.data() + begin + 3 * i;
       STD_TORCH_CHECK(
-          r[0] >= 0 && r[2] >= 0 && r[0] + r[2] <= qkv.size(1),
+          r[0] >= 0 && r[2] >= 0 && r[0] + r[2] <= projection.size(1),
           "columns ", r[0], " to ", r[0] + r[2], " lie outside of the projection");
       STD_TORCH_CHECK(r[1] >= 0, "columns of vectors must not be negative");
       check_column(r[1], r[2], vectors);
@@ -354,24 +354,24 @@ static void scale_qkv_(
       offsets |= r[0] | r[1] | r[2];
     }
     if (total == 0) continue;
-    by_type(qkv, [&](auto type) {
+    by_type(projection, [&](auto type) {
       using T = decltype(type);
       constexpr int kPack = 16 / sizeof(T);
-      T* x = static_cast<T*>(qkv.mutable_data_ptr());
+      T* x = static_cast<T*>(projection.mutable_data_ptr());
       const T* by = static_cast<const T*>(vectors.const_data_ptr());
-      const int64_t* slots = static_cast<const int64_t*>(token_slots.const_data_ptr());
+      const int64_t* rows = static_cast<const int64_t*>(token_rows.const_data_ptr());
       const bool wide = aligned(x) && aligned(by) &&
-          (offsets | qkv.stride(0) | vectors.stride(0)) % kPack == 0;
+          (offsets | projection.stride(0) | vectors.stride(0)) % kPack == 0;
       const int64_t pack = wide ? kPack : 1;
       const int64_t each = kThreads * pack;
       const dim3 grid(
-          static_cast<unsigned>(qkv.size(0)), static_cast<unsigned>((total + each - 1) / each));
+          static_cast<unsigned>(projection.size(0)), static_cast<unsigned>((total + each - 1) / each));
       if (wide)
         scale_kernel<T, kPack><<<grid, kThreads, 0, stream>>>(
-            x, by, slots, qkv.stride(0), vectors.stride(0), ranges);
+            x, by, rows, projection.stride(0), vectors.stride(0), ranges);
       else
         scale_kernel<T, 1><<<grid, kThreads, 0, stream>>>(
-            x, by, slots, qkv.stride(0), vectors.stride(0), ranges);
+            x, by, rows, projection.stride(0), vectors.stride(0), ranges);
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
@@ -387,7 +387,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_pedro, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_pedro, CUDA, m) {
   m.impl("generate_vectors", TORCH_BOX(&vllm_pedro::generate_vectors));
-  m.impl("scale_qkv_", TORCH_BOX(&vllm_pedro::scale_qkv_));
+  m.impl("scale_columns_", TORCH_BOX(&vllm_pedro::scale_columns_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_pedro, CompositeExplicitAutograd, m) {

@@ -82,9 +82,9 @@ def with_vectors_shared_by_adapter_alone(patch):
 
 
 def with_rows_never_returned(patch):
-    from vllm_pedro.serving.slots import VectorSlots
+    from vllm_pedro.serving.rows import VectorRows
 
-    patch.setattr(VectorSlots, "release", lambda self, request_id: None)
+    patch.setattr(VectorRows, "free", lambda self, request_id: None)
 
 
 @pytest.mark.parametrize(

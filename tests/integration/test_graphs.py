@@ -114,7 +114,7 @@ def test_a_replay_gives_what_the_eager_step_gives(tiny_engine, tiny_oracle, tiny
         def step(*args, **kwargs):
             nonlocal replays
             plan = pedro.plan
-            if not plan.num_rows_with_adapter or pedro.makes_vectors:
+            if not plan.num_with_adapter or pedro.generates_vectors:
                 return forward(*args, **kwargs)
             before = state()
             runner.pedro_model.clear_step()
@@ -122,7 +122,7 @@ def test_a_replay_gives_what_the_eager_step_gives(tiny_engine, tiny_oracle, tiny
                 output = forward(*args, **kwargs)
             identity = output.clone()
             assert not any("generate_vectors" in name for name in tape.names())
-            assert sum("scale_qkv_" in name for name in tape.names()) == 2 * 3  # in each layer
+            assert sum("scale_columns_" in name for name in tape.names()) == 2 * 3  # in each layer
             restore(before)
             pedro.store.load_plan(plan)
             tape.replay()
@@ -159,8 +159,8 @@ def test_dummy_and_capture_runs_leave_no_trace(scheduling, tiny_engine, tiny_ora
                     # V2 holds the outcome of a run until it is sampled.
                     runner.execute_model_state = None
                     runner.model_state.prepare_dummy_inputs(2, 2)  # before a capture
-                assert not runner.pedro.makes_vectors
-                assert not runner.pedro.store.token_slots.any()
+                assert not runner.pedro.generates_vectors
+                assert not runner.pedro.store.token_rows.any()
                 assert all(map(torch.equal, before, runner.pedro.store.vectors))
                 dummies += 1
             return execute(scheduler_output, *args, **kwargs)

@@ -14,10 +14,10 @@ from vllm_pedro.adapter import init_adapter
 from vllm_pedro.config import TARGET_MODULES, BackboneShape, PedroConfig
 from vllm_pedro.integration.layers import HookedModel, find_decoder_layers
 from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, HostCache
+from vllm_pedro.serving.rows import Assignment
 from vllm_pedro.serving.runtime import PedroRuntime
-from vllm_pedro.serving.slots import Assignment
 from vllm_pedro.serving.spec import RequestSpec
-from vllm_pedro.serving.vectors import VectorStore
+from vllm_pedro.serving.store import VectorStore
 
 WIDTHS = {"q_proj": 8, "k_proj": 4, "v_proj": 4, "gate_proj": 16, "up_proj": 16}
 SHAPE = BackboneShape(2, 8, WIDTHS)

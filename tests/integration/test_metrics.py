@@ -31,7 +31,7 @@ STATS = {
     "loads": {"host": 1, "device": 1},
     "evictions": {"host": 3},
     "removals": {"device": 1},
-    "prefills": {"disk": 1, "kept": 4},
+    "prefills": {"disk": 1, "cached": 4},
     "seconds": {"host": [0.002, 0.2]},
     "resident": {"device": 5, "host": 6},
 }
@@ -50,7 +50,7 @@ def test_what_a_step_counted_is_published_and_hidden_from_other_loggers(metrics)
     assert value("adapter_loads_total", tier="host") == 1
     assert value("adapter_evictions_total", tier="host") == 3
     assert value("adapter_removals_total", tier="device") == 1
-    assert value("prefills_total", state="kept") == 4
+    assert value("prefills_total", state="cached") == 4
     assert value("adapter_load_seconds_count", tier="host") == 2
     assert value("adapter_load_seconds_bucket", tier="host", le="0.0025") == 1
     metrics.set_registered(7)

@@ -39,12 +39,12 @@ def test_scenario_with_the_triton_operators(name, tiny_engine, tiny_oracle, tiny
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for operator in ("generate_vectors", "scale_qkv_"):
+        for operator in ("generate_vectors", "scale_columns_"):
             patch.setattr(triton_kernels, operator, counted(operator))
         with triton_operators():
             SCENARIOS[name](tiny_engine, tiny_oracle, tiny_adapters)
     assert called["generate_vectors"] > 9
-    assert called["scale_qkv_"] > 50
+    assert called["scale_columns_"] > 50
 
 
 # Mutations: take one protection out, and the named scenario has to fail.
@@ -109,9 +109,9 @@ def with_vectors_shared_by_prompt_alone(patch):
 
 
 def with_rows_never_returned(patch):
-    from vllm_pedro.serving.slots import VectorSlots
+    from vllm_pedro.serving.rows import VectorRows
 
-    patch.setattr(VectorSlots, "release", lambda self, request_id: None)
+    patch.setattr(VectorRows, "free", lambda self, request_id: None)
 
 
 def with_a_shorter_prompt(patch):
@@ -152,12 +152,12 @@ def without_adapters_of_preempted_requests(patch):
 
         drop = PedroRuntime._drop
 
-        def forget_all(self, digests):
+        def drop_all(self, digests):
             specs, self._specs = self._specs, {}
             drop(self, digests)
             self._specs = specs
 
-        patch.setattr(PedroRuntime, "_drop", forget_all)
+        patch.setattr(PedroRuntime, "_drop", drop_all)
 
 
 MUTATIONS = [

@@ -121,7 +121,7 @@ def test_mixes_of_a_thousand_tenants(server, smol_oracle, folders):
     assert found["adapters_resident{tier=host}"] == 16
     assert found["adapters_resident{tier=device}"] == 4
     assert found["adapter_evictions_total{tier=host}"] >= distinct - 16
-    kinds = ("device", "host", "disk", "kept", "failed")
+    kinds = ("device", "host", "disk", "cached", "failed")
     assert sum(found[f"prefills_total{{state={kind}}}"] for kind in kinds) == 4 * REQUESTS
     assert found["prefills_total{state=failed}"] == 0
     assert found["adapters_registered"] == ADAPTERS

@@ -15,7 +15,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vllm_pedro.integration import wire
-from vllm_pedro.serving.slots import Assignment
+from vllm_pedro.serving.rows import Assignment
 from vllm_pedro.serving.spec import RequestSpec
 
 SPEC = RequestSpec("name", "/folder", "digest", 3, "prompt", True, False)

@@ -84,7 +84,7 @@ def test_the_rank_follows_from_the_row_s_size(hidden, width, rank):
     import torch
 
     made = library.reference.GeneratorLayout(hidden, width, rank)
-    row = torch.empty(1, made.row, device="meta")
+    row = torch.empty(1, made.record, device="meta")
     assert library.reference.GeneratorLayout.of(row, hidden, width) == made
 
 

@@ -22,19 +22,19 @@ def test_the_backend_in_use_equals_the_reference():
 def test_the_reference_scales_by_definition():
     s = samples.scale_sample("some rows", samples.WIDTHS[1], torch.bfloat16)
     q, k, _v, _f = samples.WIDTHS[1]
-    got = s.qkv.clone()
-    reference.scale_qkv_(got, s.vectors, s.token_slots, s.ranges["q, v"], s.step)
+    got = s.x.clone()
+    reference.scale_columns_(got, s.vectors, s.token_rows, s.ranges["q, v"], s.counts)
     for t in range(len(got)):
         for j in range(got.shape[1]):
-            by = 1.0 if q <= j < q + k else s.vectors[s.token_slots[t], j]
-            assert got[t, j] == s.qkv[t, j] * by
+            by = 1.0 if q <= j < q + k else s.vectors[s.token_rows[t], j]
+            assert got[t, j] == s.x[t, j] * by
 
 
 def test_the_reference_makes_vectors_by_definition():
     g = samples.generate_sample(samples.SIZES[0], torch.float32)
     reference.generate_vectors(*g.args())
     views = GeneratorLayout(*samples.SIZES[0]).views(g.generators)
-    for start, length, row, slot in g.prompts[:6].tolist():
+    for start, length, row, slot in g.prefills[:6].tolist():
         kind, rank, m, n, pooling, norm = (int(x) for x in views.header[slot, :6])
         pooled = pool_prompt(
             g.hidden[start : start + length], POOLINGS[pooling], "rms" if norm else None
@@ -54,15 +54,15 @@ def test_the_reference_makes_vectors_by_definition():
 def test_rows_without_an_adapter_are_not_read():
     for dtype in samples.DTYPES:
         s = samples.scale_sample("some rows", samples.WIDTHS[0], dtype)
-        base = s.token_slots[: len(s.qkv)] == 0
-        s.qkv[base] = torch.nan
+        base = s.token_rows[: len(s.x)] == 0
+        s.x[base] = torch.nan
         s.vectors[0] = 7.0  # would show if the identity row were read
-        kept = s.qkv.clone()
-        ops.scale_qkv_(s.qkv, s.vectors, s.token_slots, s.ranges["all"], s.step)
+        kept = s.x.clone()
+        ops.scale_columns_(s.x, s.vectors, s.token_rows, s.ranges["all"], s.counts)
         if ops.backends.cpu.startswith("native"):
             bits = torch.int32 if dtype == torch.float32 else torch.int16
-            assert torch.equal(s.qkv[base].view(bits), kept[base].view(bits))
-        assert bool(s.qkv[~base].isfinite().all())
+            assert torch.equal(s.x[base].view(bits), kept[base].view(bits))
+        assert bool(s.x[~base].isfinite().all())
 
 
 @pytest.mark.parametrize("dtype", samples.DTYPES, ids=str)
@@ -74,7 +74,7 @@ def test_scaling_rounds_as_torch_does(dtype):
     a, want = a.clone(), a * b
     vectors = torch.cat((torch.ones_like(b), b))
     step = torch.tensor([0, 1], dtype=torch.int32)
-    ops.scale_qkv_(a, vectors, torch.tensor([1]), (0, 0, a.shape[1]), step)
+    ops.scale_columns_(a, vectors, torch.tensor([1]), (0, 0, a.shape[1]), step)
     assert torch.equal(a.isnan(), want.isnan())
     assert torch.equal(a.nan_to_num(), want.nan_to_num())
 
@@ -82,9 +82,9 @@ def test_scaling_rounds_as_torch_does(dtype):
 def test_steps_with_nothing_to_do_touch_nothing():
     s = samples.scale_sample("all rows", samples.WIDTHS[0], torch.float32)
     none = torch.zeros(2, dtype=torch.int32)
-    before = s.qkv.clone()
-    ops.scale_qkv_(s.qkv, s.vectors, s.token_slots, s.ranges["all"], none)
-    assert torch.equal(s.qkv, before)
+    before = s.x.clone()
+    ops.scale_columns_(s.x, s.vectors, s.token_rows, s.ranges["all"], none)
+    assert torch.equal(s.x, before)
     g = samples.generate_sample(samples.SIZES[0], torch.float32)
     ops.generate_vectors(*g.args()[:4], none)
     assert bool((g.vectors == 1).all())
@@ -94,20 +94,20 @@ def test_steps_with_nothing_to_do_touch_nothing():
 @pytest.mark.parametrize("size", samples.SIZES, ids=str)
 def test_the_warm_up_is_a_call_like_serving_s(size, dtype):
     d, width, _ = size
-    ops.warm_up(d, width, GeneratorLayout(*size).row, dtype, "cpu")
+    ops.warm_up(d, width, GeneratorLayout(*size).record, dtype, "cpu")
 
 
 @pytest.mark.skipif(not ops.backends.cpu.startswith("native"), reason="the reference is trusted")
 def test_bad_arguments_are_refused():
     s = samples.scale_sample("all rows", samples.WIDTHS[0], torch.float32)
     with pytest.raises(RuntimeError, match="lie outside of the projection"):
-        ops.scale_qkv_(s.qkv, s.vectors, s.token_slots, (100, 0, 64), s.step)
+        ops.scale_columns_(s.x, s.vectors, s.token_rows, (100, 0, 64), s.counts)
     with pytest.raises(RuntimeError, match="in the dtype of the projection"):
-        ops.scale_qkv_(s.qkv, s.vectors.half(), s.token_slots, (0, 0, 8), s.step)
+        ops.scale_columns_(s.x, s.vectors.half(), s.token_rows, (0, 0, 8), s.counts)
     with pytest.raises(RuntimeError, match="an entry for each token"):
-        ops.scale_qkv_(s.qkv, s.vectors, s.token_slots[:4], (0, 0, 8), s.step)
+        ops.scale_columns_(s.x, s.vectors, s.token_rows[:4], (0, 0, 8), s.counts)
     g = samples.generate_sample(samples.SIZES[0], torch.float32)
-    g.prompts[0, 2] = 0  # the identity row
+    g.prefills[0, 2] = 0  # the identity row
     with pytest.raises(RuntimeError, match="prompt 0 lies outside"):
         ops.generate_vectors(*g.args())
 
@@ -116,9 +116,9 @@ def test_opcheck():
     g = samples.generate_sample(samples.SIZES[1], torch.bfloat16)
     torch.library.opcheck(REGISTERED.generate_vectors.default, g.args())
     s = samples.scale_sample("some rows", samples.WIDTHS[1], torch.bfloat16)
-    common = (s.vectors, s.token_slots)
+    common = (s.vectors, s.token_rows)
     torch.library.opcheck(
-        REGISTERED.scale_qkv_.default, (s.qkv, *common, list(s.ranges["q, v"]), s.step)
+        REGISTERED.scale_columns_.default, (s.x, *common, list(s.ranges["q, v"]), s.counts)
     )
 
 
@@ -126,10 +126,10 @@ def test_opcheck():
 def test_the_form_for_compilers_equals_the_operator(dtype):
     s = samples.scale_sample("some rows", samples.WIDTHS[2], dtype)
     compiled = torch.compile(ops.scaled, backend="aot_eager", fullgraph=True)
-    width = s.qkv.shape[1]
-    want = s.qkv.clone()
-    ops.scale_qkv_(want, s.vectors, s.token_slots, (0, 0, width), s.step)
-    assert torch.equal(compiled(s.qkv, s.vectors, s.token_slots, slice(0, width)), want)
+    width = s.x.shape[1]
+    want = s.x.clone()
+    ops.scale_columns_(want, s.vectors, s.token_rows, (0, 0, width), s.counts)
+    assert torch.equal(compiled(s.x, s.vectors, s.token_rows, slice(0, width)), want)
 
 
 def test_a_compiled_graph_changes_the_store_before_it_reads_it():

@@ -53,11 +53,11 @@ NOT_READ = """
 import torch
 from vllm_pedro.ops import samples, triton_kernels
 s = samples.scale_sample("some rows", samples.WIDTHS[1], torch.bfloat16)
-base = s.token_slots[: len(s.qkv)] == 0
-s.qkv[base] = torch.nan
+base = s.token_rows[: len(s.x)] == 0
+s.x[base] = torch.nan
 s.vectors[0] = 7.0
-triton_kernels.scale_qkv_(s.qkv, s.vectors, s.token_slots, s.ranges["all"], s.step)
-assert bool(s.qkv[base].isnan().all()) and bool(s.qkv[~base].isfinite().all())
+triton_kernels.scale_columns_(s.x, s.vectors, s.token_rows, s.ranges["all"], s.counts)
+assert bool(s.x[base].isnan().all()) and bool(s.x[~base].isfinite().all())
 print("ok")
 """
 
@@ -77,7 +77,7 @@ from vllm_pedro.ops import GeneratorLayout, triton_kernels
 ops._generate_vectors = triton_kernels.generate_vectors
 for d, width, rank in ((576, 4032, 32), (4096, 18432, 8), (100, 130, 5)):
     for dtype in (torch.bfloat16, torch.float32):
-        row = GeneratorLayout(d, width, rank).row
+        row = GeneratorLayout(d, width, rank).record
         buffer = torch.empty(600, d, dtype=dtype)
         vectors = torch.empty(513, width, dtype=dtype)
         generators = torch.empty(4, 3, row)

@@ -9,7 +9,7 @@ from vllm_pedro.errors import AdapterError
 from vllm_pedro.ops.layout import ACTIVATIONS, POOLINGS
 from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, HostCache
 from vllm_pedro.serving.spec import RequestSpec
-from vllm_pedro.serving.vectors import VectorStore
+from vllm_pedro.serving.store import VectorStore
 
 SHAPE = BackboneShape(2, 8, {"q_proj": 8, "k_proj": 4, "v_proj": 4, "gate_proj": 16, "up_proj": 16})
 LIMITS = AdapterLimits(SHAPE, 4)
@@ -194,7 +194,7 @@ def test_a_slot_holds_its_adapter_bit_by_bit_whatever_it_held_before(tmp_path, s
     limits = AdapterLimits(shape, 6)
     cache, slots = HostCache(4, limits), bank(2, limits)
     if staged:
-        slots._on_host, slots._copies = None, Staging(12, slots.layout.row)
+        slots._on_host, slots._copies = None, Staging(12, slots.layout.record)
     for step in range(120):
         spec = draw.choice(specs if step % 40 < 25 else specs[-6:])
         slot = slots.make_resident(spec.digest, lambda spec=spec: cache.get(spec), {spec.digest})

@@ -1,28 +1,28 @@
 import pytest
-from step_cases import CASES, PROMPTS, SLOTS, ScheduledRow
+from step_cases import CASES, PROMPTS, ROWS, ScheduledRow
 
-from vllm_pedro.serving.plan import Reader, plan_step
+from vllm_pedro.serving.plan import Pending, plan_step
 
 
 def plan(rows, made=()):
     """Rows 1, 2, 3 for a, b, c; ``made`` names those whose vectors are there."""
     return plan_step(
         [r.request_id for r in rows],
-        [SLOTS.get(r.request_id, 0) for r in rows],
+        [ROWS.get(r.request_id, 0) for r in rows],
         [r.num_tokens for r in rows],
         [r.num_computed for r in rows],
-        {name: Reader(*PROMPTS[name]) for name in PROMPTS if name not in made},
+        {name: Pending(*PROMPTS[name]) for name in PROMPTS if name not in made},
     )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_plan(name):
-    rows, made, segments, prefills = CASES[name]
+    rows, made, read, prefills = CASES[name]
     step = plan(rows, made)
-    assert step.segments == segments
+    assert [r for r in step.store_rows if r] == read
     assert step.prefills == prefills
     assert step.num_tokens == sum(r.num_tokens for r in rows)
-    assert step.num_rows_with_adapter == len(segments)
+    assert step.num_with_adapter == len(read)
 
 
 def test_split_prompt_is_a_defect():

@@ -7,10 +7,10 @@ from vllm_pedro.adapter import init_adapter, save_adapter
 from vllm_pedro.config import TARGET_MODULES, BackboneShape, PedroConfig
 from vllm_pedro.generator import VectorGenerator
 from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, HostCache
+from vllm_pedro.serving.rows import VectorRows
 from vllm_pedro.serving.runtime import PedroRuntime
-from vllm_pedro.serving.slots import VectorSlots
 from vllm_pedro.serving.spec import RequestSpec
-from vllm_pedro.serving.vectors import VectorStore
+from vllm_pedro.serving.store import VectorStore
 
 SHAPE = BackboneShape(3, 8, {"q_proj": 8, "k_proj": 4, "v_proj": 4, "gate_proj": 16, "up_proj": 16})
 LIMITS = AdapterLimits(SHAPE, 6)
@@ -30,24 +30,24 @@ class Harness(PedroRuntime):
 
     def __init__(self, *args, sequences):
         super().__init__(*args)
-        self.slots = VectorSlots(sequences)
+        self._owners = VectorRows(sequences)
 
     def enter(self, name, spec):
         self.admit(name, spec)
         self.resume(name)
 
     def resume(self, name):
-        assignment = self.slots.acquire(name, self._specs[name].vector_key)
+        assignment = self._owners.acquire(name, self._specs[name].vector_key)
         self.assign({name: assignment})
-        self.slots.confirm(assignment)
+        self._owners.confirm(assignment)
 
     def leave(self, *names):
         for name in names:
-            self.slots.release(name)
+            self._owners.free(name)
         self.finish(names)
 
     def row(self, name):
-        return self._slots[name]
+        return self.row_of(name)
 
     def prepare(self, *rows):
         """Rows as (request, tokens, computed before)."""
@@ -90,7 +90,7 @@ def test_vectors_equal_the_training_module(tmp_path, variant, modules):
     rt = runtime()
     rt.enter("a", request(tmp_path / "x", digest, 5))
     rt.prepare(("base", 3, 0), ("a", 7, 0))
-    assert rt.makes_vectors
+    assert rt.generates_vectors
     hidden = torch.randn(10, 8, generator=torch.Generator().manual_seed(1)) * 3
     slot = rt.row("a")
     for layer in range(3):
@@ -112,9 +112,9 @@ def test_rows_of_several_adapters_in_one_step(tmp_path):
     rt.prepare(("a", 2, 0), ("b", 4, 0), ("c", 1, 0))
     # a and c have the same content and lie side by side.
     assert len(rt.bank) == 2
-    slots = rt.store.prompts[:3, 3].tolist()
+    slots = rt.store.prefills[:3, 3].tolist()
     assert slots == sorted(slots)
-    assert rt.store.step.tolist() == [3, 3]
+    assert rt.store.counts.tolist() == [3, 3]
     hidden = torch.randn(7, 8, generator=torch.Generator().manual_seed(2))
     rt.layers[0].generate(hidden)
     for name, rows in (("a", slice(0, 2)), ("b", slice(2, 6)), ("c", slice(6, 7))):
@@ -131,10 +131,10 @@ def test_decode_steps_and_dummy_runs_make_nothing(tmp_path):
     rt.layers[0].generate(torch.randn(2, 8))
     kept = rt.store.vectors[0].clone()
     rt.prepare(("a", 1, 2))
-    assert not rt.makes_vectors
-    assert rt.store.token_slots[0] == rt.row("a")
+    assert not rt.generates_vectors
+    assert rt.store.token_rows[0] == rt.row("a")
     rt.clear_step()
-    assert bool((rt.store.token_slots == 0).all())
+    assert bool((rt.store.token_rows == 0).all())
     rt.layers[0].generate(torch.randn(2, 8))
     assert torch.equal(rt.store.vectors[0], kept)
 
@@ -150,7 +150,7 @@ def test_kept_vectors_are_not_made_again(tmp_path):
     rt.leave("a")
     rt.enter("b", spec)
     rt.prepare(("b", 1, 1))
-    assert not rt.makes_vectors
+    assert not rt.generates_vectors
     torch.testing.assert_close(rt.store.vectors[0][rt.row("b")], expected(adapter, 0, hidden))
 
 
@@ -159,13 +159,13 @@ def test_preempted_requests_resume(tmp_path):
     rt = runtime(sequences=1)
     rt.enter("a", request(tmp_path / "x", digest, 2, prompt="one"))
     rt.prepare(("a", 2, 0))
-    rt.slots.release("a")
+    rt._owners.free("a")
     rt.enter("b", request(tmp_path / "x", digest, 2, prompt="two"))
     rt.prepare(("b", 2, 0))
     rt.leave("b", "unknown")
     rt.resume("a")
     rt.prepare(("a", 4, 0))
-    assert rt.makes_vectors
+    assert rt.generates_vectors
     assert rt.row("a") == 1
 
 
@@ -178,7 +178,7 @@ def test_more_tenants_than_device_slots(tmp_path):
         rt.prepare((name, 2, 0))
         rt.layers[0].generate(torch.full((2, 8), float(i + 1)))
     rt.prepare(*((name, 1, 2) for name in "abc"))
-    assert len(rt.plan.segments) == 3
+    assert rt.plan.num_with_adapter == 3
     for i, name in enumerate("abc"):
         torch.testing.assert_close(
             rt.store.vectors[0][rt.row(name)],
@@ -199,10 +199,10 @@ def test_an_adapter_that_went_away_fails_its_own_request_only(tmp_path):
     assert list(failed) == ["a"]
     assert "adapter_model.safetensors" in failed["a"]
     assert rt.take_failed() == {}
-    assert rt.store.token_slots[:4].tolist() == [0, 0, rt.row("b"), rt.row("b")]
+    assert rt.store.token_rows[:4].tolist() == [0, 0, rt.row("b"), rt.row("b")]
     # A step that was scheduled before the scheduler heard of it runs the row as a base row.
     rt.prepare(("a", 1, 2), ("b", 1, 2))
-    assert len(rt.plan.segments) == 1
+    assert rt.plan.num_with_adapter == 1
 
 
 def test_vectors_are_made_in_float32_and_kept_in_the_model_dtype(tmp_path):
@@ -267,8 +267,8 @@ def test_warming_up_leaves_no_trace():
     bank_store = VectorStore(SHAPE, TARGET_MODULES, 4, 64, torch.float32, torch.device("cpu"))
     bank = AdapterBank(2, LIMITS, bank_store.columns, torch.device("cpu"))
     runtime = PedroRuntime(HostCache(4, LIMITS), bank, bank_store)
-    tensors = [*bank_store.vectors, *bank.generators, bank_store.prompts, bank_store.step]
+    tensors = [*bank_store.vectors, *bank.generators, bank_store.prefills, bank_store.counts]
     before = [tensor.clone() for tensor in tensors]
     runtime.warm_up()
     assert all(map(torch.equal, before, tensors))
-    assert not runtime.makes_vectors
+    assert not runtime.generates_vectors

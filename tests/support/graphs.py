@@ -62,8 +62,8 @@ def _observe_steps(runner: Any, now: dict[str, bool]) -> None:
     def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         entering = wire.assignments_of(scheduler_output)
         rows = scheduler_output.num_scheduled_tokens
-        now["generates"] = any(a.makes for a in entering.values())
-        now["with_adapters"] = any(i in entering or runner.pedro.slot_of(i) for i in rows)
+        now["generates"] = any(a.must_generate for a in entering.values())
+        now["with_adapters"] = any(i in entering or runner.pedro.row_of(i) for i in rows)
         try:
             return execute(scheduler_output, *args, **kwargs)
         finally:

@@ -761,7 +761,7 @@ class Bench:
     def _check_leftovers(self) -> None:
         runtime, scheduler = self.runner.pedro, self.scheduler
         held = {
-            "vector rows": self.scheduler._pedro_slots.num_held,
+            "vector rows": self.scheduler._pedro_rows.num_read,
             "vector rows without an owner": self._lost_rows(),
             "requests in the runtime": len(runtime._specs) + len(runtime._slots),
             "failed requests": len(runtime.failed),
@@ -780,7 +780,7 @@ class Bench:
 
     def _lost_rows(self) -> int:
         """Rows that are neither free nor kept for a later request."""
-        slots = self.scheduler._pedro_slots
+        slots = self.scheduler._pedro_rows
         return int(self.settings["max_num_seqs"]) - len(slots._free) - len(slots._idle)
 
 

@@ -1,4 +1,4 @@
-"""Hooks on a vLLM model: make vectors at each layer's input, apply them to its projections."""
+"""Hooks on a vLLM model: generate vectors at each layer's input, apply them to its projections."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..config import TARGET_MODULES, BackboneShape
 from ..serving.layer import PedroLayer
 from ..serving.plan import Ints
 from ..serving.runtime import PedroRuntime
-from ..serving.vectors import VectorStore
+from ..serving.store import VectorStore
 
 PACKED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -73,7 +73,7 @@ class HookedModel:
     Args:
         model: vLLM's model.
         shape: The backbone's shape by its configuration.
-        runtime: Whose vectors the layers make and read.
+        runtime: Whose vectors the layers generate and read.
         is_compiled: Whether vLLM compiles the model; steps outside of the graph work all the same.
 
     Raises:
@@ -98,12 +98,12 @@ class HookedModel:
             _hook_layer(layer, runtime.layers[index], runtime.store, self._switch)
 
     def prepare_step(self, request_ids: Sequence[str], lengths: Ints, computed: Ints) -> None:
-        """See :meth:`.PedroRuntime.prepare_step`."""
+        """See `PedroRuntime.prepare_step`."""
         self.runtime.prepare_step(request_ids, lengths, computed)
         self.switch()
 
     def clear_step(self) -> None:
-        """See :meth:`.PedroRuntime.clear_step`."""
+        """See `PedroRuntime.clear_step`."""
         self.runtime.clear_step()
         self.switch()
 
@@ -111,23 +111,23 @@ class HookedModel:
         """Have in the layers what the step that the store holds needs."""
         if self._switch is not None:
             store = self.runtime.store
-            self._switch(store.has_prompts, store.has_rows_with_adapter)
+            self._switch(store.has_prefills, store.scales_rows)
 
 
 class ForwardSwitch:
     """Without a compiler: PEDRO's part of each layer, there only in steps that need it.
 
     A step without adapters then runs the very code of an engine without PEDRO, and a decode step
-    none of the generators'. Modules get a ``forward`` of their own in place of a hook, because a
-    module with hooks takes a longer way through ``nn.Module.__call__``, at each call.
+    none of the generators'. Modules get a `forward` of their own in place of a hook, because a
+    module with hooks takes a longer way through `nn.Module.__call__`, at each call.
     """
 
     def __init__(self) -> None:
-        self._makers: list[tuple[nn.Module, Callable[..., Any]]] = []
-        self._scalers: list[tuple[nn.Module, Callable[..., Any]]] = []
-        self._makes = self._scales = False
+        self._generating: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._scaling: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._generates = self._scales = False
 
-    def add_maker(self, norm: nn.Module, state: PedroLayer) -> None:
+    def add_generator(self, norm: nn.Module, state: PedroLayer) -> None:
         """Run a layer's generators on what its input norm reads."""
         original, generate = norm.forward, state.generate
 
@@ -137,9 +137,9 @@ class ForwardSwitch:
             generate(hidden)
             return output
 
-        self._makers.append((norm, forward))
+        self._generating.append((norm, forward))
 
-    def add_scaler(
+    def add_scaling(
         self, projection: nn.Module, state: PedroLayer, ranges: tuple[int, int, int]
     ) -> None:
         """Scale a packed projection's output in place."""
@@ -151,20 +151,20 @@ class ForwardSwitch:
             scale_(x, ranges)
             return output
 
-        self._scalers.append((projection, forward))
+        self._scaling.append((projection, forward))
 
-    def __call__(self, makes: bool, scales: bool) -> None:
+    def __call__(self, generates: bool, scales: bool) -> None:
         """Get ready for a step.
 
         Args:
-            makes: Whether it makes vectors.
+            generates: Whether it generates vectors.
             scales: Whether it has rows with an adapter.
         """
-        if makes != self._makes:
-            self._set(self._makers, makes)
-            self._makes = makes
+        if generates != self._generates:
+            self._set(self._generating, generates)
+            self._generates = generates
         if scales != self._scales:
-            self._set(self._scalers, scales)
+            self._set(self._scaling, scales)
             self._scales = scales
 
     @staticmethod
@@ -185,7 +185,7 @@ def _hook_layer(
     attention, mlp = layer.self_attn, layer.mlp
     compiled_elsewhere = set()
     if switch is not None:
-        switch.add_maker(layer.input_layernorm, state)
+        switch.add_generator(layer.input_layernorm, state)
     else:
         layer.input_layernorm.register_forward_hook(_input_hook(state, store))
         if "v_proj" in stored and isinstance(getattr(attention, "attn", None), nn.Module):
@@ -205,7 +205,7 @@ def _hook_layer(
             offset += widths[module]
         if switch is not None:
             width = columns.stop - columns.start
-            switch.add_scaler(projection, state, (offset, columns.start, width))
+            switch.add_scaling(projection, state, (offset, columns.start, width))
             continue
         total = sum(widths[module] for module in packed)
         hook = _scale_hook(state, store, columns, offset, total, name in compiled_elsewhere)
@@ -227,7 +227,7 @@ def _input_hook(state: PedroLayer, store: VectorStore) -> Callable[..., None]:
             # A copy, not the residual itself: Inductor keeps that in float32 across fused kernels,
             # and an operator that reads it would force it into 16 bits there, for base rows too.
             hidden = hidden * state.one
-        elif not store.has_prompts:
+        elif not store.has_prefills:
             return
         state.generate(hidden)
 
@@ -250,7 +250,7 @@ def _scale_hook(
         x = output[0] if isinstance(output, tuple) else output
         if not torch.compiler.is_compiling():
             # The operator would return at once, but getting there takes a while, in each layer.
-            if store.has_rows_with_adapter:
+            if store.scales_rows:
                 state.scale_(x, ranges)
             return None
         if compiled_elsewhere:

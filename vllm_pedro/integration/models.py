@@ -76,7 +76,7 @@ class PedroServingModelsMixin:
         self._pedro_starting = False
         self._pedro_metrics = metrics_of(self.engine_client)
         self.lora_resolver_lock = NameLocks()
-        # A request whose adapter went away while it waited asks here what its name means now.
+        # A request whose adapter changed while it waited asks here what its name stands for now.
         self.engine_client.pedro_models = self
         if self._pedro_metrics is not None:
             self._pedro_metrics.is_pedro_name = lambda name: self._pedro_entry(name) is not None
@@ -264,18 +264,18 @@ class PedroServingModelsMixin:
         return None
 
     def pedro_current(self, request: ServedPedroRequest) -> ServedPedroRequest:
-        """What the name stands for now; for one that is gone, what was asked for."""
+        """What the name stands for now; for an unloaded one, what was asked for."""
         entry = self.lora_requests.get(request.lora_name)
         return entry if isinstance(entry, ServedPedroRequest) else request
 
     async def pedro_renew(self, old: ServedPedroRequest) -> ServedPedroRequest:
-        """What a name stands for now, after the content it stood for could not be had.
+        """What a name stands for now, after its former content failed to load.
 
         If nobody has replaced it, its folder was changed and the former content has left the
         memory: from here on the name stands for what the folder holds now.
 
         Raises:
-            RefusedRequestError: The name is gone, or its folder cannot be served.
+            RefusedRequestError: The name was unloaded, or its folder cannot be served.
         """
         name = old.lora_name
         async with self.lora_resolver_lock[name]:
@@ -290,7 +290,7 @@ class PedroServingModelsMixin:
                 read = await self._pedro_read(name, entry.lora_path, entry.base_model_name)
             except PedroError as error:
                 reason = public_reason(error, entry.lora_path)
-                logger.warning("PEDRO: adapter %r can no longer be had: %s", name, error)
+                logger.warning("PEDRO: adapter %r failed to load: %s", name, error)
                 raise RefusedRequestError(
                     f"adapter {name!r}: {reason}", parameter="model"
                 ) from None
@@ -347,7 +347,7 @@ class PedroServingModelsMixin:
         )
 
     async def _pedro_release(self, old: PedroRequest) -> None:
-        """Free what is kept for an entry, as far as no other name needs it."""
+        """Free what is in memory for an entry, as far as no other name needs it."""
         entries = [e for e in self.lora_requests.values() if isinstance(e, PedroRequest)]
         if all(e.lora_path != old.lora_path for e in entries):
             self._pedro_registry.forget(old.lora_path)

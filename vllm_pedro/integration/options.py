@@ -9,7 +9,7 @@ from typing import Any
 from ..config import TARGET_MODULES
 
 CONFIG_KEY = "pedro"
-"""Key in vLLM's ``additional_config``, which reaches every process and is hashed into the key of
+"""Key in vLLM's `additional_config`, which reaches every process and is hashed into the key of
 the compile cache: a graph with PEDRO and one without must not share an entry."""
 
 ENABLE_KEYWORD = "enable_pedro"
@@ -17,13 +17,13 @@ ENABLE_KEYWORD = "enable_pedro"
 
 @dataclass(frozen=True, slots=True)
 class PedroOptions:
-    """Engine options, as keywords of ``LLM`` and ``AsyncEngineArgs``.
+    """Engine options, as keywords of `LLM` and `AsyncEngineArgs`.
 
     Attributes:
         max_pedros: Adapters resident on the device at once. Bounds how many different adapters are
             prefilled in one step, never how many tenants decode in one batch.
-        max_cpu_pedros: Adapters kept in host memory; default four times ``max_pedros``.
-        max_pedro_rank: Highest ``r`` an adapter may have.
+        max_cpu_pedros: Adapters held in host memory; default four times `max_pedros`.
+        max_pedro_rank: Highest `r` an adapter may have.
         pedro_target_modules: Target modules the vector store has columns for; default all five.
             Fewer modules make the store smaller and decode read less.
     """
@@ -43,7 +43,7 @@ class PedroOptions:
         if self.max_cpu_pedros is not None and self.max_cpu_pedros < self.max_pedros:
             raise ValueError(
                 f"max_cpu_pedros ({self.max_cpu_pedros}) must be at least max_pedros "
-                f"({self.max_pedros}): an adapter on the device is kept in host memory too"
+                f"({self.max_pedros}): an adapter on the device is held in host memory too"
             )
         modules = self.pedro_target_modules
         if isinstance(modules, str) or not isinstance(modules, Sequence):
@@ -60,11 +60,11 @@ class PedroOptions:
 
     @property
     def host_capacity(self) -> int:
-        """``max_cpu_pedros`` with its default filled in."""
+        """`max_cpu_pedros` with its default filled in."""
         return self.max_cpu_pedros or 4 * self.max_pedros
 
     def to_config(self) -> dict[str, Any]:
-        """JSON values for ``additional_config["pedro"]``."""
+        """JSON values for `additional_config["pedro"]`."""
         return {
             "max_pedros": self.max_pedros,
             "max_cpu_pedros": self.max_cpu_pedros,

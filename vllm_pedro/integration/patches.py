@@ -63,7 +63,7 @@ class Patch:
 
 
 def wrap(owner: type | ModuleType, name: str, make: Make) -> None:
-    """Replace ``owner.name`` by ``make(original)``, once.
+    """Replace `owner.name` by `make(original)`, once.
 
     Args:
         owner: The class that defines the function itself (inherited ones are refused, so that a
@@ -73,7 +73,7 @@ def wrap(owner: type | ModuleType, name: str, make: Make) -> None:
 
     Raises:
         RuntimeError: The owner does not define the function: vLLM has changed. Or the function is
-            wrapped by another ``make`` already: two patches of one function are a mistake.
+            wrapped by another `make` already: two patches of one function are a mistake.
     """
     original = vars(owner).get(name)
     where = f"{_full_name(owner)}.{name}"
@@ -103,14 +103,14 @@ def _full_name(owner: type | ModuleType) -> str:
 
 
 def extend(cls: type, mixin: type) -> type:
-    """A subclass of ``cls`` with ``mixin`` in front; ``cls`` itself if it has the mixin already."""
+    """A subclass of `cls` with `mixin` in front; `cls` itself if it has the mixin already."""
     if issubclass(cls, mixin):
         return cls
     return type(f"Pedro{cls.__name__}", (mixin, cls), {"__module__": __name__})
 
 
 def become(instance: Any, mixin: type) -> None:
-    """Put ``mixin`` in front of an instance's class, as if it had been created so.
+    """Put `mixin` in front of an instance's class, as if it had been created so.
 
     Raises:
         RuntimeError: Python cannot change this instance's class. Where that is so, the class has to

@@ -12,7 +12,7 @@ from ..config import BackboneShape
 from ..ops import library
 from ..serving.adapters import AdapterBank, AdapterLimits, HostCache
 from ..serving.runtime import PedroRuntime
-from ..serving.vectors import VectorStore
+from ..serving.store import VectorStore
 from . import wire
 from .layers import HookedModel, is_compiled
 from .options import PedroOptions, options_of
@@ -23,7 +23,7 @@ logger = logging.getLogger("vllm.vllm_pedro")
 def build_runtime(
     vllm_config: Any, options: PedroOptions, device: torch.device, max_tokens: int
 ) -> PedroRuntime:
-    """Allocate everything PEDRO keeps in a worker.
+    """Allocate everything that PEDRO needs in a worker.
 
     Args:
         vllm_config: vLLM's configuration.
@@ -65,7 +65,7 @@ def report_of_step(runtime: PedroRuntime) -> wire.StepReport:
 
 
 class PedroRunnerV1Mixin:
-    """What ``GPUModelRunner`` and ``CPUModelRunner`` do differently when PEDRO is on."""
+    """What `GPUModelRunner` and `CPUModelRunner` do differently when PEDRO is on."""
 
     pedro: PedroRuntime
     pedro_model: HookedModel
@@ -116,13 +116,13 @@ class PedroRunnerV1Mixin:
     def _determine_batch_execution_and_padding(
         self, *args: Any, force_eager: bool = False, **kwargs: Any
     ) -> Any:
-        """No CUDA graph for a step that makes vectors.
+        """No CUDA graph for a step that generates vectors.
 
         A one-token prompt, or a prompt that hits the cache up to its last token, looks like a
         decode and would replay a graph in which the generators never ran.
         """
         return super()._determine_batch_execution_and_padding(  # type: ignore[misc]
-            *args, force_eager=force_eager or self.pedro.makes_vectors, **kwargs
+            *args, force_eager=force_eager or self.pedro.generates_vectors, **kwargs
         )
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:

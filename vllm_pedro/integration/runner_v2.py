@@ -1,12 +1,12 @@
 """PEDRO on vLLM's V2 model runner, its default on GPUs, and on CPUs whose Triton has a backend.
 
-The V2 runner hands what belongs to the model to a ``ModelState``; PEDRO's is a subclass of the one
+The V2 runner hands what belongs to the model to a `ModelState`; PEDRO's is a subclass of the one
 that the model asks for. The order of a step, all on the host and without a device sync:
 
 1. the runner removes finished and preempted requests and adds new and resumed ones:
-   :meth:`PedroModelStateMixin.remove_request`, :meth:`~PedroModelStateMixin.add_request`;
+   `PedroModelStateMixin.remove_request`, `PedroModelStateMixin.add_request`;
 2. it gathers the batch: here the step is planned, because what comes next depends on it;
-3. it picks a CUDA graph: none if the step makes vectors (:class:`PedroGraphsMixin`);
+3. it picks a CUDA graph: none if the step generates vectors (`PedroGraphsMixin`);
 4. the forward pass, or the replay of a graph in which generators never run.
 """
 
@@ -22,7 +22,7 @@ from .runner_v1 import build_runtime, report_of_step
 
 
 class PedroModelStateMixin:
-    """What the model's ``ModelState`` does differently.
+    """What the model's `ModelState` does differently.
 
     Attributes:
         preempted: Requests that are out of the batch and come back. They are still the runtime's,
@@ -42,13 +42,13 @@ class PedroModelStateMixin:
             self.pedro.admit(new_req_data.req_id, spec)
 
     def remove_request(self, req_id: str) -> None:
-        """A request is done, aborted or preempted, or comes in: vLLM clears its place first."""
+        """A request is done, aborted or preempted, or enters: vLLM clears its place first."""
         if req_id not in self.preempted:
             self.pedro.finish((req_id,))
         super().remove_request(req_id)  # type: ignore[misc]
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
-        """A graph is about to be captured: no row reads or makes vectors."""
+        """A graph is about to be captured: no vectors are read or generated."""
         self.pedro_model.clear_step()
         return super().prepare_dummy_inputs(num_reqs, num_tokens)  # type: ignore[misc]
 
@@ -67,12 +67,12 @@ class PedroGraphsMixin:
         max_query_len: int | None = None,
         num_ubatches: int = 1,
     ) -> Any:
-        """No CUDA graph for a step that makes vectors.
+        """No CUDA graph for a step that generates vectors.
 
         A one-token prompt, or a prompt that hits the cache up to its last token, looks like a
         decode and would replay a graph in which the generators never ran.
         """
-        if self.pedro.makes_vectors:
+        if self.pedro.generates_vectors:
             from vllm.config.compilation import CUDAGraphMode
             from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
@@ -94,7 +94,7 @@ class PedroGraphsMixin:
 
 
 class PedroRunnerV2Mixin:
-    """What the V2 ``GPUModelRunner`` does differently when PEDRO is on."""
+    """What the V2 `GPUModelRunner` does differently when PEDRO is on."""
 
     pedro: Any
     pedro_model: Any

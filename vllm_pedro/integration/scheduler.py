@@ -1,6 +1,6 @@
 """Rules 1 and 2 where they are decided: whole prompts, and cache hits short of the pooled token.
 
-Subclasses of vLLM's schedulers, chosen through ``SchedulerConfig.scheduler_cls``.
+Subclasses of vLLM's schedulers, chosen through `SchedulerConfig.scheduler_cls`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from ..serving.admission import Admission, Turn
-from ..serving.slots import Assignment, VectorSlots
+from ..serving.rows import Assignment, VectorRows
 from ..serving.spec import RequestSpec, cache_salt
 from ..serving.stats import merge_stats
 from . import wire
@@ -32,8 +32,8 @@ class PedroSchedulerMixin:
         options = options_of(vllm_config)
         assert options is not None
         self._pedro_max_adapters = options.max_pedros
-        self._pedro_slots = VectorSlots(vllm_config.scheduler_config.max_num_seqs)
-        # What this step would admit: request -> whether its vectors are kept, and the adapters
+        self._pedro_rows = VectorRows(vllm_config.scheduler_config.max_num_seqs)
+        # What this step would admit: request -> whether its vectors are cached, and the adapters
         # whose generators it would run.
         self._pedro_entering: dict[str, bool] = {}
         self._pedro_step_adapters: set[str] = set()
@@ -81,7 +81,7 @@ class PedroSchedulerMixin:
         self._pedro_admission.begin_step(self._pedro_turns())
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         entering = [i for i in self._pedro_entering if i in output.num_scheduled_tokens]
-        # Those whose vectors are kept come first: the others may take rows that nobody holds.
+        # Those whose vectors are cached come first: the others may evict rows that nobody reads.
         entering.sort(key=lambda i: not self._pedro_entering[i])
         wire.put_assignments(output, {i: self._pedro_assign(i) for i in entering})
         for request_id in entering:
@@ -98,7 +98,7 @@ class PedroSchedulerMixin:
 
     def _pedro_assign(self, request_id: str) -> Assignment:
         spec: RequestSpec = self.requests[request_id].pedro  # type: ignore[attr-defined]
-        return self._pedro_slots.acquire(request_id, spec.vector_key)
+        return self._pedro_rows.acquire(request_id, spec.vector_key)
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         """Also mends a defect of vLLM 0.32 for requests with an adapter.
@@ -108,21 +108,21 @@ class PedroSchedulerMixin:
         """
         if request.pedro is not None:
             self._pedro_evict(request.request_id, request.num_computed_tokens)
-        self._pedro_release(request)
+        self._pedro_free(request)
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        self._pedro_release(request)
+        self._pedro_free(request)
         self._pedro_admission.forget(request.request_id)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
-    def _pedro_release(self, request: Any) -> None:
+    def _pedro_free(self, request: Any) -> None:
         request_id = request.request_id
-        if self._pedro_slots.is_held_by(request_id):
-            if not self._pedro_slots.is_made_for(request_id):
-                # It goes before its step's answer: whether its blocks are right is not known.
+        if self._pedro_rows.is_read_by(request_id):
+            if not self._pedro_rows.is_generated_for(request_id):
+                # The request ends before its step has returned, so its blocks may be unfilled.
                 self._pedro_evict(request_id)
-            self._pedro_slots.release(request_id)
+            self._pedro_rows.free(request_id)
 
     def _pedro_evict(self, request_id: str, num_computed_tokens: int = 0) -> None:
         """Let nobody find this request's KV blocks past these tokens in the prefix cache."""
@@ -138,11 +138,11 @@ class PedroSchedulerMixin:
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's way to say that the weights changed."""
-        self._pedro_slots.forget_all()
+        self._pedro_rows.invalidate_all()
         return super().reset_prefix_cache(*args, **kwargs)  # type: ignore[misc]
 
     def _get_local_prefix_cache_hit(self, request: Any) -> tuple[Any, int, int, bool]:
-        """Without kept vectors, stop a hit before the pooled token, whose states make them.
+        """Without cached vectors, stop a hit before the pooled token, whose states generate them.
 
         A hit of the whole prompt is possible where tokens follow it: beams, later turns, a resumed
         request. The shorter hit is looked up anew rather than cut from the longer one, because
@@ -150,7 +150,7 @@ class PedroSchedulerMixin:
         """
         spec: RequestSpec | None = request.pedro
         manager = self.kv_cache_manager  # type: ignore[attr-defined]
-        if spec is None or self._pedro_slots.has(spec.vector_key):
+        if spec is None or self._pedro_rows.has(spec.vector_key):
             return super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
         if spec.needs_all_states:
             return manager.empty_kv_cache_blocks, 0, 0, False
@@ -175,7 +175,7 @@ class PedroSchedulerMixin:
         if admission.is_before_turn(request_id, request.priority):
             return True
         spec: RequestSpec | None = request.pedro
-        if spec is None or self._pedro_slots.has(spec.vector_key):
+        if spec is None or self._pedro_rows.has(spec.vector_key):
             return False
         fits = num_computed_tokens + admission.left >= spec.prompt_length
         if fits and self._pedro_has_room_for(spec):
@@ -194,7 +194,7 @@ class PedroSchedulerMixin:
         """Keep the first P tokens in one step; called after every other cap on a request's tokens.
 
         Returning 0 leaves a running request for the next step, and ends the waiting loop. Where the
-        vectors are kept, or made already, the tokens may come in any portions.
+        vectors are cached, the tokens may come in any portions.
         """
         num_new_tokens = super()._reserve_prefill_lookahead(  # type: ignore[misc]
             request, num_computed_tokens, num_new_tokens
@@ -204,8 +204,8 @@ class PedroSchedulerMixin:
         if request.status == RequestStatus.RUNNING:
             num_new_tokens = admission.portion(num_new_tokens, request.is_prefill_chunk)
         elif spec is not None:
-            kept = self._pedro_slots.has(spec.vector_key)
-            if not kept:
+            cached = self._pedro_rows.has(spec.vector_key)
+            if not cached:
                 # It fits, see above, unless another cap came between.
                 is_whole = num_computed_tokens + num_new_tokens >= spec.prompt_length
                 if not is_whole or not self._pedro_has_room_for(spec):
@@ -213,24 +213,24 @@ class PedroSchedulerMixin:
                     return 0
                 self._pedro_step_adapters.add(spec.digest)
             if num_new_tokens:
-                self._pedro_entering[request_id] = kept
+                self._pedro_entering[request_id] = cached
                 admission.started(request_id)
         admission.take(num_new_tokens)
         return num_new_tokens
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """End the requests whose adapter could not be had; drop what they computed."""
+        """End the requests whose adapter failed to load; drop what they computed."""
         report = wire.report_of(scheduler_output, model_runner_output)
         merge_stats(self._pedro_stats, report.stats)
         dropped: dict[str, str] = {}
         for request_id, assignment in wire.assignments_of(scheduler_output).items():
-            if not assignment.makes:
+            if not assignment.must_generate:
                 continue
             if request_id not in report.failed:
-                self._pedro_slots.confirm(assignment)
+                self._pedro_rows.confirm(assignment)
                 continue
-            for reader in self._pedro_slots.withdraw(assignment):
-                self._pedro_drop(reader, model_runner_output)
+            for reader in self._pedro_rows.fail(assignment):
+                self._pedro_fail(reader, model_runner_output)
                 dropped[reader] = report.failed[request_id]
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         if dropped:
@@ -247,7 +247,7 @@ class PedroSchedulerMixin:
             wire.put_stats(stats, counts)
         return stats
 
-    def _pedro_drop(self, request_id: str, model_runner_output: Any) -> None:
+    def _pedro_fail(self, request_id: str, model_runner_output: Any) -> None:
         index = model_runner_output.req_id_to_index.get(request_id)
         if index is not None and model_runner_output.sampled_token_ids:
             model_runner_output.sampled_token_ids[index] = []
@@ -266,6 +266,6 @@ class PedroAsyncScheduler(PedroSchedulerMixin, AsyncScheduler):
 
 
 def scheduler_path(async_scheduling: bool) -> str:
-    """Qualified name for ``SchedulerConfig.scheduler_cls``."""
+    """Qualified name for `SchedulerConfig.scheduler_cls`."""
     cls = PedroAsyncScheduler if async_scheduling else PedroScheduler
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..serving.slots import Assignment
+from ..serving.rows import Assignment
 from ..serving.spec import RequestSpec
 
 KEY = "vllm_pedro"

@@ -1,8 +1,8 @@
 """Operators on the serving path; one name each in reference, Triton, native code and tests.
 
-All take ``step``, two int32 on the CPU: how many prompts make vectors in this step, and how many of
-its rows have an adapter. It is read on the host, so that a step with nothing to do launches nothing
-and waits for nothing; the kernels themselves skip rows that read the identity row.
+All take `counts`, two int32 on the CPU: how many prompts generate vectors in this step, and how
+many of its rows have an adapter. It is read on the host, so that a step with nothing to do launches
+nothing and waits for nothing; the kernels themselves skip rows that read the identity row.
 """
 
 from __future__ import annotations
@@ -20,68 +20,68 @@ __all__ = [
     "GeneratorLayout",
     "backends",
     "generate_vectors",
-    "scale_qkv_",
+    "scale_columns_",
     "scaled",
     "warm_up",
 ]
 
 # Bound once: looking an operator up and choosing its overload takes longer than many a call.
 _generate_vectors = torch.ops.vllm_pedro.generate_vectors.default
-_scale_qkv = torch.ops.vllm_pedro.scale_qkv_.default
+_scale_columns = torch.ops.vllm_pedro.scale_columns_.default
 
 
 def generate_vectors(
-    hidden: Tensor, vectors: Tensor, generators: Tensor, prompts: Tensor, step: Tensor
+    hidden: Tensor, vectors: Tensor, generators: Tensor, prefills: Tensor, counts: Tensor
 ) -> None:
-    """Make the vectors of a step's prompts for one layer, in float32, and write them to the store.
+    """Generate one layer's vectors of a step's prompts, in float32, and write them to the store.
 
     Args:
-        hidden: ``[tokens, d]``, the residual stream before the layer's input norm.
-        vectors: ``[slots, D]``, the layer's vector store, in the dtype of ``hidden``; rows change.
-        generators: ``[adapter slots, row]`` float32, see :class:`GeneratorLayout`.
-        prompts: ``[max prompts, 4]`` int32: first token, tokens, row of ``vectors``, row of
-            ``generators``. Prompts of one adapter lie side by side.
-        step: ``[2]`` int32 on the CPU; the first ``step[0]`` prompts count.
+        hidden: `[tokens, d]`, the residual stream before the layer's input norm.
+        vectors: `[rows, D]`, the layer's vector store, in the dtype of `hidden`; rows change.
+        generators: `[adapter slots, record]` float32, see `GeneratorLayout`.
+        prefills: `[max prefills, 4]` int32: first token, tokens, row of `vectors`, slot in
+            `generators`. Prompts of one adapter lie side by side.
+        counts: `[2]` int32 on the CPU; the first `counts[0]` prefills count.
     """
-    _generate_vectors(hidden, vectors, generators, prompts, step)
+    _generate_vectors(hidden, vectors, generators, prefills, counts)
 
 
-def scale_qkv_(
-    qkv: Tensor, vectors: Tensor, token_slots: Tensor, ranges: Sequence[int], step: Tensor
+def scale_columns_(
+    x: Tensor, vectors: Tensor, token_rows: Tensor, ranges: Sequence[int], counts: Tensor
 ) -> None:
     """Multiply columns of a packed projection by each token's vectors, in place.
 
     Rows that read the identity row are neither read nor written.
 
     Args:
-        qkv: ``[tokens, width]``; modified.
-        vectors: ``[slots, D]``, one layer's vector store, in the dtype of ``qkv``.
-        token_slots: ``[>= tokens]`` int64, the row of ``vectors`` that each token reads.
-        ranges: Flat triples of column of ``qkv``, column of ``vectors``, width.
-        step: ``[2]`` int32 on the CPU; nothing happens where ``step[1]`` is 0.
+        x: `[tokens, width]`; modified.
+        vectors: `[rows, D]`, one layer's vector store, in the dtype of `x`.
+        token_rows: `[>= tokens]` int64, the row of `vectors` that each token reads.
+        ranges: Flat triples of column of `x`, column of `vectors`, width.
+        counts: `[2]` int32 on the CPU; nothing happens where `counts[1]` is 0.
     """
-    _scale_qkv(qkv, vectors, token_slots, ranges, step)
+    _scale_columns(x, vectors, token_rows, ranges, counts)
 
 
-def scaled(x: Tensor, vectors: Tensor, token_slots: Tensor, columns: slice) -> Tensor:
+def scaled(x: Tensor, vectors: Tensor, token_rows: Tensor, columns: slice) -> Tensor:
     """Gather and multiply, written so that Inductor fuses it into what comes after.
 
     Args:
-        x: ``[tokens, width]``, a packed projection.
-        vectors: ``[slots, D]``, one layer's vector store, in the dtype of ``x``.
-        token_slots: ``[>= tokens]`` int64, the row of ``vectors`` that each token reads.
-        columns: The columns of ``vectors`` that belong to ``x``.
+        x: `[tokens, width]`, a packed projection.
+        vectors: `[rows, D]`, one layer's vector store, in the dtype of `x`.
+        token_rows: `[>= tokens]` int64, the row of `vectors` that each token reads.
+        columns: The columns of `vectors` that belong to `x`.
 
     Returns:
-        A new ``[tokens, width]``. Rows that read the identity row are bit-equal to ``x``.
+        A new `[tokens, width]`. Rows that read the identity row are bit-equal to `x`.
     """
-    return x * vectors[:, columns][token_slots[: x.shape[0]]]
+    return x * vectors[:, columns][token_rows[: x.shape[0]]]
 
 
 def warm_up(
-    hidden_size: int, width: int, row: int, dtype: torch.dtype, device: torch.device | str
+    hidden_size: int, width: int, record: int, dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    """Call :func:`generate_vectors` once, so that the first prompt does not wait for a compiler.
+    """Call `generate_vectors` once, so that the first prompt does not wait for a compiler.
 
     Triton compiles a kernel at its first call, for the dtypes, alignments and sizes of its
     arguments. Of a step's arguments only the tensors' lengths and the number of prompts vary, and
@@ -91,14 +91,14 @@ def warm_up(
     Args:
         hidden_size: d.
         width: D, columns of the vector store.
-        row: Floats in a row of generators, see :class:`GeneratorLayout`.
+        record: Floats of one generator, see `GeneratorLayout`.
         dtype: Of the residual stream and the vector store.
         device: Where they are; with a GPU the current one.
     """
     generate_vectors(
         torch.zeros(2, hidden_size, dtype=dtype, device=device),
         torch.ones(2, width, dtype=dtype, device=device),
-        torch.zeros(1, row, dtype=torch.float32, device=device),
+        torch.zeros(1, record, dtype=torch.float32, device=device),
         torch.tensor([[0, 2, 1, 0]], dtype=torch.int32, device=device),
         torch.tensor([1, 1], dtype=torch.int32, device="cpu"),
     )

@@ -1,7 +1,7 @@
 """How a generator's weights lie in memory, so that one tensor a layer holds all of them.
 
 An operator in a compiled graph then takes one argument for them, and an adapter is copied onto a
-device in one piece a layer. ``csrc/layout.h`` is the same in C++.
+device in one piece a layer. `csrc/layout.h` is the same in C++.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ POOLINGS = ("last", "mean", "max")
 
 @dataclass(frozen=True, slots=True)
 class GeneratorLayout:
-    """Places of one generator's tensors in a row of float32.
+    """Places of one generator's tensors in a record of float32.
 
-    A row is: header [8] (activation, r, m, n, pooling, input norm, 0, 0), W_down [R, d], W_up
+    A record is: header [8] (activation, r, m, n, pooling, input norm, 0, 0), W_down [R, d], W_up
     transposed [R, D], b_up [D], numerator [33], denominator [32], and zeros up to a multiple of 4.
 
     Attributes:
@@ -40,7 +40,7 @@ class GeneratorLayout:
 
     @classmethod
     def of(cls, generators: Tensor, hidden_size: int, width: int) -> GeneratorLayout:
-        """The layout of ``[slots, row]``, whose rank follows from the row's size."""
+        """The layout of `[slots, record]`, whose rank follows from the record's size."""
         fixed = HEADER + width + NUMERATOR + DENOMINATOR
         return cls(hidden_size, width, (generators.shape[1] - fixed) // (hidden_size + width))
 
@@ -70,12 +70,12 @@ class GeneratorLayout:
         return self.numerator + NUMERATOR
 
     @property
-    def row(self) -> int:
-        """Floats in a row; rows begin at multiples of 16 bytes."""
+    def record(self) -> int:
+        """Floats of one generator; records begin at multiples of 16 bytes."""
         return -(-(self.denominator + DENOMINATOR) // 4) * 4
 
     def views(self, generators: Tensor) -> GeneratorViews:
-        """The parts of ``[slots, row]`` by name, without a copy."""
+        """The parts of `[slots, record]` by name, without a copy."""
         slots, d, width, rank = len(generators), self.hidden_size, self.width, self.max_rank
         return GeneratorViews(
             header=generators[:, :HEADER],
@@ -87,23 +87,23 @@ class GeneratorLayout:
         )
 
     def empty(self, slots: int, device: torch.device) -> Tensor:
-        """``[slots, row]`` of generators that make vectors of ones."""
-        generators = torch.zeros(slots, self.row, device=device)
+        """`[slots, record]` of generators that generate vectors of ones."""
+        generators = torch.zeros(slots, self.record, device=device)
         generators[:, self.bias : self.numerator] = 1.0
         return generators
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratorViews:
-    """Parts of ``[slots, row]``.
+    """Parts of `[slots, record]`.
 
     Attributes:
-        header: ``[slots, 8]``.
-        down: ``[slots, R, d]``.
-        up: ``[slots, D, R]``, as adapters have it; not contiguous.
-        bias: ``[slots, D]``.
-        numerator: ``[slots, 33]``, of which m + 1 are used.
-        denominator: ``[slots, 32]``, of which n are used.
+        header: `[slots, 8]`.
+        down: `[slots, R, d]`.
+        up: `[slots, D, R]`, as adapters have it; not contiguous.
+        bias: `[slots, D]`.
+        numerator: `[slots, 33]`, of which m + 1 are used.
+        denominator: `[slots, 32]`, of which n are used.
     """
 
     header: Tensor

@@ -1,6 +1,6 @@
 """Where the operators come from: the native library, Triton, or plain torch.
 
-One name each: ``torch.ops.vllm_pedro.<name>``. The native library (``csrc/``, built by ``setup.py``
+One name each: `torch.ops.vllm_pedro.<name>`. The native library (`csrc/`, built by `setup.py`
 into this package) brings schemas and CPU kernels, and CUDA kernels where it was built with them.
 What it does not bring is registered here: on CUDA the Triton kernels, on the CPU the reference.
 """
@@ -20,18 +20,19 @@ from . import reference
 
 logger = logging.getLogger(__name__)
 
-INTERFACE_VERSION = 2
-"""Schemas and layout this package was written for; ``csrc/ops.cpp`` has the same number."""
+INTERFACE_VERSION = 3
+"""Schemas and layout this package was written for; `csrc/ops.cpp` has the same number."""
 
 NATIVE_LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
-"""Beside it ``setup.py`` leaves ``_C.note`` if it could not build all: what is missing, and why."""
+"""Beside it `setup.py` leaves `_C.note` if it could not build all: what is missing, and why."""
 
 SCHEMAS = {
     "generate_vectors": (
-        "(Tensor hidden, Tensor(a!) vectors, Tensor generators, Tensor prompts, Tensor step) -> ()"
+        "(Tensor hidden, Tensor(a!) vectors, Tensor generators, Tensor prefills, Tensor counts) "
+        "-> ()"
     ),
-    "scale_qkv_": (
-        "(Tensor(a!) qkv, Tensor vectors, Tensor token_slots, int[] ranges, Tensor step) -> ()"
+    "scale_columns_": (
+        "(Tensor(a!) x, Tensor vectors, Tensor token_rows, int[] ranges, Tensor counts) -> ()"
     ),
 }
 
@@ -125,10 +126,12 @@ backends = _register()
 
 
 @torch.library.register_fake("vllm_pedro::generate_vectors", lib=_library)
-def _(hidden: Tensor, vectors: Tensor, generators: Tensor, prompts: Tensor, step: Tensor) -> None:
+def _(
+    hidden: Tensor, vectors: Tensor, generators: Tensor, prefills: Tensor, counts: Tensor
+) -> None:
     return None
 
 
-@torch.library.register_fake("vllm_pedro::scale_qkv_", lib=_library)
-def _(qkv: Tensor, vectors: Tensor, token_slots: Tensor, ranges: list[int], step: Tensor) -> None:
+@torch.library.register_fake("vllm_pedro::scale_columns_", lib=_library)
+def _(x: Tensor, vectors: Tensor, token_rows: Tensor, ranges: list[int], counts: Tensor) -> None:
     return None

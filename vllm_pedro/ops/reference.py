@@ -18,22 +18,22 @@ from .layout import ACTIVATIONS, POOLINGS, GeneratorLayout
 
 @torch.no_grad()
 def generate_vectors(
-    hidden: Tensor, vectors: Tensor, generators: Tensor, prompts: Tensor, step: Tensor
+    hidden: Tensor, vectors: Tensor, generators: Tensor, prefills: Tensor, counts: Tensor
 ) -> None:
-    """See :func:`vllm_pedro.ops.generate_vectors`."""
-    count = int(step[0])
+    """See `vllm_pedro.ops.generate_vectors`."""
+    count = int(counts[0])
     if count == 0:
         return
     views = GeneratorLayout.of(generators, hidden.shape[1], vectors.shape[1]).views(generators)
-    # Rows of one adapter lie side by side.
-    for slot, group in groupby(prompts[:count].tolist(), key=lambda prompt: prompt[3]):
-        rows = list(group)
+    # Prompts of one adapter lie side by side.
+    for slot, group in groupby(prefills[:count].tolist(), key=lambda prompt: prompt[3]):
+        prompts = list(group)
         kind, rank, m, n, pooling, norm = (int(x) for x in views.header[slot, :6].tolist())
         states = [
-            pool_prompt(hidden[s : s + p], POOLINGS[pooling], "rms" if norm else None)
-            for s, p, _, _ in rows
+            pool_prompt(hidden[start : start + length], POOLINGS[pooling], "rms" if norm else None)
+            for start, length, _, _ in prompts
         ]
-        made = generate(
+        generated = generate(
             torch.stack(states),
             views.down[slot, :rank] if rank else None,
             views.up[slot, :, :rank] if rank else None,
@@ -42,16 +42,16 @@ def generate_vectors(
             views.numerator[slot, : m + 1],
             views.denominator[slot, :n],
         )
-        vectors[[row for _, _, row, _ in rows]] = made.to(vectors.dtype)
+        vectors[[row for _, _, row, _ in prompts]] = generated.to(vectors.dtype)
 
 
-def scale_qkv_(
-    qkv: Tensor, vectors: Tensor, token_slots: Tensor, ranges: Sequence[int], step: Tensor
+def scale_columns_(
+    x: Tensor, vectors: Tensor, token_rows: Tensor, ranges: Sequence[int], counts: Tensor
 ) -> None:
-    """See :func:`vllm_pedro.ops.scale_qkv_`."""
-    if int(step[1]) == 0:
+    """See `vllm_pedro.ops.scale_columns_`."""
+    if int(counts[1]) == 0:
         return
-    slots = token_slots[: len(qkv)]
+    rows = token_rows[: len(x)]
     for column, vector_column, width in zip(ranges[::3], ranges[1::3], ranges[2::3], strict=True):
-        by = vectors[:, vector_column : vector_column + width].index_select(0, slots)
-        qkv[:, column : column + width].mul_(by)
+        by = vectors[:, vector_column : vector_column + width].index_select(0, rows)
+        x[:, column : column + width].mul_(by)

@@ -44,23 +44,23 @@ WIDTHS = (
 
 @dataclass(frozen=True, slots=True)
 class ScaleSample:
-    """Inputs of ``scale_qkv_``."""
+    """Inputs of `scale_columns_`."""
 
-    qkv: Tensor
+    x: Tensor
     vectors: Tensor
-    token_slots: Tensor
-    step: Tensor
+    token_rows: Tensor
+    counts: Tensor
     ranges: dict[str, tuple[int, ...]]
 
 
 def scale_sample(
     batch: str, widths: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> ScaleSample:
-    """Inputs with all five modules in the store; ``ranges`` names subsets of Q, K and V."""
+    """Inputs with all five modules in the store; `ranges` names subsets of Q, K and V."""
     q, k, v, f = widths
     random = torch.Generator().manual_seed(sum(widths))
-    slots = torch.tensor(BATCHES[batch], dtype=torch.int64)
-    tokens = len(slots)
+    rows = torch.tensor(BATCHES[batch], dtype=torch.int64)
+    tokens = len(rows)
     vectors = torch.rand(4, q + k + v + 2 * f, generator=random).add(0.5).to(dtype)
     vectors[0] = 1.0
     ranges = {
@@ -74,25 +74,25 @@ def scale_sample(
     return ScaleSample(
         torch.randn(tokens, q + k + v, generator=random).to(dtype).to(device),
         vectors.to(device),
-        torch.cat((slots, torch.zeros(3, dtype=torch.int64))).to(device),
-        torch.tensor([0, int((slots != 0).sum())], dtype=torch.int32),
+        torch.cat((rows, torch.zeros(3, dtype=torch.int64))).to(device),
+        torch.tensor([0, int((rows != 0).sum())], dtype=torch.int32),
         ranges,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateSample:
-    """Inputs of ``generate_vectors``."""
+    """Inputs of `generate_vectors`."""
 
     hidden: Tensor
     vectors: Tensor
     generators: Tensor
-    prompts: Tensor
-    step: Tensor
+    prefills: Tensor
+    counts: Tensor
 
     def args(self) -> tuple[Tensor, ...]:
         """In the operator's order."""
-        return self.hidden, self.vectors, self.generators, self.prompts, self.step
+        return self.hidden, self.vectors, self.generators, self.prefills, self.counts
 
 
 # d, D, largest rank.
@@ -155,7 +155,7 @@ def check(implementation: Any, device: torch.device | str = "cpu", widths: Any =
     Args:
         implementation: Has the operators as attributes.
         device: Where to run it.
-        widths: Which of :data:`WIDTHS`; Triton's interpreter takes minutes for the largest.
+        widths: Which of `WIDTHS`; Triton's interpreter takes minutes for the largest.
 
     Returns:
         How many cases were compared.
@@ -172,11 +172,13 @@ def check(implementation: Any, device: torch.device | str = "cpu", widths: Any =
                 s = scale_sample(batch, each, dtype, device)
                 case = f"{batch}, widths {each}, {dtype}"
                 for name, ranges in s.ranges.items():
-                    want, got = s.qkv.clone(), s.qkv.clone()
-                    reference.scale_qkv_(want, s.vectors, s.token_slots, ranges, s.step)
-                    implementation.scale_qkv_(got, s.vectors, s.token_slots, list(ranges), s.step)
+                    want, got = s.x.clone(), s.x.clone()
+                    reference.scale_columns_(want, s.vectors, s.token_rows, ranges, s.counts)
+                    implementation.scale_columns_(
+                        got, s.vectors, s.token_rows, list(ranges), s.counts
+                    )
                     # A single multiplication, so bit for bit.
-                    assert torch.equal(got, want), f"scale_qkv_: {name}, {case}"
+                    assert torch.equal(got, want), f"scale_columns_: {name}, {case}"
                     count += 1
     for size in SIZES:
         for dtype in DTYPES:
@@ -185,7 +187,7 @@ def check(implementation: Any, device: torch.device | str = "cpu", widths: Any =
                 case = f"d, D, R = {size}, lengths {lengths}, {dtype}"
                 exact_store = g.vectors.float()
                 reference.generate_vectors(
-                    g.hidden.float(), exact_store, g.generators, g.prompts, g.step
+                    g.hidden.float(), exact_store, g.generators, g.prefills, g.counts
                 )
                 implementation.generate_vectors(*g.args())
                 error = relative_error(g.vectors, exact_store)

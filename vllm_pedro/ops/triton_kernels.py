@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import DENOMINATOR, HEADER, GeneratorLayout
+from .layout import HEADER, NUMERATOR, GeneratorLayout
 
 BLOCK = 1024
 """Columns of one program of the elementwise kernels."""
@@ -22,19 +22,19 @@ SPLITS = 32
 """Most programs that share one prompt's mean or maximum. How many do depends on the step, so in the
 kernels it is no compile-time constant: each value would be compiled when it first comes up."""
 
-assert (HEADER, DENOMINATOR) == (8, 32)
+assert (HEADER, NUMERATOR) == (8, 33)  # written out in the kernels
 
 
 @triton.jit
 def _scale_kernel(
-    x_ptr, vectors_ptr, slots_ptr, x_stride, vectors_stride,
+    x_ptr, vectors_ptr, rows_ptr, x_stride, vectors_stride,
     x0, v0, w0, x1, v1, w1, x2, v2, w2,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token's block of the columns of up to three ranges laid side by side."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + token)
-    if slot != 0:
+    row = tl.load(rows_ptr + token)
+    if row != 0:
         j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         first, second = j < w0, (j >= w0) & (j < w0 + w1)
         columns = tl.where(first, j + x0, tl.where(second, j - w0 + x1, j - w0 - w1 + x2))
@@ -42,13 +42,13 @@ def _scale_kernel(
         inside = j < w0 + w1 + w2
         at = x_ptr + token * x_stride + columns
         x = tl.load(at, mask=inside).to(tl.float32)
-        by = tl.load(vectors_ptr + slot * vectors_stride + by_columns, mask=inside).to(tl.float32)
+        by = tl.load(vectors_ptr + row * vectors_stride + by_columns, mask=inside).to(tl.float32)
         tl.store(at, (x * by).to(x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def _pool_kernel(
-    partial_ptr, hidden_ptr, generators_ptr, prompts_ptr, hidden_stride, row, d, splits,
+    partial_ptr, hidden_ptr, generators_ptr, prefills_ptr, hidden_stride, record, d, splits,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The pooled state of one share of one prompt's tokens, ``[prompts, splits, d]``.
@@ -57,10 +57,10 @@ def _pool_kernel(
     """
     prompt = tl.program_id(0)
     share = tl.program_id(1)
-    start = tl.load(prompts_ptr + prompt * 4).to(tl.int64)
-    length = tl.load(prompts_ptr + prompt * 4 + 1)
-    slot = tl.load(prompts_ptr + prompt * 4 + 3).to(tl.int64)
-    header = generators_ptr + slot * row
+    start = tl.load(prefills_ptr + prompt * 4).to(tl.int64)
+    length = tl.load(prefills_ptr + prompt * 4 + 1)
+    slot = tl.load(prefills_ptr + prompt * 4 + 3).to(tl.int64)
+    header = generators_ptr + slot * record
     rank = tl.load(header + 1)
     pooling = tl.load(header + 4)
     norm = tl.load(header + 5)
@@ -92,15 +92,15 @@ def _horner(coefficients, degree, x):
 
 @triton.jit(do_not_specialize=["splits"])
 def _latent_kernel(
-    latent_ptr, partial_ptr, generators_ptr, prompts_ptr, row, d, max_rank, numerator, splits,
+    latent_ptr, partial_ptr, generators_ptr, prefills_ptr, record, d, max_rank, numerator, splits,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``g(p @ W_down)[k]`` of one prompt."""
     prompt = tl.program_id(0)
     k = tl.program_id(1)
-    length = tl.load(prompts_ptr + prompt * 4 + 1)
-    slot = tl.load(prompts_ptr + prompt * 4 + 3).to(tl.int64)
-    generator = generators_ptr + slot * row
+    length = tl.load(prefills_ptr + prompt * 4 + 1)
+    slot = tl.load(prefills_ptr + prompt * 4 + 3).to(tl.int64)
+    generator = generators_ptr + slot * record
     rank = tl.load(generator + 1)
     if k < rank:
         pooling = tl.load(generator + 4)
@@ -132,14 +132,14 @@ def _latent_kernel(
 
 @triton.jit
 def _columns_kernel(
-    vectors_ptr, latent_ptr, generators_ptr, prompts_ptr, row, width, max_rank, up, bias,
+    vectors_ptr, latent_ptr, generators_ptr, prefills_ptr, record, width, max_rank, up, bias,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of one prompt's ``latent @ W_up + b_up``, into its row of the store."""
     prompt = tl.program_id(0)
-    target = tl.load(prompts_ptr + prompt * 4 + 2).to(tl.int64)
-    slot = tl.load(prompts_ptr + prompt * 4 + 3).to(tl.int64)
-    generator = generators_ptr + slot * row
+    target = tl.load(prefills_ptr + prompt * 4 + 2).to(tl.int64)
+    slot = tl.load(prefills_ptr + prompt * 4 + 3).to(tl.int64)
+    generator = generators_ptr + slot * record
     rank = tl.load(generator + 1).to(tl.int32)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = j < width
@@ -152,45 +152,45 @@ def _columns_kernel(
 
 
 def generate_vectors(
-    hidden: Tensor, vectors: Tensor, generators: Tensor, prompts: Tensor, step: Tensor
+    hidden: Tensor, vectors: Tensor, generators: Tensor, prefills: Tensor, counts: Tensor
 ) -> None:
-    """See :func:`vllm_pedro.ops.generate_vectors`."""
-    count = int(step[0])
+    """See `vllm_pedro.ops.generate_vectors`."""
+    count = int(counts[0])
     if count == 0:
         return
     d, width = hidden.shape[1], vectors.shape[1]
     layout = GeneratorLayout.of(generators, d, width)
-    row = generators.shape[1]
+    record = generators.shape[1]
     splits = max(1, min(SPLITS, 512 // count))
     block = triton.next_power_of_2(d)
     partial = hidden.new_empty(count, splits, d, dtype=torch.float32)
     latent = hidden.new_empty(count, layout.max_rank, dtype=torch.float32)
     warps = 8 if block >= 4096 else 4
     _pool_kernel[(count, splits)](
-        partial, hidden, generators, prompts, hidden.stride(0), row, d, splits,
+        partial, hidden, generators, prefills, hidden.stride(0), record, d, splits,
         BLOCK=block, num_warps=warps,
     )  # fmt: skip
     _latent_kernel[(count, layout.max_rank)](
-        latent, partial, generators, prompts, row, d, layout.max_rank, layout.numerator, splits,
+        latent, partial, generators, prefills, record, d, layout.max_rank, layout.numerator, splits,
         BLOCK=block, num_warps=warps,
     )  # fmt: skip
     _columns_kernel[(count, triton.cdiv(width, BLOCK))](
-        vectors, latent, generators, prompts, row, width, layout.max_rank, layout.up, layout.bias,
-        BLOCK=BLOCK,
+        vectors, latent, generators, prefills, record, width, layout.max_rank, layout.up,
+        layout.bias, BLOCK=BLOCK,
     )  # fmt: skip
 
 
-def scale_qkv_(
-    qkv: Tensor, vectors: Tensor, token_slots: Tensor, ranges: Sequence[int], step: Tensor
+def scale_columns_(
+    x: Tensor, vectors: Tensor, token_rows: Tensor, ranges: Sequence[int], counts: Tensor
 ) -> None:
-    """See :func:`vllm_pedro.ops.scale_qkv_`."""
-    tokens = len(qkv)
-    if int(step[1]) == 0 or tokens == 0:
+    """See `vllm_pedro.ops.scale_columns_`."""
+    tokens = len(x)
+    if int(counts[1]) == 0 or tokens == 0:
         return
     for first in range(0, len(ranges), 9):  # three ranges a launch
         nine = (*ranges[first : first + 9], *(0,) * 9)[:9]
         blocks = triton.cdiv(sum(nine[2::3]), BLOCK)
         if blocks:
             _scale_kernel[(tokens, blocks)](
-                qkv, vectors, token_slots, qkv.stride(0), vectors.stride(0), *nine, BLOCK=BLOCK
+                x, vectors, token_rows, x.stride(0), vectors.stride(0), *nine, BLOCK=BLOCK
             )

@@ -28,7 +28,7 @@ class AdapterLimits:
 
     Attributes:
         shape: The backbone's layer count and widths.
-        max_rank: Highest ``r`` an adapter may have.
+        max_rank: Highest `r` an adapter may have.
         modules: Target modules the vector store has columns for.
     """
 
@@ -55,7 +55,7 @@ class AdapterLimits:
             )
 
     def check_config(self, config: PedroConfig, source: str) -> None:
-        """:meth:`check` with an adapter's config."""
+        """`check` with an adapter's config."""
         self.check(config.r, config.target_modules, source)
 
 
@@ -135,11 +135,11 @@ class HostCache:
 
 
 class AdapterBank:
-    """Generator weights on the device: ``max_pedros`` slots, preallocated, least recently used out.
+    """Generator weights on the device: `max_pedros` slots, preallocated, least recently used out.
 
     Weights are float32 whatever the model's dtype, as the generator is evaluated in float32. The up
-    projection has a row for every column of the vector store; rows of modules that an adapter does
-    not target are zero with bias one, so that they yield exactly one.
+    projection has an entry for every column of the vector store; those of modules that an adapter
+    does not target are zero with bias one, so that they yield exactly one.
 
     On CUDA an adapter is packed into pinned memory and copied on a stream of its own, while the
     device works on earlier steps. The copy waits for the last step that read the slot it goes to,
@@ -147,10 +147,10 @@ class AdapterBank:
 
     Attributes:
         capacity: Number of slots.
-        generators: Per layer ``[slots, row]`` float32, see :class:`GeneratorLayout`.
-        layout: Where each tensor lies in a row.
-        down, up, bias: Per layer, views of ``generators``: ``[slots, max_rank, d]``,
-            ``[slots, D, max_rank]``, ``[slots, D]``.
+        generators: Per layer `[slots, record]` float32, see `GeneratorLayout`.
+        layout: Where each tensor lies in a record.
+        down, up, bias: Per layer, views of `generators`: `[slots, max_rank, d]`,
+            `[slots, D, max_rank]`, `[slots, D]`.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class AdapterBank:
         self.layout = GeneratorLayout(shape.hidden_size, width, limits.max_rank)
         # One allocation, so that an adapter's tensors of many layers are written as one.
         every = self.layout.empty(shape.num_layers * slots, device)
-        every = every.view(shape.num_layers, slots, self.layout.row)
+        every = every.view(shape.num_layers, slots, self.layout.record)
         self.generators = list(every)
         views = [self.layout.views(g) for g in self.generators]
         self.down = [v.down for v in views]
@@ -177,8 +177,9 @@ class AdapterBank:
         self.capacity = slots
         self._lru: OrderedDict[str, int] = OrderedDict()
         self._free = list(range(slots - 1, -1, -1))
-        self._copies = _SideStream(slots, self.layout.row, shape.num_layers, device)
+        self._copies = _SideStream(slots, self.layout.record, shape.num_layers, device)
         self._on_host = every.numpy() if device.type == "cpu" else None
+        # What was last written to a slot, or on CUDA to a staging buffer.
         self._packed: dict[int, tuple[Any, ...]] = {}
 
     def __len__(self) -> int:
@@ -204,8 +205,8 @@ class AdapterBank:
             The adapter's slot.
 
         Raises:
-            AdapterError: From ``get``; the bank is as before.
-            RuntimeError: All slots are in ``keep``; the scheduler admits at most ``max_pedros``
+            AdapterError: From `get`; the bank is as before.
+            RuntimeError: All slots are in `keep`; the scheduler admits at most `max_pedros`
                 different adapters a step, so this is a defect.
         """
         slot = self._lru.get(digest)
@@ -258,28 +259,28 @@ class AdapterBank:
     def _copy(self, slot: int, adapter: StoredAdapter) -> None:
         if self._on_host is not None:
             # Straight into the slot: nothing reads it before the next step.
-            self._pack(self._on_host[:, slot], adapter)
+            self._pack(slot, self._on_host[:, slot], adapter)
             return
-        staging = self._copies.staging()
-        self._pack(staging.numpy(), adapter)
+        place, staging = self._copies.staging()
+        self._pack(place, staging.numpy(), adapter)
         self._copies.send(staging, self.generators, slot)
 
-    def _pack(self, rows: Array, adapter: StoredAdapter) -> None:
-        """An adapter as ``[layers, row]`` float32, over what was packed there before.
+    def _pack(self, place: int, records: Array, adapter: StoredAdapter) -> None:
+        """Write an adapter to `records`, `[layers, record]` float32, over what was there before.
 
         By NumPy: torch would start its threads for each of hundreds of copies of some kilobytes.
         """
         config, shape, at = adapter.config, self.limits.shape, self.layout
-        bias = rows[:, at.bias : at.numerator]
+        bias = records[:, at.bias : at.numerator]
         what = (config.r, frozenset(config.target_modules), adapter.values.dtype)
-        # Where the same was last, the same will be overwritten. Most of a row may be zeros, when
-        # adapters have a lower rank and fewer modules than the layout.
-        if self._packed.pop(rows.ctypes.data, None) != what:
-            rows.fill(0.0)
+        # What has the same shape is overwritten by the same places. Most of a record may be zeros,
+        # when adapters have a lower rank and fewer modules than the layout.
+        if self._packed.pop(place, None) != what:
+            records.fill(0.0)
             bias.fill(1.0)
-        rows[:, at.numerator :] = 0.0
-        down = rows[:, at.down : at.up].reshape(-1, at.max_rank, at.hidden_size)
-        up = rows[:, at.up : at.bias].reshape(-1, at.max_rank, at.width)  # W_up transposed
+        records[:, at.numerator :] = 0.0
+        down = records[:, at.down : at.up].reshape(-1, at.max_rank, at.hidden_size)
+        up = records[:, at.up : at.bias].reshape(-1, at.max_rank, at.width)  # W_up transposed
         for layers, weights in adapter.blocks():
             start = 0
             for module in config.target_modules:
@@ -297,16 +298,16 @@ class AdapterBank:
                 (weights.denominator, at.denominator),
             ):
                 if values is not None:
-                    widen(values, rows[layers, place : place + values.shape[1]])
-        rows[:, :HEADER] = 0.0
-        rows[:, 0] = [ACTIVATIONS.index(config.activation_of(i)) for i in range(len(rows))]
-        rows[:, 1:6] = (
+                    widen(values, records[layers, place : place + values.shape[1]])
+        records[:, :HEADER] = 0.0
+        records[:, 0] = [ACTIVATIONS.index(config.activation_of(i)) for i in range(len(records))]
+        records[:, 1:6] = (
             config.r,
             *config.rational_order,
             POOLINGS.index(config.pooling),
             config.input_norm is not None,
         )
-        self._packed[rows.ctypes.data] = what
+        self._packed[place] = what
 
 
 class _SideStream:
@@ -314,24 +315,24 @@ class _SideStream:
 
     STAGES = 2
 
-    def __init__(self, slots: int, row: int, layers: int, device: torch.device) -> None:
-        self._shape = (layers, row)
+    def __init__(self, slots: int, record: int, layers: int, device: torch.device) -> None:
+        shape = (layers, record)
         self._stream: Any = None
         if device.type != "cuda":
             return
         self._stream = torch.cuda.Stream(device)
         self._stages = [
-            (torch.empty(self._shape, pin_memory=True), torch.cuda.Event())
-            for _ in range(self.STAGES)
+            (place, torch.empty(shape, pin_memory=True), torch.cuda.Event())
+            for place in range(self.STAGES)
         ]
         self._copied = [torch.cuda.Event() for _ in range(slots)]
         self._read = [torch.cuda.Event() for _ in range(slots)]
 
-    def staging(self) -> Tensor:
-        """``[layers, row]`` in pinned memory to pack an adapter into."""
-        packed, sent = self._stages[0]
+    def staging(self) -> tuple[int, Tensor]:
+        """`[layers, record]` in pinned memory to pack an adapter into, and which of them it is."""
+        place, packed, sent = self._stages[0]
         sent.synchronize()  # its last copy, two adapters ago
-        return packed
+        return place, packed
 
     def send(self, packed: Tensor, generators: Sequence[Tensor], slot: int) -> None:
         """Copy an adapter into a slot."""
@@ -339,7 +340,7 @@ class _SideStream:
         with torch.cuda.stream(self._stream):
             for layer, target in enumerate(generators):
                 target[slot].copy_(packed[layer], non_blocking=True)
-            self._stages[0][1].record()
+            self._stages[0][2].record()
             self._copied[slot].record()
         self._stages.append(self._stages.pop(0))
 

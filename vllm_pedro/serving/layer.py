@@ -12,11 +12,11 @@ class PedroLayer(nn.Module):
     """One decoder layer's tensors, as buffers so that a compiled graph takes them as inputs.
 
     Args:
-        vectors: ``[rows, D]``, the layer's part of the vector store.
-        generators: ``[adapter slots, row]`` float32, the layer's generators.
-        token_slots: ``[max_tokens]`` int64, the row that each token reads; shared by all layers.
-        prompts: ``[sequences, 4]`` int32, the step's prefills; shared by all layers.
-        step: ``[2]`` int32 on the CPU, the step's counts; shared by all layers.
+        vectors: `[rows, D]`, the layer's part of the vector store.
+        generators: `[adapter slots, record]` float32, the layer's generators.
+        token_rows: `[max_tokens]` int64, the row that each token reads; shared by all layers.
+        prefills: `[sequences, 4]` int32, the step's prefills; shared by all layers.
+        counts: `[2]` int32 on the CPU, the step's counts; shared by all layers.
 
     Attributes:
         one: A scalar 1 in the model's dtype, which no compiler can fold away.
@@ -24,26 +24,26 @@ class PedroLayer(nn.Module):
 
     vectors: Tensor
     generators: Tensor
-    token_slots: Tensor
-    prompts: Tensor
-    step: Tensor
+    token_rows: Tensor
+    prefills: Tensor
+    counts: Tensor
     one: Tensor
 
     def __init__(
         self,
         vectors: Tensor,
         generators: Tensor,
-        token_slots: Tensor,
-        prompts: Tensor,
-        step: Tensor,
+        token_rows: Tensor,
+        prefills: Tensor,
+        counts: Tensor,
     ) -> None:
         super().__init__()
         for name, tensor in (
             ("vectors", vectors),
             ("generators", generators),
-            ("token_slots", token_slots),
-            ("prompts", prompts),
-            ("step", step),
+            ("token_rows", token_rows),
+            ("prefills", prefills),
+            ("counts", counts),
             ("one", torch.ones((), dtype=vectors.dtype, device=vectors.device)),
         ):
             self.register_buffer(name, tensor, persistent=False)
@@ -52,27 +52,27 @@ class PedroLayer(nn.Module):
         """Run the generators of the step's prompts and write their vectors into the store.
 
         Args:
-            hidden: ``[tokens, d]``, the residual stream before the layer's input norm, over the
+            hidden: `[tokens, d]`, the residual stream before the layer's input norm, over the
                 whole flattened batch.
         """
-        ops.generate_vectors(hidden, self.vectors, self.generators, self.prompts, self.step)
+        ops.generate_vectors(hidden, self.vectors, self.generators, self.prefills, self.counts)
 
     def scale_(self, x: Tensor, ranges: tuple[int, ...]) -> None:
         """Multiply columns of a packed projection by each token's vectors, in place.
 
         Args:
-            x: ``[tokens, width]``; rows without an adapter are neither read nor written.
-            ranges: Flat triples of column of ``x``, column of the store, width.
+            x: `[tokens, width]`; rows without an adapter are neither read nor written.
+            ranges: Flat triples of column of `x`, column of the store, width.
         """
         # As attributes they would be looked up by nn.Module, which takes longer, in each layer.
         own = self._buffers
-        ops.scale_qkv_(x, own["vectors"], own["token_slots"], ranges, own["step"])  # type: ignore[arg-type]
+        ops.scale_columns_(x, own["vectors"], own["token_rows"], ranges, own["counts"])  # type: ignore[arg-type]
 
     def scaled(self, x: Tensor, columns: slice) -> Tensor:
         """The same for compilers, which fuse it into what comes after.
 
         Args:
-            x: ``[tokens, width]``.
-            columns: The columns of the store that belong to ``x``.
+            x: `[tokens, width]`.
+            columns: The columns of the store that belong to `x`.
         """
-        return ops.scaled(x, self.vectors, self.token_slots, columns)
+        return ops.scaled(x, self.vectors, self.token_rows, columns)

@@ -1,6 +1,6 @@
-"""The serving flow in one place: adapter -> device slot -> step plan -> vectors -> store -> scale.
+"""The serving flow in one place: adapter -> slot -> plan -> vectors -> row -> scale.
 
-:meth:`PedroRuntime.prepare_step` is the method to read first.
+`PedroRuntime.prepare_step` is the method to read first.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from ..errors import PedroError
 from ..ops import warm_up
 from .adapters import AdapterBank, HostCache
 from .layer import PedroLayer
-from .plan import IDENTITY_SLOT, Ints, Reader, StepPlan, plan_step
-from .slots import Assignment
+from .plan import IDENTITY_ROW, Ints, Pending, StepPlan, plan_step
+from .rows import Assignment
 from .spec import RequestSpec
 from .stats import AdapterStats
-from .vectors import VectorStore
+from .store import VectorStore
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,12 @@ class PedroRuntime:
         self.plan = StepPlan()
         self.failed: dict[str, str] = {}
         self.layers = [
-            PedroLayer(vectors, generators, store.token_slots, store.prompts, store.step)
+            PedroLayer(vectors, generators, store.token_rows, store.prefills, store.counts)
             for vectors, generators in zip(store.vectors, bank.generators, strict=True)
         ]
         self._specs: dict[str, RequestSpec] = {}
-        self._slots: dict[str, int] = {}
-        self._without_vectors: dict[str, Reader] = {}
+        self._rows: dict[str, int] = {}
+        self._pending: dict[str, Pending] = {}
         self._reading: list[int] = []
         self._retired: OrderedDict[str, None] = OrderedDict()
 
@@ -60,9 +60,11 @@ class PedroRuntime:
 
         Those that scale are launched in vLLM's profiling run already.
         """
-        store, row = self.store, self.bank.layout.row
+        store, record = self.store, self.bank.layout.record
         vectors = store.vectors[0]
-        warm_up(self.bank.limits.shape.hidden_size, store.width, row, vectors.dtype, vectors.device)
+        warm_up(
+            self.bank.limits.shape.hidden_size, store.width, record, vectors.dtype, vectors.device
+        )
 
     # The life of a request.
 
@@ -79,12 +81,12 @@ class PedroRuntime:
         """Rows for the requests that enter in this step, or come back after preemption."""
         for request_id, assignment in assignments.items():
             spec = self._specs[request_id]
-            self._slots[request_id] = assignment.slot
-            if assignment.makes:
-                self._without_vectors[request_id] = Reader(spec.digest, spec.prompt_length)
+            self._rows[request_id] = assignment.row
+            if assignment.must_generate:
+                self._pending[request_id] = Pending(spec.digest, spec.prompt_length)
             else:
-                self._without_vectors.pop(request_id, None)
-                self.stats.prefills["kept"] += 1
+                self._pending.pop(request_id, None)
+                self.stats.prefills["cached"] += 1
 
     def finish(self, request_ids: Iterable[str]) -> None:
         """These requests are done or aborted."""
@@ -93,15 +95,15 @@ class PedroRuntime:
             spec = self._specs.pop(request_id, None)
             if spec is None:
                 continue
-            self._slots.pop(request_id, None)
-            self._without_vectors.pop(request_id, None)
+            self._rows.pop(request_id, None)
+            self._pending.pop(request_id, None)
             if spec.digest in self._retired:
                 retired.add(spec.digest)
         self._drop(retired)
 
-    def slot_of(self, request_id: str) -> int:
+    def row_of(self, request_id: str) -> int:
         """The row of the vector store that a request reads."""
-        return self._slots.get(request_id, IDENTITY_SLOT)
+        return self._rows.get(request_id, IDENTITY_ROW)
 
     # The life of an adapter.
 
@@ -132,25 +134,25 @@ class PedroRuntime:
     def prepare_step(self, request_ids: Sequence[str], lengths: Ints, computed: Ints) -> None:
         """Get ready for one forward pass.
 
-        A request whose adapter cannot be had (its folder changed or went away since the request was
-        admitted) is entered in :attr:`failed`, and its tokens run as base tokens; the caller ends
-        that request with an error and drops what it computed. No other row notices.
+        A request whose adapter fails to load (its folder was changed or removed since the request
+        was admitted) is entered in `failed`, and its tokens run as base tokens; the caller ends
+        that request with an error and drops what it computed. No other request is touched.
 
         Args:
             request_ids: The batch in order.
-            lengths: ``[rows]``, how many of its tokens this step computes; at least 1.
-            computed: ``[rows]``, how many were computed before, or came from the prefix cache.
+            lengths: `[rows]`, how many of its tokens this step computes; at least 1.
+            computed: `[rows]`, how many were computed before, or came from the prefix cache.
         """
-        if self._slots:
-            get = self._slots.get
-            row_slots = [get(request_id, IDENTITY_SLOT) for request_id in request_ids]
-            self.plan = plan_step(request_ids, row_slots, lengths, computed, self._without_vectors)
+        if self._rows:
+            get = self._rows.get
+            store_rows = [get(request_id, IDENTITY_ROW) for request_id in request_ids]
+            self.plan = plan_step(request_ids, store_rows, lengths, computed, self._pending)
         else:
             self.plan = StepPlan()
-        self.store.load_plan(self.plan, self._make_adapters_resident())
+        self.store.load_plan(self.plan, self._load_adapters())
 
     def clear_step(self) -> None:
-        """Dummy, profiling and capture runs: no row reads or makes vectors."""
+        """Dummy, profiling and capture runs: no vectors are read or generated."""
         self.plan = StepPlan()
         self._reading = []
         self.store.load_dummy()
@@ -161,18 +163,18 @@ class PedroRuntime:
             self.bank.after_reading(self._reading)
 
     @property
-    def makes_vectors(self) -> bool:
+    def generates_vectors(self) -> bool:
         """Whether this step's forward pass has to run the vector generators."""
-        return self.store.has_prompts
+        return self.store.has_prefills
 
     def take_failed(self) -> dict[str, str]:
-        """Requests whose adapter could not be had, with the reason; empties the record."""
+        """Requests whose adapter failed to load, with the reason; empties the record."""
         failed, self.failed = self.failed, {}
         return failed
 
     # Inside.
 
-    def _make_adapters_resident(self) -> list[tuple[int, int, int, int]]:
+    def _load_adapters(self) -> list[tuple[int, int, int, int]]:
         """Bring the step's adapters onto the device; its prompts, grouped by adapter."""
         prefills = self.plan.prefills
         if not prefills:
@@ -192,8 +194,8 @@ class PedroRuntime:
                 self._fail(prefill.request_id, spec, str(error))
                 continue
             self.stats.prefills[state] += 1
-            self._without_vectors.pop(prefill.request_id)
-            prompts.append((prefill.start, prefill.length, prefill.slot, slot))
+            self._pending.pop(prefill.request_id)
+            prompts.append((prefill.start, prefill.length, prefill.row, slot))
         prompts.sort(key=lambda prompt: prompt[3])
         self._reading = sorted({prompt[3] for prompt in prompts})
         self.bank.before_reading(self._reading)
@@ -214,7 +216,7 @@ class PedroRuntime:
         self.failed[request_id] = reason
         self.stats.prefills["failed"] += 1
         # Forgotten from here on: what was already scheduled of it runs as base tokens.
-        self._without_vectors.pop(request_id)
-        slot = self._slots.pop(request_id)
+        self._pending.pop(request_id)
+        row = self._rows.pop(request_id)
         self._specs.pop(request_id)
-        self.plan.row_slots[self.plan.row_slots == slot] = IDENTITY_SLOT
+        self.plan.store_rows[self.plan.store_rows == row] = IDENTITY_ROW

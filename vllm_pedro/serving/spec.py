@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .slots import VectorKey
+from .rows import VectorKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,8 @@ class RequestSpec:
         prompt_length: P, the number of leading tokens that are pooled; at least 1. Preemption,
             beams and appended tokens never change it.
         prompt_digest: Digest of the first P tokens; the vectors depend on it and ``digest`` alone.
-        needs_all_states: Whether the pooling reads every prompt token (mean, max), so that making
-            the vectors takes no cache hit.
+        needs_all_states: Whether the pooling reads every prompt token (mean, max), so that
+            generating the vectors takes no cache hit.
         is_fixed: Whether this content is meant, rather than what its name stands for: the beams of
             one search must all have one adapter's vectors.
     """

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TIERS = ("device", "host")
-"""Where adapters are kept. What is in neither is on disk."""
+"""Where adapters are held. What is in neither is on disk."""
 
-PREFILL_STATES = ("device", "host", "disk", "kept", "failed")
-"""Where a prompt's adapter was found when its vectors were needed; ``kept``: the vectors were there
-already; ``failed``: the adapter could not be had."""
+PREFILL_STATES = ("device", "host", "disk", "cached", "failed")
+"""Where a prompt's adapter was found when its vectors were needed; `cached`: its row held them
+already; `failed`: the adapter failed to load."""
 
 MAX_SECONDS = 4096
 
@@ -22,11 +22,11 @@ class AdapterStats:
     """Counts since they were last taken.
 
     Attributes:
-        hits, loads, evictions: By tier. A load of ``host`` is a read from disk, one of ``device`` a
+        hits, loads, evictions: By tier. A load of `host` is a read from disk, one of `device` a
             copy from host memory.
         removals: Adapters dropped by tier because they were unloaded or replaced.
-        prefills: Prompts by :data:`PREFILL_STATES`.
-        seconds: Durations of loads by tier; at most :data:`MAX_SECONDS` are kept.
+        prefills: Prompts by `PREFILL_STATES`.
+        seconds: Durations of loads by tier; at most `MAX_SECONDS` are kept.
     """
 
     hits: Counter[str] = field(default_factory=Counter)
@@ -57,9 +57,9 @@ class AdapterStats:
 
 
 def merge_stats(total: dict[str, Any], new: Mapping[str, Any]) -> None:
-    """Add what :meth:`AdapterStats.take` gave to an earlier one.
+    """Add what `AdapterStats.take` gave to an earlier one.
 
-    ``resident``, adapters by tier, is a state: the later one replaces the earlier one.
+    `resident`, adapters by tier, is a state: the later one replaces the earlier one.
     """
     for name, values in new.items():
         if name == "resident":

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..config import TARGET_MODULES, BackboneShape
-from .plan import IDENTITY_SLOT, StepPlan
+from .plan import IDENTITY_ROW, StepPlan
 
 
 class VectorStore:
@@ -21,11 +21,11 @@ class VectorStore:
     Attributes:
         modules: The target modules the columns stand for, in canonical order.
         columns: Column range of each module.
-        vectors: Per layer ``[num_sequences + 1, D]`` in the model's dtype.
-        token_slots: ``[max_tokens]`` int64; the row that each token of the step reads.
-        prompts: ``[num_sequences, 4]`` int32; see :func:`vllm_pedro.ops.generate_vectors`.
-        step: ``[2]`` int32 on the CPU; how many prompts make vectors in this step, and how many
-            rows have an adapter.
+        vectors: Per layer `[num_sequences + 1, D]` in the model's dtype.
+        token_rows: `[max_tokens]` int64, the row that each token of the step reads.
+        prefills: `[num_sequences, 4]` int32, see `vllm_pedro.ops.generate_vectors`.
+        counts: `[2]` int32 on the CPU: how many prompts generate vectors in this step, and how many
+            requests read another row than the identity.
     """
 
     STAGES = 3
@@ -57,12 +57,10 @@ class VectorStore:
             torch.ones(num_sequences + 1, width, dtype=dtype, device=device)
             for _ in range(shape.num_layers)
         ]
-        self.token_slots = torch.full(
-            (max_tokens,), IDENTITY_SLOT, dtype=torch.int64, device=device
-        )
-        self.prompts = torch.zeros(num_sequences, 4, dtype=torch.int32, device=device)
-        self.step = torch.zeros(2, dtype=torch.int32)
-        self._step = self.step.numpy()
+        self.token_rows = torch.full((max_tokens,), IDENTITY_ROW, dtype=torch.int64, device=device)
+        self.prefills = torch.zeros(num_sequences, 4, dtype=torch.int32, device=device)
+        self.counts = torch.zeros(2, dtype=torch.int32)
+        self._counts = self.counts.numpy()
         self._stages: list[_Stage] = []
         if device.type != "cpu":
             self._stages = [_Stage(max_tokens, num_sequences, device) for _ in range(self.STAGES)]
@@ -74,31 +72,31 @@ class VectorStore:
         return sum(v.numel() * v.element_size() for v in self.vectors)
 
     @property
-    def has_prompts(self) -> bool:
-        """Whether the step has prompts that make vectors."""
-        return bool(self._step[0])
+    def has_prefills(self) -> bool:
+        """Whether prompts of the step generate vectors: its forward pass runs the generators."""
+        return bool(self._counts[0])
 
     @property
-    def has_rows_with_adapter(self) -> bool:
+    def scales_rows(self) -> bool:
         """Whether the step's operators have rows to scale; also in runs that may be captured."""
-        return bool(self._step[1])
+        return bool(self._counts[1])
 
-    def load_plan(self, plan: StepPlan, prompts: Sequence[tuple[int, int, int, int]] = ()) -> None:
+    def load_plan(self, plan: StepPlan, prefills: Sequence[tuple[int, int, int, int]] = ()) -> None:
         """Point every token of the step at its row, and all later tokens at the identity.
 
         Buffers are filled in place and, on a device, by copies that the host does not wait for.
 
         Args:
             plan: The step's plan.
-            prompts: Rows for :attr:`prompts`.
+            prefills: Rows for `prefills`.
         """
-        active, tokens = plan.num_rows_with_adapter, plan.num_tokens
-        if tokens > len(self.token_slots):
+        active, tokens = plan.num_with_adapter, plan.num_tokens
+        if tokens > len(self.token_rows):
             raise RuntimeError(
-                f"a step of {tokens} tokens exceeds the {len(self.token_slots)} that the "
+                f"a step of {tokens} tokens exceeds the {len(self.token_rows)} that the "
                 "vector store was sized for"
             )
-        self._step[0], self._step[1] = len(prompts), active
+        self._counts[0], self._counts[1] = len(prefills), active
         tokens = tokens if active else 0
         extent = max(self._dirty, tokens)
         self._dirty = tokens
@@ -108,32 +106,32 @@ class VectorStore:
             stage = self._stages.pop(0)
             self._stages.append(stage)
             stage.wait()
-            slots, rows = stage.token_slots, stage.prompts
+            rows, table = stage.token_rows, stage.prefills
         else:
-            slots, rows = self.token_slots, self.prompts
-        numbers = slots.numpy()
-        if tokens == len(plan.row_slots):
-            numbers[:tokens] = plan.row_slots
+            rows, table = self.token_rows, self.prefills
+        numbers = rows.numpy()
+        if tokens == len(plan.store_rows):
+            numbers[:tokens] = plan.store_rows
         elif tokens:
-            numbers[:tokens] = np.repeat(plan.row_slots, plan.lengths)
-        numbers[tokens:extent] = IDENTITY_SLOT
-        if prompts:
-            rows.numpy()[: len(prompts)] = prompts
+            numbers[:tokens] = np.repeat(plan.store_rows, plan.lengths)
+        numbers[tokens:extent] = IDENTITY_ROW
+        if prefills:
+            table.numpy()[: len(prefills)] = prefills
         if self._stages:
-            self.token_slots[:extent].copy_(slots[:extent], non_blocking=True)
-            if prompts:
-                self.prompts[: len(prompts)].copy_(rows[: len(prompts)], non_blocking=True)
+            self.token_rows[:extent].copy_(rows[:extent], non_blocking=True)
+            if prefills:
+                self.prefills[: len(prefills)].copy_(table[: len(prefills)], non_blocking=True)
             stage.sent()
 
     def load_dummy(self) -> None:
-        """For dummy, profiling and capture runs: no vectors are made, all tokens read the identity.
+        """For dummy, profiling and capture runs: no prompt generates, all tokens read the identity.
 
         On a device the operators are still launched, because the run may be captured into a graph
         that serves steps with adapters later.
         """
         self.load_plan(StepPlan())
         if self._stages:
-            self._step[1] = 1
+            self._counts[1] = 1
 
 
 class _Stage:
@@ -141,8 +139,8 @@ class _Stage:
 
     def __init__(self, max_tokens: int, num_sequences: int, device: torch.device) -> None:
         pin = device.type == "cuda"
-        self.token_slots = torch.zeros(max_tokens, dtype=torch.int64, pin_memory=pin)
-        self.prompts = torch.zeros(num_sequences, 4, dtype=torch.int32, pin_memory=pin)
+        self.token_rows = torch.zeros(max_tokens, dtype=torch.int64, pin_memory=pin)
+        self.prefills = torch.zeros(num_sequences, 4, dtype=torch.int32, pin_memory=pin)
         self._event: Any = torch.cuda.Event() if pin else None
 
     def wait(self) -> None:

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from vllm_pedro.config import BackboneShape
-from vllm_pedro.serving.plan import IDENTITY_SLOT, StepPlan, plan_step
-from vllm_pedro.serving.vectors import VectorStore
+from vllm_pedro.serving.plan import IDENTITY_ROW, StepPlan, plan_step
+from vllm_pedro.serving.store import VectorStore
 
 SHAPE = BackboneShape(2, 8, {"q_proj": 8, "k_proj": 4, "v_proj": 4, "gate_proj": 16, "up_proj": 16})
 ALL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -40,19 +40,19 @@ def test_k_comes_along_where_q_and_v_are_scaled():
 def test_all_rows_start_as_the_identity():
     s = store()
     assert all(bool((v == 1).all()) for v in s.vectors)
-    assert bool((s.token_slots == IDENTITY_SLOT).all())
+    assert bool((s.token_rows == IDENTITY_ROW).all())
 
 
 def test_tokens_of_the_last_step_do_not_linger():
     s = store()
     s.load_plan(plan([0, 3], [2, 6]))
-    assert s.token_slots.tolist() == [0, 0, 3, 3, 3, 3, 3, 3, 0, 0]
+    assert s.token_rows.tolist() == [0, 0, 3, 3, 3, 3, 3, 3, 0, 0]
     s.load_plan(plan([2, 1], [1, 2]))
-    assert s.token_slots.tolist() == [2, 1, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert s.token_rows.tolist() == [2, 1, 1, 0, 0, 0, 0, 0, 0, 0]
     s.load_plan(plan([3, 0, 1]))
-    assert s.token_slots.tolist() == [3, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert s.token_rows.tolist() == [3, 0, 1, 0, 0, 0, 0, 0, 0, 0]
     s.load_plan(plan([0] * 9))
-    assert s.token_slots.tolist() == [0] * 10
+    assert s.token_rows.tolist() == [0] * 10
 
 
 def test_the_operators_are_told_what_there_is_to_do():
@@ -67,7 +67,7 @@ def test_the_operators_are_told_what_there_is_to_do():
     s.load_plan(plan([1]), [(0, 1, 1, 0)])
     s.load_dummy()
     assert s.step.tolist() == [0, 0]
-    assert not s.token_slots.any()
+    assert not s.token_rows.any()
 
 
 def test_on_a_device_a_dummy_run_launches_what_a_captured_graph_needs():
@@ -80,11 +80,11 @@ def test_on_a_device_a_dummy_run_launches_what_a_captured_graph_needs():
 
 def test_addresses_stay_fixed():
     s = store()
-    tensors = (s.token_slots, s.prompts, s.step, *s.vectors)
+    tensors = (s.token_rows, s.prompts, s.step, *s.vectors)
     before = [t.data_ptr() for t in tensors]
     s.load_plan(plan([1], [4]), [(0, 4, 1, 0)])
     s.load_dummy()
-    assert [t.data_ptr() for t in (s.token_slots, s.prompts, s.step, *s.vectors)] == before
+    assert [t.data_ptr() for t in (s.token_rows, s.prompts, s.step, *s.vectors)] == before
 
 
 def test_a_step_that_is_too_long_is_a_defect():

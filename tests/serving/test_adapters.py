@@ -156,8 +156,8 @@ def rows_of(spec, slots):
 class Staging:
     """Buffers on the way to a device, as on CUDA: two in turns, with garbage in them at first."""
 
-    def __init__(self, layers, row):
-        self.buffers = [torch.full((layers, row), torch.nan) for _ in range(2)]
+    def __init__(self, layers, record):
+        self.buffers = [(i, torch.full((layers, record), torch.nan)) for i in range(2)]
 
     def staging(self):
         return self.buffers[0]

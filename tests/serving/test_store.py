@@ -58,33 +58,33 @@ def test_tokens_of_the_last_step_do_not_linger():
 def test_the_operators_are_told_what_there_is_to_do():
     s = store()
     s.load_plan(plan([0, 2, 1], [1, 3, 2]), [(1, 3, 2, 0), (4, 2, 1, 1)])
-    assert s.step.tolist() == [2, 2]
-    assert s.prompts.tolist() == [[1, 3, 2, 0], [4, 2, 1, 1], [0, 0, 0, 0]]
+    assert s.counts.tolist() == [2, 2]
+    assert s.prefills.tolist() == [[1, 3, 2, 0], [4, 2, 1, 1], [0, 0, 0, 0]]
     s.load_plan(plan([0, 2, 0]))
-    assert s.step.tolist() == [0, 1]
+    assert s.counts.tolist() == [0, 1]
     s.load_plan(plan([0, 0]))
-    assert s.step.tolist() == [0, 0]
+    assert s.counts.tolist() == [0, 0]
     s.load_plan(plan([1]), [(0, 1, 1, 0)])
     s.load_dummy()
-    assert s.step.tolist() == [0, 0]
+    assert s.counts.tolist() == [0, 0]
     assert not s.token_rows.any()
 
 
 def test_on_a_device_a_dummy_run_launches_what_a_captured_graph_needs():
     s = VectorStore(SHAPE, ALL, 3, 10, torch.float32, torch.device("meta"))
     s.load_dummy()
-    assert s.step.tolist() == [0, 1]
+    assert s.counts.tolist() == [0, 1]
     s.load_plan(StepPlan())
-    assert s.step.tolist() == [0, 0]
+    assert s.counts.tolist() == [0, 0]
 
 
 def test_addresses_stay_fixed():
     s = store()
-    tensors = (s.token_rows, s.prompts, s.step, *s.vectors)
+    tensors = (s.token_rows, s.prefills, s.counts, *s.vectors)
     before = [t.data_ptr() for t in tensors]
     s.load_plan(plan([1], [4]), [(0, 4, 1, 0)])
     s.load_dummy()
-    assert [t.data_ptr() for t in (s.token_rows, s.prompts, s.step, *s.vectors)] == before
+    assert [t.data_ptr() for t in (s.token_rows, s.prefills, s.counts, *s.vectors)] == before
 
 
 def test_a_step_that_is_too_long_is_a_defect():

@@ -39,7 +39,7 @@ def measure(args: argparse.Namespace, paths: list[str]) -> dict[str, list[float]
     from vllm_pedro.bench.adapters import MODULES, PEDRO_RANK
     from vllm_pedro.config import TARGET_MODULES, BackboneShape
     from vllm_pedro.integration import plugin
-    from vllm_pedro.integration.processor import AdapterRegistry, PedroInputProcessorMixin
+    from vllm_pedro.integration.frontend.processor import AdapterRegistry, PedroInputProcessorMixin
     from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, HostCache
     from vllm_pedro.serving.spec import RequestSpec
     from vllm_pedro.serving.store import VectorStore

@@ -14,10 +14,10 @@ import vllm_pedro  # noqa: F401  (teaches EngineArgs its keywords)
 # isort: split
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
-from vllm_pedro.integration import keywords
 from vllm_pedro.integration.checks import check_engine
+from vllm_pedro.integration.frontend import keywords
+from vllm_pedro.integration.frontend.processor import longest_prompt
 from vllm_pedro.integration.options import PedroOptions, options_of
-from vllm_pedro.integration.processor import longest_prompt
 
 pytestmark = pytest.mark.both_runners
 

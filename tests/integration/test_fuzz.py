@@ -53,7 +53,9 @@ def test_adapters_depend_on_the_pooled_prompt(folder):
 
 
 def without_prompt_in_salt(patch):
-    patch.setattr("vllm_pedro.integration.processor.cache_salt", lambda salt, spec: spec.digest)
+    patch.setattr(
+        "vllm_pedro.integration.frontend.processor.cache_salt", lambda salt, spec: spec.digest
+    )
 
 
 def without_hit_limit(patch):

@@ -67,11 +67,11 @@ def test_no_step_that_generates_replays_a_graph(
 
 def test_the_test_above_would_notice(tiny_engine, tiny_oracle, tiny_adapters, monkeypatch):
     if current_runner() == "v2":
-        from vllm_pedro.integration.runner_v2 import PedroGraphsMixin
+        from vllm_pedro.integration.worker.runner_v2 import PedroGraphsMixin
 
         monkeypatch.delattr(PedroGraphsMixin, "dispatch")
     else:
-        from vllm_pedro.integration.runner_v1 import PedroRunnerV1Mixin
+        from vllm_pedro.integration.worker.runner_v1 import PedroRunnerV1Mixin
 
         monkeypatch.delattr(PedroRunnerV1Mixin, "_determine_batch_execution_and_padding")
     names = ["hits_up_to_the_last_token"]

@@ -19,17 +19,17 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_pedro import integration
-from vllm_pedro.integration.models import PedroServingModelsMixin
+from vllm_pedro.integration.frontend.models import PedroServingModelsMixin
+from vllm_pedro.integration.frontend.processor import PedroInputProcessorMixin
 from vllm_pedro.integration.patches import become, extend, wrap
 from vllm_pedro.integration.plugin import PATCHES
-from vllm_pedro.integration.processor import PedroInputProcessorMixin
-from vllm_pedro.integration.runner_v1 import PedroRunnerV1Mixin
-from vllm_pedro.integration.runner_v2 import (
+from vllm_pedro.integration.scheduler import PedroScheduler, PedroSchedulerMixin
+from vllm_pedro.integration.worker.runner_v1 import PedroRunnerV1Mixin
+from vllm_pedro.integration.worker.runner_v2 import (
     PedroGraphsMixin,
     PedroModelStateMixin,
     PedroRunnerV2Mixin,
 )
-from vllm_pedro.integration.scheduler import PedroScheduler, PedroSchedulerMixin
 
 CHANGED = [
     (InputProcessor, PedroInputProcessorMixin),
@@ -81,8 +81,8 @@ def test_methods_that_call_vllm_s_own_are_methods_of_the_real_class():
 def test_no_mixin_is_left_out():
     tried = {mixin for _, mixin in CHANGED} | {PedroModelStateMixin, PedroSchedulerMixin}
     found = set()
-    for info in pkgutil.iter_modules(integration.__path__):
-        module = importlib.import_module(f"{integration.__name__}.{info.name}")
+    for info in pkgutil.walk_packages(integration.__path__, f"{integration.__name__}."):
+        module = importlib.import_module(info.name)
         found |= {v for n, v in vars(module).items() if n.endswith("Mixin") and "Pedro" in n}
     assert found == tried
     assert issubclass(PedroScheduler, PedroSchedulerMixin)

@@ -69,7 +69,7 @@ def without_hit_limit(patch):
     )
 
 
-SALT = "vllm_pedro.integration.processor.cache_salt"
+SALT = "vllm_pedro.integration.frontend.processor.cache_salt"
 
 
 def without_salt(patch):
@@ -140,7 +140,7 @@ def without_adapter_limit_per_step(patch):
 def without_adapters_of_preempted_requests(patch):
     """As if a preempted request had ended: its adapter may be freed."""
     if current_runner() == "v2":
-        from vllm_pedro.integration.runner_v2 import PedroModelStateMixin
+        from vllm_pedro.integration.worker.runner_v2 import PedroModelStateMixin
 
         def remove_request(self, req_id):
             self.pedro.finish((req_id,))

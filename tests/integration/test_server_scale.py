@@ -138,9 +138,9 @@ def test_what_cannot_be_served_stops_the_start(folders, smol, tmp_path):
     import asyncio
     from types import SimpleNamespace
 
-    from vllm_pedro.integration.cli import AdapterModules, PedroModulePath
-    from vllm_pedro.integration.models import PedroServingModelsMixin
-    from vllm_pedro.integration.processor import AdapterRegistry
+    from vllm_pedro.integration.frontend.flags import AdapterModules, PedroModulePath
+    from vllm_pedro.integration.frontend.models import PedroServingModelsMixin
+    from vllm_pedro.integration.frontend.processor import AdapterRegistry
     from vllm_pedro.serving.adapters import AdapterLimits
 
     class Base:

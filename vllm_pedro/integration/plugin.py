@@ -40,49 +40,49 @@ _BEAMS = {
 PATCHES = (
     Patch(
         "vllm.engine.arg_utils:EngineArgs.__init__",
-        "keywords:with_keywords",
+        "frontend.keywords:with_keywords",
         why="keywords are read before plugins are loaded",
         **_ARGUMENTS,
     ),
     Patch(
         "vllm.engine.arg_utils:AsyncEngineArgs.__init__",
-        "keywords:with_keywords",
+        "frontend.keywords:with_keywords",
         why="as above; the class has a constructor of its own",
         **_ARGUMENTS,
     ),
     Patch(
         "vllm.engine.arg_utils:EngineArgs.add_cli_args",
-        "cli:add_cli_args",
+        "frontend.flags:add_cli_args",
         why="plugins are loaded while the parser is built, but have no place for arguments",
         **_ARGUMENTS,
     ),
     Patch(
         "vllm.engine.arg_utils:EngineArgs.from_cli_args",
-        "cli:from_cli_args",
+        "frontend.flags:from_cli_args",
         why="what the flags said has to reach each process of the server",
         **_ARGUMENTS,
     ),
     Patch(
         "vllm.engine.arg_utils:EngineArgs.create_engine_config",
-        "engine_config:create_engine_config",
+        "frontend.engine_config:create_engine_config",
         why="check the configuration, choose the scheduler: there is no hook in between",
         **_CONFIG,
     ),
     Patch(
         "vllm.engine.arg_utils:EngineArgs._set_default_max_num_seqs_and_batched_tokens_args",
-        "engine_config:default_budget",
+        "frontend.engine_config:default_budget",
         why="the default budget must take a whole prompt",
         **_CONFIG,
     ),
     Patch(
         "vllm.v1.engine.input_processor:InputProcessor.__init__",
-        "processor:init",
+        "frontend.processor:init",
         why="engines create the class by name, and it knows LoRA's adapters alone",
         **_ADAPTERS,
     ),
     Patch(
         "vllm.v1.engine.input_processor:InputProcessor._validate_lora",
-        "processor:validate_lora",
+        "frontend.processor:validate_lora",
         why="an engine without PEDRO has to say how to switch it on",
         **_ADAPTERS,
     ),
@@ -94,17 +94,17 @@ PATCHES = (
     ),
     Patch(
         "vllm.entrypoints.generate.beam_search.utils:BeamSearchInstance.__init__",
-        "frontend:beam_search_instance",
+        "frontend.readmission:beam_search_instance",
         **_BEAMS,
     ),
     Patch(
         "vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search",
-        "frontend:beam_search",
+        "frontend.readmission:beam_search",
         **_BEAMS,
     ),
     Patch(
         "vllm.v1.engine.async_llm:AsyncLLM.generate",
-        "frontend:generate",
+        "frontend.readmission:generate",
         why="a request whose adapter fails to load ends as a 500; what a name stands for is read "
         "at the last moment",
         upstream=f"{VLLM}/pull/37148",
@@ -112,31 +112,43 @@ PATCHES = (
     ),
     Patch(
         "vllm.entrypoints.openai.models.serving:OpenAIServingModels.__init__",
-        "models:init",
+        "frontend.models:init",
         why="the class is created by name; resolvers must give a LoRA that is loaded at once",
         upstream=f"{VLLM}/pull/10546",
         until="vLLM knows other kinds of adapters than LoRA's",
     ),
     Patch(
         "vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
-        "models:check_model",
+        "frontend.models:check_model",
         why="an adapter must be read before a stream's status is sent",
         upstream=f"{VLLM}/pull/10546",
         until="adapters are checked before a stream begins",
     ),
     Patch(
         "vllm.v1.metrics.loggers:StatLoggerManager.__init__",
-        "metrics:init",
+        "frontend.metrics:init",
         why="a plugin's stat logger is made before vLLM's, which drops all metrics named `vllm:`",
         upstream=f"{VLLM}/pull/22456",
         until="plugins may add metrics, and scheduler statistics carry theirs",
     ),
-    Patch("vllm.v1.worker.gpu_model_runner:GPUModelRunner.load_model", "workers:v1", **_RUNNER),
-    Patch("vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model", "workers:v1", **_RUNNER),
-    Patch("vllm.v1.worker.gpu.model_runner:GPUModelRunner.load_model", "workers:v2", **_RUNNER),
+    Patch(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.load_model",
+        "worker.switch_on:v1",
+        **_RUNNER,
+    ),
+    Patch(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model",
+        "worker.switch_on:v1",
+        **_RUNNER,
+    ),
+    Patch(
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.load_model",
+        "worker.switch_on:v2",
+        **_RUNNER,
+    ),
     Patch(
         "vllm.v1.worker.gpu.model_states:resolve_model_state_cls",
-        "workers:model_state",
+        "worker.switch_on:model_state",
         why="the class is found by name; an instance of it cannot change class later, because "
         "`ModelState` derives from `ABC`",
         upstream=f"{VLLM}/pull/10372",
@@ -156,7 +168,7 @@ there is one for all plugins, and none for engine cores."""
 def teach_keywords() -> None:
     """Apply the patches that are due before vLLM loads plugins."""
     for patch in PATCHES:
-        if patch.by == "keywords:with_keywords":
+        if patch.by == "frontend.keywords:with_keywords":
             patch.apply()
 
 

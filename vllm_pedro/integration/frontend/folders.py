@@ -6,9 +6,9 @@ import os
 import unicodedata
 from pathlib import Path
 
-from ..adapter import WEIGHTS_NAME
-from ..config import CONFIG_NAME
-from ..errors import PedroError
+from ...adapter import WEIGHTS_NAME
+from ...config import CONFIG_NAME
+from ...errors import PedroError
 
 MAX_NAME_LENGTH = 200
 MAX_PATH_LENGTH = 4096

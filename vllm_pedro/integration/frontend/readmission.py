@@ -12,9 +12,10 @@ from typing import Any
 
 import msgspec
 
-from .processor import RefusedRequestError, is_pedro
-from .request import PedroRequest, ServedPedroRequest
-from .wire import failure_of
+from ..request import PedroRequest, ServedPedroRequest
+from ..wire import failure_of
+from .processor import RefusedRequestError
+from .registry import is_pedro
 
 ATTEMPTS = 4
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import CONFIG_NAME, TARGET_MODULES
-from ..errors import PedroError
+from ...config import CONFIG_NAME, TARGET_MODULES
+from ...errors import PedroError
+from ..options import CONFIG_KEY, ENABLE_KEYWORD, OPTION_NAMES, PedroOptions
 from .folders import check_name
-from .options import CONFIG_KEY, ENABLE_KEYWORD, OPTION_NAMES, PedroOptions
 
 
 @dataclass(frozen=True, slots=True)

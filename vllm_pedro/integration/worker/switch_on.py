@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .options import options_of
-from .patches import become, extend
+from ..options import options_of
+from ..patches import become, extend
 
 
 def v1(original: Callable[..., None]) -> Callable[..., None]:

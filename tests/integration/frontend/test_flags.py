@@ -11,7 +11,12 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_pedro.errors import PedroError
-from vllm_pedro.integration.cli import AdapterModules, PedroModulePath, apply_flags, parse_modules
+from vllm_pedro.integration.frontend.flags import (
+    AdapterModules,
+    PedroModulePath,
+    apply_flags,
+    parse_modules,
+)
 
 
 @pytest.fixture(scope="module")

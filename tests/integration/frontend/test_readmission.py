@@ -6,12 +6,12 @@ import asyncio
 from types import SimpleNamespace
 
 from vllm_pedro import PedroRequest
-from vllm_pedro.integration.frontend import (
+from vllm_pedro.integration.frontend.processor import RefusedRequestError
+from vllm_pedro.integration.frontend.readmission import (
     ATTEMPTS,
     _generate,
     with_prompt_length,
 )
-from vllm_pedro.integration.processor import RefusedRequestError
 from vllm_pedro.integration.request import ServedPedroRequest
 from vllm_pedro.integration.wire import put_failure
 

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import wire
-from .layers import HookedModel, is_compiled
-from .options import options_of
-from .patches import become
-from .runner_v1 import build_runtime, report_of_step
+from .. import wire
+from ..patches import become
+from .build import build, report_of_step
 
 
 class PedroModelStateMixin:
@@ -98,28 +96,15 @@ class PedroRunnerV2Mixin:
 
     pedro: Any
     pedro_model: Any
-    vllm_config: Any
-    device: Any
     model: Any
     model_state: Any
     cudagraph_manager: Any
     req_states: Any
-    max_num_tokens: int
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
-        options = options_of(self.vllm_config)
-        assert options is not None
-        captured = self.vllm_config.compilation_config.cudagraph_capture_sizes or [0]
-        max_tokens = max(self.max_num_tokens, *captured)
-        self.pedro = build_runtime(self.vllm_config, options, self.device, max_tokens)
-        # After LoRA has put its layers in place, so that the sum W x + BA x is what is scaled.
-        self.pedro_model = HookedModel(
-            self.model,
-            self.pedro.bank.limits.shape,
-            self.pedro,
-            is_compiled=is_compiled(self.vllm_config),
-        )
+        self.pedro_model = build(self, self.model)
+        self.pedro = self.pedro_model.runtime
         # Its class was chosen when the runner created it: see plugin.py.
         self.model_state.pedro, self.model_state.pedro_model = self.pedro, self.pedro_model
 

@@ -6,7 +6,7 @@ import pytest
 
 from vllm_pedro.adapter import load_adapter
 from vllm_pedro.errors import AdapterError, PedroError
-from vllm_pedro.integration.folders import (
+from vllm_pedro.integration.frontend.folders import (
     MAX_NAME_LENGTH,
     MAX_REASON_LENGTH,
     check_name,

@@ -16,21 +16,16 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from ..errors import PedroError
-from . import wire
-from .cli import AdapterModules, PedroModulePath
+from ...errors import PedroError
+from .. import wire
+from ..options import options_of
+from ..patches import become
+from ..request import PedroRequest, ServedPedroRequest
+from .flags import AdapterModules, PedroModulePath
 from .folders import check_name, public_reason, resolve_folder
 from .metrics import metrics_of
-from .options import options_of
-from .patches import become
-from .processor import (
-    PROMPT_LENGTH_KEY,
-    AdapterRegistry,
-    RefusedRequestError,
-    check_prompt_length,
-    peft_type_of,
-)
-from .request import PedroRequest, ServedPedroRequest
+from .processor import PROMPT_LENGTH_KEY, RefusedRequestError, check_prompt_length
+from .registry import AdapterRegistry, peft_type_of
 
 logger = logging.getLogger("vllm.vllm_pedro")
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..serving.stats import PREFILL_STATES, TIERS
-from . import wire
-from .options import options_of
+from ...serving.stats import PREFILL_STATES, TIERS
+from .. import wire
+from ..options import options_of
 
 LOAD_SECONDS_BUCKETS = (
     0.001,

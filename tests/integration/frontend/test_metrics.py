@@ -10,7 +10,7 @@ from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import SchedulerStats
 
 from vllm_pedro.integration import wire
-from vllm_pedro.integration.metrics import PedroMetrics
+from vllm_pedro.integration.frontend.metrics import PedroMetrics
 
 
 @pytest.fixture

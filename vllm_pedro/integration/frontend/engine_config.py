@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from .options import options_of, tokens_for_any_prompt
+from ..options import options_of, tokens_for_any_prompt
 
 logger = logging.getLogger("vllm.vllm_pedro")
 
@@ -18,8 +18,8 @@ def create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         config = original(self, *args, **kwargs)
         options = options_of(config)
         if options is not None:
-            from .checks import check_engine
-            from .scheduler import scheduler_path
+            from ..checks import check_engine
+            from ..scheduler import scheduler_path
 
             check_engine(config, options)
             scheduler = config.scheduler_config

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from array import array
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.utils.async_utils import make_async
 
-from ..adapter import WEIGHTS_NAME, inspect_adapter, verify_adapter
-from ..config import CONFIG_NAME, MAX_CONFIG_BYTES, BackboneShape
-from ..errors import PedroError
-from ..serving.adapters import AdapterLimits
-from ..serving.spec import RequestSpec, cache_salt
-from . import wire
-from .options import draft_places, options_of
-from .patches import become
-from .request import PedroRequest, ServedPedroRequest
+from ...config import BackboneShape
+from ...errors import PedroError
+from ...serving.adapters import AdapterLimits
+from ...serving.spec import RequestSpec, cache_salt
+from .. import wire
+from ..options import draft_places, options_of
+from ..patches import become
+from ..request import PedroRequest, ServedPedroRequest
+from .registry import AdapterRegistry, KnownAdapter, is_pedro
 
 
 class RefusedRequestError(VLLMValidationError, PedroError):
@@ -33,115 +28,6 @@ class RefusedRequestError(VLLMValidationError, PedroError):
 
     def __init__(self, message: str, *, parameter: str | None = None, value: Any = None) -> None:
         super().__init__(message, parameter=parameter, value=value)  # type: ignore[call-arg]
-
-
-Signature = tuple[tuple[int, int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class KnownAdapter:
-    """A folder that was read and found good.
-
-    Attributes:
-        digest: Content digest.
-        needs_all_states: mean or max pooling: every prompt token has to be computed.
-        signature: What the files looked like, to notice that they changed.
-    """
-
-    digest: str
-    needs_all_states: bool
-    signature: Signature
-
-
-class AdapterRegistry:
-    """Folders that requests named, validated when first seen and again when their files change.
-
-    May be asked from several threads.
-    """
-
-    def __init__(self, limits: AdapterLimits, capacity: int = 100_000) -> None:
-        self.limits = limits
-        self._capacity = capacity
-        self._known: OrderedDict[str, KnownAdapter] = OrderedDict()
-        self._lock = Lock()
-
-    def lookup(self, path: str) -> KnownAdapter:
-        """The adapter in a folder.
-
-        Raises:
-            AdapterError: What is wrong with it.
-        """
-        signature = _signature(path)
-        with self._lock:
-            known = self._known.get(path)
-            if known is not None and known.signature == signature and signature is not None:
-                self._known.move_to_end(path)
-                return known
-        return self.read(path)
-
-    def read(self, path: str) -> KnownAdapter:
-        """Read a folder whether it seems to have changed or not, values included.
-
-        Raises:
-            AdapterError: What is wrong with it.
-        """
-        signature = _signature(path)
-        config, digest = verify_adapter(
-            path,
-            self.limits.shape,
-            check=lambda config: self.limits.check_config(config, path),
-        )
-        known = KnownAdapter(digest, config.pooling != "last", signature or ())
-        with self._lock:
-            self._known[path] = known
-            self._known.move_to_end(path)
-            while len(self._known) > self._capacity:
-                self._known.popitem(last=False)
-        return known
-
-    def inspect(self, path: str) -> None:
-        """Check a folder as far as that goes without reading its weights.
-
-        Raises:
-            AdapterError: What is wrong with it.
-        """
-        config = inspect_adapter(path, self.limits.shape)
-        self.limits.check_config(config, path)
-
-    def forget(self, path: str) -> None:
-        """Drop what is known of a folder."""
-        with self._lock:
-            self._known.pop(path, None)
-
-
-def _signature(path: str) -> Signature | None:
-    try:
-        stats = [os.stat(os.path.join(path, name)) for name in (CONFIG_NAME, WEIGHTS_NAME)]
-    except OSError:
-        return None
-    return tuple((s.st_mtime_ns, s.st_size, s.st_ino) for s in stats)
-
-
-def is_pedro(lora_request: Any) -> bool:
-    """Whether a request asks for a PEDRO adapter: by its type, or by what its folder says."""
-    if lora_request is None:
-        return False
-    if isinstance(lora_request, PedroRequest):
-        return True
-    return peft_type_of(lora_request.lora_path) == "PEDRO"
-
-
-def peft_type_of(folder: str) -> str | None:
-    """What an adapter folder says it is; None where it cannot be read."""
-    try:
-        config = Path(folder).expanduser() / CONFIG_NAME
-        if config.stat().st_size > MAX_CONFIG_BYTES:
-            return None
-        content = json.loads(config.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    kind = content.get("peft_type") if isinstance(content, dict) else None
-    return kind if isinstance(kind, str) else None
 
 
 PROMPT_LENGTH_KEY = "pedro_prompt_length"

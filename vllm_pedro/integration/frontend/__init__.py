@@ -1,0 +1,1 @@
+"""In the process that talks to users: requests, model names, flags, metrics."""

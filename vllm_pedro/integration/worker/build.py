@@ -1,0 +1,80 @@
+"""What a worker needs for PEDRO, whichever model runner it has."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from torch import nn
+
+from ...config import BackboneShape
+from ...ops import library
+from ...serving.adapters import AdapterBank, AdapterLimits, HostCache
+from ...serving.runtime import PedroRuntime
+from ...serving.store import VectorStore
+from .. import wire
+from ..options import options_of
+from .layers import HookedModel, is_compiled
+
+logger = logging.getLogger("vllm.vllm_pedro")
+
+
+def build(runner: Any, model: nn.Module) -> HookedModel:
+    """Allocate everything that PEDRO needs in a worker, and hook the model.
+
+    Called when LoRA has put its layers in place, so that the sum W x + BA x is what is scaled.
+
+    Args:
+        runner: vLLM's model runner, V1's or V2's, whose engine PEDRO is switched on for.
+        model: Its model.
+
+    Returns:
+        The hooked model, with the runtime.
+    """
+    return HookedModel(
+        model,
+        BackboneShape.from_hf_config(runner.vllm_config.model_config.hf_config),
+        _build_runtime(runner),
+        is_compiled=is_compiled(runner.vllm_config),
+    )
+
+
+def _build_runtime(runner: Any) -> PedroRuntime:
+    vllm_config, device = runner.vllm_config, runner.device
+    options = options_of(vllm_config)
+    assert options is not None
+    # Most tokens in one forward pass, padding included.
+    captured = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
+    max_tokens = max(runner.max_num_tokens, *captured)
+    model = vllm_config.model_config
+    shape = BackboneShape.from_hf_config(model.hf_config)
+    sequences = vllm_config.scheduler_config.max_num_seqs
+    limits = AdapterLimits(shape, options.max_pedro_rank, options.pedro_target_modules)
+    store = VectorStore(
+        shape, options.pedro_target_modules, sequences, max_tokens, model.dtype, device
+    )
+    bank = AdapterBank(options.max_pedros, limits, store.columns, device)
+    host = HostCache(options.host_capacity, limits)
+    logger.info(
+        "PEDRO: vectors of %d sequences take %.1f MiB, generators of %d adapters %.1f MiB",
+        sequences,
+        store.nbytes / 2**20,
+        options.max_pedros,
+        bank.nbytes / 2**20,
+    )
+    runtime = PedroRuntime(host, bank, store)
+    start = time.perf_counter()
+    runtime.warm_up()
+    backends = library.backends
+    logger.info(
+        "PEDRO: operators are %s, ready in %.2f s",
+        backends.cpu if device.type == "cpu" else backends.cuda,
+        time.perf_counter() - start,
+    )
+    return runtime
+
+
+def report_of_step(runtime: PedroRuntime) -> wire.StepReport:
+    """What happened since the last report."""
+    return wire.StepReport(runtime.take_failed(), runtime.take_stats())

@@ -1,0 +1,93 @@
+"""Hooks for the compiler to trace, the fastest exact form of each, see docs/kernels.md.
+
+A step outside of the graph runs them too, as plain Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...serving.layer import PedroLayer
+from ...serving.store import VectorStore
+
+
+def input_hook(state: PedroLayer, store: VectorStore) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # vLLM's norms take (x, residual) and return (normed, residual + x), which is the layer's
+        # input; in the first layer, and in models without the fused form, the argument itself is.
+        hidden = output[1] if isinstance(output, tuple) else args[0]
+        if torch.compiler.is_compiling():
+            # A copy, not the residual itself: Inductor keeps that in float32 across fused kernels,
+            # and an operator that reads it would force it into 16 bits there, for base rows too.
+            hidden = hidden * state.one
+        elif not store.has_prefills:
+            return
+        state.generate(hidden)
+
+    return hook
+
+
+def scale_hook(
+    state: PedroLayer,
+    store: VectorStore,
+    columns: slice,
+    offset: int,
+    total: int,
+    compiled_elsewhere: bool,
+) -> Callable[..., Any]:
+    """Scale a packed projection: the fastest exact form of each mode, see docs/kernels.md."""
+    width = columns.stop - columns.start
+    ranges = (offset, columns.start, width)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        x = output[0] if isinstance(output, tuple) else output
+        if not torch.compiler.is_compiling():
+            # The operator would return at once, but getting there takes a while, in each layer.
+            if store.scales_rows:
+                state.scale_(x, ranges)
+            return None
+        if compiled_elsewhere:
+            return output
+        if width == total:
+            x = state.scaled(x, columns)
+        else:
+            end = offset + width
+            middle = state.scaled(x[:, offset:end], columns)
+            x = torch.cat((x[:, :offset], middle, x[:, end:]), dim=-1)
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    return hook
+
+
+def value_hook(state: PedroLayer) -> Callable[..., Any]:
+    """Compiled, hand V to attention as a tensor of its own.
+
+    As it comes it is a view of the scaled packed projection, which Inductor would then have to
+    write out whole, Q and K too, although whoever else reads those computes them on the fly.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not torch.compiler.is_compiling() or len(args) < 3:
+            return None
+        return (*args[:2], args[2] * state.one, *args[3:])
+
+    return hook
+
+
+def activation_hook(state: PedroLayer, columns: slice) -> Callable[..., Any]:
+    """Compiled, scale Up after the activation, act(G) * U * l, where Inductor fuses all of it.
+
+    Scaled before, gate and up would have to be put together again for the activation to take them
+    apart, and on the CPU Inductor writes that out.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return None
+        return state.scaled(output, columns)
+
+    return hook

@@ -1,0 +1,72 @@
+"""Without a compiler: PEDRO's part of each layer, put in and taken out from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ...serving.layer import PedroLayer
+
+
+class ForwardSwitch:
+    """Without a compiler: PEDRO's part of each layer, there only in steps that need it.
+
+    A step without adapters then runs the very code of an engine without PEDRO, and a decode step
+    none of the generators'. Modules get a `forward` of their own in place of a hook, because a
+    module with hooks takes a longer way through `nn.Module.__call__`, at each call.
+    """
+
+    def __init__(self) -> None:
+        self._generating: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._scaling: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._generates = self._scales = False
+
+    def add_generator(self, norm: nn.Module, state: PedroLayer) -> None:
+        """Run a layer's generators on what its input norm reads."""
+        original, generate = norm.forward, state.generate
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            hidden = output[1] if isinstance(output, tuple) else args[0]
+            generate(hidden)
+            return output
+
+        self._generating.append((norm, forward))
+
+    def add_scaling(
+        self, projection: nn.Module, state: PedroLayer, ranges: tuple[int, int, int]
+    ) -> None:
+        """Scale a packed projection's output in place."""
+        original, scale_ = projection.forward, state.scale_
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            x = output[0] if isinstance(output, tuple) else output
+            scale_(x, ranges)
+            return output
+
+        self._scaling.append((projection, forward))
+
+    def __call__(self, generates: bool, scales: bool) -> None:
+        """Get ready for a step.
+
+        Args:
+            generates: Whether it generates vectors.
+            scales: Whether it has rows with an adapter.
+        """
+        if generates != self._generates:
+            self._set(self._generating, generates)
+            self._generates = generates
+        if scales != self._scales:
+            self._set(self._scaling, scales)
+            self._scales = scales
+
+    @staticmethod
+    def _set(forwards: list[tuple[nn.Module, Callable[..., Any]]], on: bool) -> None:
+        for module, forward in forwards:
+            if on:
+                module.__dict__["forward"] = forward
+            else:
+                del module.__dict__["forward"]

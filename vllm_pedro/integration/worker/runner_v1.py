@@ -1,0 +1,69 @@
+"""PEDRO on vLLM's V1 model runner, which the CPU uses, and GPUs where V2 does not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...serving.runtime import PedroRuntime
+from .. import wire
+from .build import build, report_of_step
+from .layers import HookedModel
+
+
+class PedroRunnerV1Mixin:
+    """What `GPUModelRunner` and `CPUModelRunner` do differently when PEDRO is on."""
+
+    pedro: PedroRuntime
+    pedro_model: HookedModel
+    input_batch: Any
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        self.pedro_model = build(self, self.get_model())  # type: ignore[attr-defined]
+        self.pedro = self.pedro_model.runtime
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        self.pedro.finish(scheduler_output.finished_req_ids)
+        for request in scheduler_output.scheduled_new_reqs:
+            spec = wire.spec_of(request.sampling_params)
+            if spec is not None:
+                self.pedro.admit(request.req_id, spec)
+        if self.pedro.has_requests:
+            self.pedro.assign(wire.assignments_of(scheduler_output))
+        return super()._update_states(scheduler_output)  # type: ignore[misc]
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
+        batch = self.input_batch
+        rows = len(num_scheduled_tokens)
+        self.pedro_model.prepare_step(
+            batch.req_ids[:rows], num_scheduled_tokens, batch.num_computed_tokens_cpu[:rows]
+        )
+        return prepared
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().execute_model(*args, **kwargs)  # type: ignore[misc]
+        self.pedro.step_launched()
+        return output
+
+    def _determine_batch_execution_and_padding(
+        self, *args: Any, force_eager: bool = False, **kwargs: Any
+    ) -> Any:
+        """No CUDA graph for a step that generates vectors.
+
+        A one-token prompt, or a prompt that hits the cache up to its last token, looks like a
+        decode and would replay a graph in which the generators never ran.
+        """
+        return super()._determine_batch_execution_and_padding(  # type: ignore[misc]
+            *args, force_eager=force_eager or self.pedro.generates_vectors, **kwargs
+        )
+
+    def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(self, "pedro_model"):
+            self.pedro_model.clear_step()
+        return super()._dummy_run(*args, **kwargs)  # type: ignore[misc]
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
+        wire.put_report(output, report_of_step(self.pedro))
+        return output

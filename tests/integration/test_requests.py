@@ -281,7 +281,7 @@ def test_a_name_with_other_content_reaches_the_requests_that_wait(
         "beam",
         prompt(70, 0),
         greedy(),
-        lora_request=PedroRequest("mine", 5, str(old), prompt_length=60),
+        lora_request=PedroRequest("mine", 5, str(old), prompt_length=60, is_pinned=True),
     )
     engine.add_request("else", prompt(9), greedy(), lora_request=PedroRequest("else", 6, str(old)))
     for _ in range(9):

@@ -232,6 +232,11 @@ def test_prompt_length_over_http(client, smol_oracle, root):
     for value in (0, -1, 25, "nine", 1.5):
         with pytest.raises(openai.BadRequestError, match="prompt_length"):
             tokens_of(client, "r1", asked, vllm_xargs={"pedro_prompt_length": value})
+    body = {"use_beam_search": True, "vllm_xargs": {"pedro_prompt_length": 9}}
+    with pytest.raises(openai.BadRequestError, match="cannot be given with use_beam_search"):
+        client.completions.create(
+            model="r1", prompt=asked, n=2, max_tokens=2, temperature=0, extra_body=body
+        )
     with pytest.raises(openai.BadRequestError, match="with a PEDRO adapter"):
         tokens_of(client, "smol", asked, vllm_xargs={"pedro_prompt_length": 3})
     with pytest.raises(openai.BadRequestError, match="reserved"):

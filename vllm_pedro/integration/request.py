@@ -1,4 +1,4 @@
-"""``PedroRequest``: what users pass as ``lora_request=``."""
+"""`PedroRequest`: what users pass as `lora_request=`."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ class PedroRequest(  # type: ignore[call-arg]
     omit_defaults=True,
     array_like=True,
 ):
-    """Ask for a PEDRO adapter: ``llm.generate(prompts, lora_request=PedroRequest(name, 1, path))``.
+    """Ask for a PEDRO adapter: `llm.generate(prompts, lora_request=PedroRequest(name, 1, path))`.
 
-    Takes the place of vLLM's ``LoRARequest`` wherever that is taken, alone or in a list with
-    ``None`` for rows that want the plain backbone.
+    Takes the place of vLLM's `LoRARequest` wherever that is taken, alone or in a list with
+    `None` for rows that want the plain backbone.
 
     Args:
         lora_name: The adapter's name, for logs and outputs.
         lora_int_id: A positive integer, as for LoRA. PEDRO itself tells adapters apart by the
             content of their folders.
-        lora_path: The adapter's folder (``adapter_config.json``, ``adapter_model.safetensors``).
+        lora_path: The adapter's folder (`adapter_config.json`, `adapter_model.safetensors`).
         prompt_length: P, how many leading tokens of the prompt are pooled into the vectors; default
             the whole prompt. A chat's later turns can give the length of the first turn, and so go
             on with its vectors and its cached KV.
+        is_pinned: Whether the request is for the content that the folder, or the name, has now. If
+            that changes before the request begins, it fails; else it takes the new content. The
+            beams of one search are pinned, as all must have one adapter's vectors.
     """
 
     prompt_length: int | None = None
+    is_pinned: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -61,7 +61,7 @@ class PedroSchedulerMixin:
         count = 0
         for request in self.requests.values():  # type: ignore[attr-defined]
             old: RequestSpec | None = request.pedro
-            if old is None or old.name != name or old.digest == digest or old.is_fixed:
+            if old is None or old.name != name or old.digest == digest or old.is_pinned:
                 continue
             if request.status not in WAITING or request.num_computed_tokens:
                 continue

@@ -22,8 +22,8 @@ class RequestSpec:
         prompt_digest: Digest of the first P tokens; the vectors depend on it and ``digest`` alone.
         needs_all_states: Whether the pooling reads every prompt token (mean, max), so that
             generating the vectors takes no cache hit.
-        is_fixed: Whether this content is meant, rather than what its name stands for: the beams of
-            one search must all have one adapter's vectors.
+        is_pinned: Whether the request keeps this content when its name is given another: the beams
+            of one search must all have one adapter's vectors.
     """
 
     name: str
@@ -32,7 +32,7 @@ class RequestSpec:
     prompt_length: int
     prompt_digest: str
     needs_all_states: bool = False
-    is_fixed: bool = False
+    is_pinned: bool = False
 
     @property
     def vector_key(self) -> VectorKey:

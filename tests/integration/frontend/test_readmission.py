@@ -10,7 +10,7 @@ from vllm_pedro.integration.frontend.processor import RefusedRequestError
 from vllm_pedro.integration.frontend.readmission import (
     ATTEMPTS,
     _generate,
-    with_prompt_length,
+    for_beams,
 )
 from vllm_pedro.integration.request import ServedPedroRequest
 from vllm_pedro.integration.wire import put_failure
@@ -82,7 +82,7 @@ def test_an_answer_passes_through():
 def test_the_content_is_that_of_the_last_moment():
     assert run([[output("a", "stop")]], served(), current="newer") == (["a"], ["newer"])
     # A beam's content was fixed when its search began.
-    beam = served(prompt_length=4)
+    beam = served(is_pinned=True)
     assert run([[output("a", "stop")]], beam, current="newer") == (["a"], ["one"])
 
 
@@ -105,7 +105,7 @@ def test_a_request_that_has_begun_ends_with_a_reason_that_names_no_folder():
 
 
 def test_beams_keep_their_adapter():
-    got, seen = run([[GONE]], served(prompt_length=5))
+    got, seen = run([[GONE]], served(is_pinned=True))
     assert isinstance(got[0], RefusedRequestError)
     assert seen == ["one"]
 
@@ -121,7 +121,13 @@ def test_a_library_user_learns_the_folder():
     assert "/secret/x: the files changed" in str(got[0])
 
 
-def test_prompt_length_is_added_once():
-    request = with_prompt_length(served(needs_all_states=True), 7)
+def test_a_request_with_a_prompt_length_takes_the_new_content_as_any_other():
+    answers = [[GONE], [output("a", "stop")]]
+    assert run(answers, served(prompt_length=5)) == (["a"], ["one", "two"])
+
+
+def test_beams_are_pinned_and_have_the_first_prompts_length():
+    request = for_beams(served(needs_all_states=True), 7)
     assert (request.prompt_length, request.digest, request.needs_all_states) == (7, "one", True)
-    assert with_prompt_length(request, 9).prompt_length == 7
+    assert request.is_pinned
+    assert for_beams(request, 9).prompt_length == 7

@@ -241,9 +241,17 @@ class PedroServingModelsMixin:
         if self._pedro_entry(name) is None:
             return None
         try:
-            check_prompt_length((getattr(request, "vllm_xargs", None) or {}).get(PROMPT_LENGTH_KEY))
+            length = check_prompt_length(
+                (getattr(request, "vllm_xargs", None) or {}).get(PROMPT_LENGTH_KEY)
+            )
         except RefusedRequestError as error:
             return _error(str(error), param=PROMPT_LENGTH_KEY)
+        if length is not None and getattr(request, "use_beam_search", False):
+            # vLLM's beam search takes no extra arguments, so P would be lost without a word.
+            return _error(
+                f"{PROMPT_LENGTH_KEY} cannot be given with use_beam_search",
+                param=PROMPT_LENGTH_KEY,
+            )
         if isinstance(self.lora_requests[name], ServedPedroRequest):
             return None
         async with self.lora_resolver_lock[name]:

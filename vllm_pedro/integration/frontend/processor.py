@@ -20,7 +20,7 @@ from .. import wire
 from ..options import draft_places, options_of
 from ..patches import become
 from ..request import PedroRequest, ServedPedroRequest
-from .registry import AdapterRegistry, KnownAdapter, is_pedro
+from .registry import AdapterRegistry, KnownAdapter, pedro_request_of
 
 
 class RefusedRequestError(VLLMValidationError, PedroError):
@@ -95,7 +95,7 @@ class PedroInputProcessorMixin:
         )
 
     def _validate_lora(self, lora_request: Any) -> None:
-        if not is_pedro(lora_request):
+        if not isinstance(lora_request, PedroRequest):
             super()._validate_lora(lora_request)  # type: ignore[misc]
 
     def process_inputs(
@@ -116,9 +116,11 @@ class PedroInputProcessorMixin:
                 parameter="extra_args",
             )
         known, length = None, given_prompt_length(params)
-        if is_pedro(lora_request):
+        pedro_request = pedro_request_of(lora_request)
+        if pedro_request is not None:
             self._refuse_what_cannot_be_exact(params, kwargs)
-            path, known = self._find_adapter(lora_request)
+            path, known = self._find_adapter(pedro_request)
+            lora_request = pedro_request
         elif length is not None:
             raise RefusedRequestError(
                 f"{PROMPT_LENGTH_KEY} is for requests with a PEDRO adapter",
@@ -135,7 +137,7 @@ class PedroInputProcessorMixin:
             **kwargs,
         )
         if known is not None:
-            length = getattr(lora_request, "prompt_length", None) or length
+            length = lora_request.prompt_length or length
             self._attach(request, lora_request, path, known, length)
         return request
 
@@ -201,7 +203,7 @@ class PedroInputProcessorMixin:
             length,
             digest_tokens(tokens[:length]),
             known.needs_all_states,
-            getattr(lora_request, "prompt_length", None) is not None,
+            lora_request.is_pinned,
         )
         wire.put_spec(request.sampling_params, spec)
         request.cache_salt = cache_salt(request.cache_salt, spec)

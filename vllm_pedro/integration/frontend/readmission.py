@@ -15,7 +15,7 @@ import msgspec
 from ..request import PedroRequest, ServedPedroRequest
 from ..wire import failure_of
 from .processor import RefusedRequestError
-from .registry import is_pedro
+from .registry import pedro_request_of
 
 ATTEMPTS = 4
 
@@ -45,7 +45,7 @@ async def _generate(
 ) -> AsyncGenerator[Any, None]:
     served = isinstance(adapter, ServedPedroRequest)
     reason = ""
-    if served and adapter.prompt_length is None:
+    if served and not adapter.is_pinned:
         # The name may have been given other content since the model was looked up. Nothing is
         # awaited from here until the request is on its way to the scheduler.
         adapter = models.pedro_current(adapter)
@@ -62,8 +62,7 @@ async def _generate(
                 return
         finally:
             await outputs.aclose()
-        # The beams of one search must all have one adapter's vectors.
-        if begun or adapter.prompt_length is not None or attempt == ATTEMPTS - 1:
+        if begun or adapter.is_pinned or attempt == ATTEMPTS - 1:
             break
         if served:
             adapter = await models.pedro_renew(adapter)
@@ -79,9 +78,10 @@ def beam_search_instance(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(
         self: Any, prompt: Any, lora_request: Any = None, *args: Any, **kwargs: Any
     ) -> None:
-        if is_pedro(lora_request):
+        pedro_request = pedro_request_of(lora_request)
+        if pedro_request is not None:
             decoder = prompt if prompt["type"] != "enc_dec" else prompt["decoder_prompt"]
-            lora_request = with_prompt_length(lora_request, len(decoder["prompt_token_ids"]))
+            lora_request = for_beams(pedro_request, len(decoder["prompt_token_ids"]))
         original(self, prompt, lora_request, *args, **kwargs)
 
     return __init__
@@ -94,18 +94,15 @@ def beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, prompt: Any, request_id: Any, params: Any, lora_request: Any = None, **kw: Any
     ) -> Any:
         if isinstance(lora_request, PedroRequest) and prompt["type"] == "token":
-            lora_request = with_prompt_length(lora_request, len(prompt["prompt_token_ids"]))
+            lora_request = for_beams(lora_request, len(prompt["prompt_token_ids"]))
         return original(self, prompt, request_id, params, lora_request, **kw)
 
     return wrapped
 
 
-def with_prompt_length(request: Any, length: int) -> PedroRequest:
-    """The same request with P, unless it has one; a LoRA request for a PEDRO folder becomes one."""
-    if not isinstance(request, PedroRequest):
-        fields = {name: getattr(request, name) for name in request.__struct_fields__}
-        request = PedroRequest(**fields)
-    if request.prompt_length is not None:
-        return request
-    changed: PedroRequest = msgspec.structs.replace(request, prompt_length=length)
-    return changed
+def for_beams(request: PedroRequest, length: int) -> PedroRequest:
+    """The request of each beam of a search, whose first prompt has this length; P, if none is set."""
+    pinned: PedroRequest = msgspec.structs.replace(
+        request, prompt_length=request.prompt_length or length, is_pinned=True
+    )
+    return pinned

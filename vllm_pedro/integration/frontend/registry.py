@@ -102,13 +102,18 @@ def _signature(path: str) -> Signature | None:
     return tuple((s.st_mtime_ns, s.st_size, s.st_ino) for s in stats)
 
 
-def is_pedro(lora_request: Any) -> bool:
-    """Whether a request asks for a PEDRO adapter: by its type, or by what its folder says."""
-    if lora_request is None:
-        return False
-    if isinstance(lora_request, PedroRequest):
-        return True
-    return peft_type_of(lora_request.lora_path) == "PEDRO"
+def pedro_request_of(lora_request: Any) -> PedroRequest | None:
+    """The request for a PEDRO adapter that this is, by its type or by what its folder says.
+
+    Reads the folder's config, unless the type tells.
+    """
+    if lora_request is None or isinstance(lora_request, PedroRequest):
+        return lora_request
+    if peft_type_of(lora_request.lora_path) != "PEDRO":
+        return None
+    return PedroRequest(
+        **{name: getattr(lora_request, name) for name in lora_request.__struct_fields__}
+    )
 
 
 def peft_type_of(folder: str) -> str | None:

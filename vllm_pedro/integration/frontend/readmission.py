@@ -101,7 +101,7 @@ def beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def for_beams(request: PedroRequest, length: int) -> PedroRequest:
-    """The request of each beam of a search, whose first prompt has this length; P, if none is set."""
+    """The request of each beam of a search; P is the first prompt's length, unless it says P."""
     pinned: PedroRequest = msgspec.structs.replace(
         request, prompt_length=request.prompt_length or length, is_pinned=True
     )

@@ -763,7 +763,7 @@ class Bench:
         held = {
             "vector rows": self.scheduler._pedro_rows.num_read,
             "vector rows without an owner": self._lost_rows(),
-            "requests in the runtime": len(runtime._specs) + len(runtime._slots),
+            "requests in the runtime": len(runtime._specs) + len(runtime._rows),
             "failed requests": len(runtime.failed),
             "requests in the scheduler": len(scheduler.requests),
             "running": len(scheduler.running),
@@ -779,9 +779,9 @@ class Bench:
             raise Leftover("left after the case: " + ", ".join(found))
 
     def _lost_rows(self) -> int:
-        """Rows that are neither free nor kept for a later request."""
-        slots = self.scheduler._pedro_rows
-        return int(self.settings["max_num_seqs"]) - len(slots._free) - len(slots._idle)
+        """Rows that are neither free nor cached for a later request."""
+        rows = self.scheduler._pedro_rows
+        return int(self.settings["max_num_seqs"]) - len(rows._free) - len(rows._cached)
 
 
 @contextlib.contextmanager

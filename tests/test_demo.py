@@ -15,7 +15,7 @@ import pytest
 
 from vllm_pedro import demo
 from vllm_pedro.adapter import load_adapter
-from vllm_pedro.config import BackboneShape
+from vllm_pedro.backbone import BackboneShape
 from vllm_pedro.demo import (
     ADAPTERS,
     QUESTIONS,

@@ -35,7 +35,7 @@ def test_it_works_where_vllm_is_not_installed():
         sys.meta_path.insert(0, Absent())
         import vllm_pedro
         from vllm_pedro import PedroConfig, PedroModel, VectorGenerator, load_adapter
-        import vllm_pedro.serving.runtime, vllm_pedro.ops, vllm_pedro.reference
+        import vllm_pedro.serving.runtime, vllm_pedro.ops, vllm_pedro.model.reference
         try:
             vllm_pedro.PedroRequest
         except ImportError as error:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
     from .adapter import load_adapter as load_adapter
     from .adapter import save_adapter as save_adapter
-    from .config import BackboneShape as BackboneShape
+    from .backbone import BackboneShape as BackboneShape
     from .config import PedroConfig as PedroConfig
     from .errors import AdapterError as AdapterError
     from .errors import PedroError as PedroError

@@ -9,23 +9,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_pedro import __version__
-from vllm_pedro.config import (
-    ACTIVATIONS,
-    CONFIG_NAME,
-    POOLINGS,
-    TARGET_MODULES,
-    BackboneShape,
-    PedroConfig,
-)
-from vllm_pedro.errors import PedroError
-from vllm_pedro.training import cli as training_cli
+from . import __version__
+from .backbone import TARGET_MODULES, BackboneShape
+from .config import ACTIVATIONS, CONFIG_NAME, POOLINGS, PedroConfig
+from .errors import PedroError
+from .training import cli as training_cli
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-    from vllm_pedro.adapter import Adapter
+    from .adapter import Adapter
 
 PROGRAM = "vllm-pedro"
 
@@ -130,14 +124,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run_fetch_model(args: argparse.Namespace) -> int:
-    from vllm_pedro.fetch import fetch_model
+    from .fetch import fetch_model
 
     print(fetch_model(args.cache, progress=not args.quiet, verify=args.verify))
     return 0
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    from vllm_pedro.adapter import load_adapter
+    from .adapter import load_adapter
 
     if args.backends:
         print(describe_backends())
@@ -158,7 +152,7 @@ def describe_backends() -> str:
     """What runs the operators here, and on what."""
     import torch
 
-    from vllm_pedro.ops import backends
+    from .ops import backends
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines = [
@@ -173,7 +167,7 @@ def describe_backends() -> str:
 
 
 def run_init(args: argparse.Namespace) -> int:
-    from vllm_pedro.adapter import init_adapter, save_adapter
+    from .adapter import init_adapter, save_adapter
 
     output = Path(args.output)
     if (output / CONFIG_NAME).exists() and not args.force:

@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from vllm_pedro.errors import PedroError
+from .errors import PedroError
 
 if TYPE_CHECKING:
-    from vllm_pedro.adapter import Adapter
+    from .adapter import Adapter
 
 PROGRAM: Final = "vllm-pedro demo"
 ADAPTERS: Final = Path(__file__).resolve().parent / "demo_adapters"
@@ -195,8 +195,8 @@ def load_adapters(paths: dict[str, str], model: str) -> dict[str, Adapter]:
     """
     from transformers import AutoConfig
 
-    from vllm_pedro.adapter import load_adapter
-    from vllm_pedro.config import BackboneShape
+    from .adapter import load_adapter
+    from .backbone import BackboneShape
 
     if not Path(model, "config.json").is_file():
         raise PedroError(f"{model}: expected a model's folder with a config.json")
@@ -378,7 +378,7 @@ def run(args: argparse.Namespace) -> int:
         _be_quiet()
     # Everything is on this machine once the model has been fetched.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from vllm_pedro.integration.demo import start_engine
+    from .integration.demo import start_engine
 
     prompts = args.prompt or list(QUESTIONS)
     if not all(prompt.strip() for prompt in prompts):
@@ -399,7 +399,7 @@ def run(args: argparse.Namespace) -> int:
 
     model = args.model
     if model is None:
-        from vllm_pedro.fetch import fetch_model
+        from .fetch import fetch_model
 
         model = str(fetch_model())
     adapters = load_adapters(paths, model)

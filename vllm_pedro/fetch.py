@@ -36,7 +36,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from vllm_pedro.errors import PedroError
+from .errors import PedroError
 
 logger = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ from runners import current_runner, triton_operators, use_v2
 import torch
 
 from vllm_pedro import PedroModel
-from vllm_pedro.reference import NEAR_TIE_MARGIN, reference_logits
+from vllm_pedro.model.reference import NEAR_TIE_MARGIN, reference_logits
 
 BLOCK = 32  # the smallest that vLLM's CPU attention takes
 CASES_PER_ENGINE = 10

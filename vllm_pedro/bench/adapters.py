@@ -15,7 +15,7 @@ from ..errors import PedroError
 if TYPE_CHECKING:
     import torch
 
-    from ..config import BackboneShape
+    from ..backbone import BLOCKS, BackboneShape
 
 MODULES: Final = ("q_proj", "v_proj", "up_proj")
 """The paper's target modules; LoRA gets the same ones."""
@@ -27,8 +27,6 @@ KINDS: Final = ("pedro", "static", "lora")
 
 CONTENTS: Final = 16
 """At most so many different weights are made; see :func:`write_adapters`."""
-
-_INSIDE: Final = {"q_proj": "self_attn", "v_proj": "self_attn", "up_proj": "mlp"}
 
 
 def write_adapters(model: str, folder: Path, kind: str, count: int) -> list[Path]:
@@ -54,7 +52,8 @@ def write_adapters(model: str, folder: Path, kind: str, count: int) -> list[Path
     from transformers import AutoConfig
 
     from ..adapter import WEIGHTS_NAME
-    from ..config import CONFIG_NAME, BackboneShape
+    from ..backbone import BackboneShape
+    from ..config import CONFIG_NAME
 
     if not Path(model, CONFIG_NAME.replace("adapter_", "")).is_file():
         raise PedroError(f"{model}: expected a model's folder with a config.json")
@@ -137,7 +136,7 @@ def _lora_tensors(
 
     for layer in range(shape.num_layers):
         for module in MODULES:
-            name = f"base_model.model.model.layers.{layer}.{_INSIDE[module]}.{module}"
+            name = f"base_model.model.model.layers.{layer}.{BLOCKS[module]}.{module}"
             sizes = {"A": (LORA_RANK, shape.hidden_size), "B": (shape.widths[module], LORA_RANK)}
             for side, size in sizes.items():
                 weight = torch.randn(size, generator=random) * 0.01

@@ -11,12 +11,13 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_pedro.config import ACTIVATIONS, POOLINGS, TARGET_MODULES, PedroConfig
-from vllm_pedro.errors import PedroError
+from ..backbone import TARGET_MODULES
+from ..config import ACTIVATIONS, POOLINGS, PedroConfig
+from ..errors import PedroError
 
 if TYPE_CHECKING:
-    from vllm_pedro.adapter import Adapter
-    from vllm_pedro.training.trainer import PedroTrainingArguments
+    from ..adapter import Adapter
+    from .trainer import PedroTrainingArguments
 
 METRICS = ("accuracy", "f1-em", "exact-match", "loss")
 ENGINES = ("transformers", "vllm")
@@ -142,7 +143,7 @@ def training_arguments(args: argparse.Namespace, others: Sequence[str]) -> Pedro
     """
     from transformers import HfArgumentParser
 
-    from vllm_pedro.training.trainer import PedroTrainingArguments
+    from .trainer import PedroTrainingArguments
 
     argv = ["--output_dir", args.output, "--report_to", "none"]
     defaults = {"save_total_limit": "2"}
@@ -226,7 +227,7 @@ def main_train(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 
 
 def run_train(args: argparse.Namespace, others: Sequence[str], argv: Sequence[str]) -> int:
-    from vllm_pedro.training.run import TrainingJob, train
+    from .run import TrainingJob, train
 
     job = TrainingJob(
         model=args.model,
@@ -276,13 +277,13 @@ def inspect_more(adapter: Adapter, args: argparse.Namespace) -> None:
         return
     if args.data is not None and args.model is None:
         raise PedroError("--data needs --model: the vectors are made from the model's states")
-    from vllm_pedro.training import inspection
+    from . import inspection
 
     if args.layers:
         print("\n" + inspection.describe_layers(adapter))
     spread = None
     if args.data is not None:
-        from vllm_pedro.training.run import load_prompts
+        from .run import load_prompts
 
         model, prompts = load_prompts(args.model, args.adapter, args.data, args.limit)
         spread = inspection.spread_over_prompts(inspection.vectors_of_prompts(model, prompts))
@@ -293,7 +294,7 @@ def inspect_more(adapter: Adapter, args: argparse.Namespace) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    from vllm_pedro.training.run import evaluate_files
+    from .run import evaluate_files
 
     scores = evaluate_files(
         args.model,

@@ -26,14 +26,15 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
-from vllm_pedro.config import PedroConfig, replace_file
-from vllm_pedro.errors import PedroError
-from vllm_pedro.model import PedroModel, get_pedro_model
-from vllm_pedro.training.collator import CompletionCollator, PackedCollator
-from vllm_pedro.training.data import Dataset, encode, load_dataset, prompt_tokens, read_rows
-from vllm_pedro.training.evaluate import TransformersEngine, evaluate
-from vllm_pedro.training.progress import Progress
-from vllm_pedro.training.trainer import PedroTrainer, PedroTrainingArguments
+from ..config import PedroConfig
+from ..errors import PedroError
+from ..files import replace_file
+from ..model import PedroModel, get_pedro_model
+from .collator import CompletionCollator, PackedCollator
+from .data import Dataset, encode, load_dataset, prompt_tokens, read_rows
+from .evaluate import TransformersEngine, evaluate
+from .progress import Progress
+from .trainer import PedroTrainer, PedroTrainingArguments
 
 RECORD_NAME = "training.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -21,7 +21,7 @@ def create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
             from ..checks import check_engine
             from ..scheduler import scheduler_path
 
-            check_engine(config, options)
+            check_engine(config)
             scheduler = config.scheduler_config
             if scheduler.scheduler_cls is not None:
                 raise ValueError(

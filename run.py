@@ -436,7 +436,7 @@ def run_all(what: str, commands: list[str], **environment: str) -> int:
     for command in commands:
         say(command)
         program, *arguments = shlex.split(command)
-        if call([venv_program(program), *arguments], **environment) != 0:
+        if call([venv_program(program), *arguments], None, **environment) != 0:
             failed.append(command)
     print(f"{what}: failed: {', '.join(failed)}" if failed else f"{what}: ok", flush=True)
     return 1 if failed else 0

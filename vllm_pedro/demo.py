@@ -224,7 +224,7 @@ def run(args: argparse.Namespace) -> int:
 
         model = str(fetch_model())
     adapters = load_adapters(paths, model)
-    paths = {name: adapter.path for name, adapter in adapters.items()}
+    paths = {name: str(adapter.path) for name, adapter in adapters.items()}
 
     _say(f"model     {model}")
     for name, adapter in adapters.items():

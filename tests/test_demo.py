@@ -121,7 +121,7 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], chat: bool) -
     argv += ["--adapter", f"other={tmp_path / 'b'}", "--max-tokens", "7"]
     assert demo.main([*argv, "--prompt", "Why?", "--prompt", "How?"]) == 0
     output = capsys.readouterr().out
-    for text in ("Why?", "How?", "  base   ", "  own    ", "  other  ", "float32, eager"):
+    for text in ("Why?", "How?", "  base   ", "  own    ", "  other  ", ", eager"):
         assert text in output
     assert "6 rows in one batch, " in output
     assert "bench --quick" in output

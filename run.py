@@ -473,13 +473,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The arguments of this file, and those of the command, which may stand mixed."""
     end = argv.index("--") if "--" in argv else len(argv)
     parser = make_parser()
-    if argv[:1] in (["-h"], ["--help"]):
+    # After an argument of the command a --help is the command's.
+    asked = [word for word in argv[:end] if word not in (*COMMANDS, "--fresh")][:1]
+    if asked in (["-h"], ["--help"]):
         parser.print_help()
         sys.exit(0)
     args, rest = parser.parse_known_args(argv[:end])
-    if rest in (["-h"], ["--help"]):  # after an argument of the command it is the command's
-        parser.print_help()
-        sys.exit(0)
     rest += argv[end + 1 :]
     if rest and args.command in ("lint", "setup"):
         parser.error(f"{args.command} takes no arguments, got {shlex.join(rest)}")
@@ -496,7 +495,8 @@ def main(argv: list[str]) -> int:
         return 2
     args, rest = parse(argv)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, stop)
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup and a shell's & leave them
+            signal.signal(signum, stop)
     try:
         set_up(args)
         if args.command == "lint":

@@ -92,6 +92,7 @@ def answer(
         PedroError: vLLM refuses the batch, such as for a question that is too long.
     """
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMClientError
 
     from .request import PedroRequest
 
@@ -107,7 +108,7 @@ def answer(
             outputs = llm.chat(chats, params, lora_request=requests, use_tqdm=False)
         else:
             outputs = llm.generate(list(questions), params, lora_request=requests, use_tqdm=False)
-    except ValueError as error:
+    except (ValueError, VLLMClientError) as error:
         raise PedroError(f"vLLM: {first_line(error)}") from error
     return [output.outputs[0] for output in outputs]
 

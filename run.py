@@ -85,9 +85,7 @@ import importlib.metadata, importlib.util, pathlib, sys
 import torch, transformers, vllm
 from transformers import AutoTokenizer, LlamaForCausalLM
 device, root = sys.argv[1:]
-found = importlib.util.find_spec("vllm_pedro")
-assert found and found.origin, "vllm_pedro cannot be imported"
-home = pathlib.Path(found.origin).resolve().parent.parent
+home = pathlib.Path(importlib.util.find_spec("vllm_pedro").origin).resolve().parent.parent
 assert home == pathlib.Path(root), f"vllm_pedro comes from {home}, not from {root}"
 plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
 assert "vllm_pedro" in plugins.names, f"vLLM does not see the plugin, only {plugins.names}"
@@ -314,6 +312,8 @@ def set_up(args: argparse.Namespace) -> None:
             write_record(**state)
         wanted = requirements(device)
         if not keep or record.get("installed") != wanted:
+            if keep:  # if this is interrupted, the next run goes on, whatever is wanted then
+                write_record(**state, key="")
             install_requirements(lock, args, device, wanted)
         install_package(lock, device)
         key = setup_key(device, venv_version())

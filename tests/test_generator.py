@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_pedro import generator as module
+from vllm_pedro import rational as module
 from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
 from vllm_pedro.config import ACTIVATIONS, INPUT_NORMS, POOLINGS, PedroConfig
 from vllm_pedro.errors import PedroError

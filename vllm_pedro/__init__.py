@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._import_hook import when_imported
+from .integration.import_hook import when_imported
 
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Adapter": ".adapter",
     "AdapterError": ".errors",
-    "BackboneShape": ".config",
+    "BackboneShape": ".backbone",
     "PedroConfig": ".config",
     "PedroError": ".errors",
     "PedroModel": ".model",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from .errors import PedroError
+from .errors import PedroError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -123,6 +125,25 @@ class BackboneShape:
         return cls(
             size("num_hidden_layers"), hidden, dict(zip(TARGET_MODULES, widths, strict=True))
         )
+
+    @classmethod
+    def from_pretrained(cls, model: str | os.PathLike[str]) -> BackboneShape:
+        """Read the shape off a model's folder; nothing is downloaded.
+
+        Raises:
+            PedroError: it is no model's folder, or see `from_hf_config`.
+        """
+        from transformers import AutoConfig
+
+        if not Path(model, "config.json").is_file():
+            raise PedroError(f"{model}: expected a model's folder with a config.json")
+        try:
+            config = AutoConfig.from_pretrained(model, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise PedroError(
+                f"{model}: cannot read its config.json: {first_line(error)}"
+            ) from error
+        return cls.from_hf_config(config)
 
     def split_widths(self, target_modules: Sequence[str]) -> list[int]:
         """Widths d_t of the parts of l, in the order of `target_modules`."""

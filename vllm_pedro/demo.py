@@ -128,19 +128,10 @@ def load_adapters(paths: dict[str, str], model: str) -> dict[str, Adapter]:
         AdapterError: An adapter is broken, or does not fit the model.
         PedroError: The model's config cannot be read.
     """
-    from transformers import AutoConfig
-
     from .adapter import load_adapter
     from .backbone import BackboneShape
-    from .integration.llm import first_line
 
-    if not Path(model, "config.json").is_file():
-        raise PedroError(f"{model}: expected a model's folder with a config.json")
-    try:
-        config = AutoConfig.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise PedroError(f"{model}: cannot read its config.json: {first_line(error)}") from error
-    shape = BackboneShape.from_hf_config(config)
+    shape = BackboneShape.from_pretrained(model)
     return {name: load_adapter(path, shape) for name, path in paths.items()}
 
 

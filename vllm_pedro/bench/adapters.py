@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ..backbone import BLOCKS, BackboneShape
 from ..errors import PedroError
 
 if TYPE_CHECKING:
     import torch
-
-    from ..backbone import BLOCKS, BackboneShape
 
 MODULES: Final = ("q_proj", "v_proj", "up_proj")
 """The paper's target modules; LoRA gets the same ones."""
@@ -49,15 +48,10 @@ def write_adapters(model: str, folder: Path, kind: str, count: int) -> list[Path
     """
     if kind not in KINDS:
         raise PedroError(f"unknown kind of adapter {kind!r}; known: {', '.join(KINDS)}")
-    from transformers import AutoConfig
-
     from ..adapter import WEIGHTS_NAME
-    from ..backbone import BackboneShape
     from ..config import CONFIG_NAME
 
-    if not Path(model, CONFIG_NAME.replace("adapter_", "")).is_file():
-        raise PedroError(f"{model}: expected a model's folder with a config.json")
-    shape = BackboneShape.from_hf_config(AutoConfig.from_pretrained(model, local_files_only=True))
+    shape = BackboneShape.from_pretrained(model)
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     for number in range(count):

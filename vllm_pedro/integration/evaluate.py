@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PedroError
-from .llm import first_line, start_llm
+from ..errors import PedroError, first_line
+from .llm import start_llm
 
 if TYPE_CHECKING:
     from ..training.data import Example
@@ -67,6 +67,8 @@ class VllmEngine:
         return found
 
     def _run(self, prompts: Sequence[list[int]], params: Any, lengths: Sequence[Any]) -> Any:
+        from vllm.exceptions import VLLMClientError
+
         from .request import PedroRequest
 
         requests: Any = None
@@ -75,7 +77,7 @@ class VllmEngine:
         inputs: Any = [{"prompt_token_ids": tokens} for tokens in prompts]
         try:
             return self._llm.generate(inputs, params, lora_request=requests, use_tqdm=False)
-        except ValueError as error:
+        except (ValueError, VLLMClientError) as error:
             raise PedroError(f"vLLM: {first_line(error)}") from error
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..adapter import inspect_adapter
-from ..errors import PedroError
+from ..errors import PedroError, first_line
 
 
 @contextlib.contextmanager
@@ -123,9 +123,3 @@ def describe(llm: Any) -> str:
     dtype = str(config.dtype).removeprefix("torch.")
     mode = "eager" if config.enforce_eager else "compiled"
     return f"vLLM {vllm.__version__} on {device}, {dtype}, {mode}"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the error's class if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

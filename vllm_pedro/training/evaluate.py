@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..errors import PedroError
 from ..model import PedroModel
+from .choices import METRICS
 from .collator import CompletionCollator
 from .data import DataError, Example, Row, encode, prompt_tokens
 
-METRICS: Final = ("accuracy", "f1-em", "exact-match", "loss")
 MAX_LABELS: Final = 100
 
 

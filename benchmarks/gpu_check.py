@@ -50,7 +50,7 @@ from vllm_pedro.bench.adapters import write_adapters
 
 ROOT = Path(vllm_pedro.__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
-FUZZER = ROOT / "tests" / "support" / "schedule_fuzz.py"
+FUZZER = ROOT / "stress" / "schedule_fuzz.py"
 EVEN = 0.005  # a comparison that ought to come out even may differ by as much
 Rows = Iterator[dict[str, Any]]
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from gpu_operators import MODELS
-from serving_process import serve
 
 from vllm_pedro import BackboneShape, PedroConfig, PedroModel, PedroRequest, save_adapter
 from vllm_pedro.adapter import init_adapter
 from vllm_pedro.bench.adapters import MODULES, write_adapters
+from vllm_pedro.bench.servers import serve
 from vllm_pedro.demo import QUESTIONS
 from vllm_pedro.model.reference import NEAR_TIE_MARGIN, reference_logits, reference_score
 

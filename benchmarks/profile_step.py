@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -25,9 +24,19 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from vllm_pedro.bench.adapters import write_adapters
+from vllm_pedro.bench.workloads import fixed_lengths
 
-from bench_offline import make_adapters, prompts_of
+
+def make_adapters(model: str, count: int, folder: Path) -> list[Path]:
+    """Random adapters of the paper's size (r = 12 on q, v, up)."""
+    return write_adapters(model, folder / "adapters", "pedro", count)
+
+
+def prompts_of(batch: int, length: int, vocabulary: int) -> list[dict[str, list[int]]]:
+    """Token-id prompts that differ from their first token on, so that nothing is cached."""
+    workload = fixed_lengths(batch, length, 1)
+    return [{"prompt_token_ids": workload.prompt(row, vocabulary)} for row in range(batch)]
 
 
 def add_batch(llm: Any, prompts: list[Any], adapters: list[Any], tokens: int, name: str) -> None:

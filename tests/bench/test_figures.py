@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,19 +18,13 @@ from vllm_pedro.bench.figures import (
     measure,
     paired_ratios,
     per_tenant,
-    percentile,
 )
 
 NUMBERS = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50)
 
 
-@given(NUMBERS, st.floats(0, 100))
-def test_percentiles_are_numpys(values: list[float], percent: float) -> None:
-    assert percentile(values, percent) == pytest.approx(np.percentile(values, percent), abs=1e-6)
-
-
 def test_nothing_has_no_figures() -> None:
-    for function in (lambda: percentile([], 50), lambda: Spread.of([]), lambda: jain_index([])):
+    for function in (lambda: Spread.of([]), lambda: jain_index([])):
         with pytest.raises(ValueError, match="no values"):
             function()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from vllm_pedro.bench.adapters import CONTENTS, folder_bytes, write_adapters
 from vllm_pedro.bench.cases import EngineSpec, Job
 from vllm_pedro.bench.driver import Timing
 from vllm_pedro.bench.main import main
-from vllm_pedro.bench.offline import FAMILIES, Case, Display, Sizes, comparisons
+from vllm_pedro.bench.offline import FAMILIES, Case, Sizes, comparisons
 from vllm_pedro.bench.results import read_results
 from vllm_pedro.errors import PedroError
 
@@ -312,23 +311,6 @@ def test_wrong_arguments(words: list[str], capsys: pytest.CaptureFixture[str]) -
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(PedroError, match=r"config\.json"):
         bench("--quick", "--model", str(tmp_path), "--no-plots", "--output", str(tmp_path / "o"))
-
-
-def test_display_on_a_terminal() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    stream = Terminal()
-    display = Display(2, stream, clock=iter([0.0, 0.0, 2.0, 4.0]).__next__)
-    display.begin("decode", 100)
-    display.tell(50)
-    display.end("25.0 tokens/s")
-    display.close()
-    text = stream.getvalue()
-    assert "[1/2] decode: 50 of 100 tokens, 25/s" in text
-    assert "[1/2] decode: 25.0 tokens/s (4 s left)" in text
-    assert "\n" not in text
 
 
 def test_specs_are_alike(monkeypatch: pytest.MonkeyPatch, model: str, tmp_path: Path) -> None:

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vllm_pedro.bench import main as bench_main
-from vllm_pedro.bench import serving
 from vllm_pedro.bench.figures import measure
 from vllm_pedro.bench.serving import (
-    _free_port,
-    _peak,
-    _tree,
     client_arguments,
     client_data,
     measures_of,
     server_arguments,
-    start_server,
     timings_of,
     workloads,
 )
@@ -37,8 +29,7 @@ def options(*words: str) -> argparse.Namespace:
 
 def test_workloads_of_the_options(tmp_path: Path) -> None:
     trace = tmp_path / "t.jsonl"
-    row = {"timestamp": 0, "input_length": 600, "output_length": 4, "hash_ids": [1, 2]}
-    trace.write_text(json.dumps(row) + "\n")
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,600,4\n")
     args = options("--concurrency", "1", "4", "--rate", "2.5", "--trace", str(trace))
     closed, wider, open_, replayed = workloads(args)
     assert (closed.concurrency, wider.concurrency, open_.concurrency) == (1, 4, None)
@@ -46,7 +37,7 @@ def test_workloads_of_the_options(tmp_path: Path) -> None:
     assert closed.num_tenants == 8
     assert [r.tenant for r in closed.requests] == [r.tenant for r in open_.requests]
     assert open_.requests[-1].arrival > 0
-    assert replayed.requests[0].blocks == (1, 2)
+    assert (replayed.requests[0].prompt_tokens, replayed.requests[0].output_tokens) == (600, 4)
     assert len({w.name for w in (closed, wider, open_, replayed)}) == 4
 
 
@@ -68,16 +59,6 @@ def test_client_data_of_prompts_of_their_own() -> None:
     assert {(r["input_length"], r["output_length"]) for r in rows} == {(40, 3)}
 
 
-def test_client_data_of_shared_prompts() -> None:
-    requests = (Request(1200, 1, blocks=(7, 8)), Request(600, 1, blocks=(7, 9)))
-    text, size = client_data(Workload("w", requests, ""))
-    first, second = (json.loads(line)["hash_ids"] for line in text.splitlines())
-    assert size == 512
-    assert first[:2] == [7, 8]
-    assert len(first) == 3  # 1,200 tokens are more than two blocks
-    assert second == [7, 9]
-
-
 def test_client_arguments_for_the_two_kinds_of_arrival() -> None:
     args = options("--rate", "2", "--requests", "4", "--tenants", "2")
     closed, open_ = workloads(args)
@@ -96,7 +77,7 @@ def test_server_arguments_differ_in_the_adapters_only() -> None:
     args = options("--tenants", "4")
     paths = [Path(f"/a/{i}") for i in range(4)]
     words = {
-        name: server_arguments(name, "/m", args, paths if name[0] != "b" else [], 80)
+        name: server_arguments(name, args, paths if name[0] != "b" else [])
         for name in ("base-eager", "pedro-eager", "lora-eager", "base-compiled")
     }
     common = words["base-eager"]
@@ -144,64 +125,3 @@ def test_failed_requests_are_an_error() -> None:
     result = {**RESULT, "failed": 1, "errors": ["", "Traceback\nValueError: no such model"]}
     with pytest.raises(PedroError, match="1 requests of 'w' failed: ValueError: no such model"):
         timings_of(result, Workload("w", (Request(1, 1),) * 2, ""))
-
-
-# Processes
-
-
-def test_a_server_that_does_not_start_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake = tmp_path / "python"
-    fake.write_text("#!/bin/sh\necho 'ValueError: no room' >&2\nexit 3\n")
-    fake.chmod(0o700)
-    monkeypatch.setattr(serving.sys, "executable", str(fake))
-    with (
-        pytest.raises(PedroError, match="ended with 3: ValueError: no room"),
-        start_server([], _free_port(), tmp_path / "log"),
-    ):
-        pass
-
-
-def test_a_server_and_all_its_processes_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The server has a child that ignores SIGTERM."""
-    port = _free_port()
-    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-    fake = tmp_path / "python"
-    fake.write_text(
-        f"#!{sys.executable}\n"
-        "import http.server, subprocess, sys\n"
-        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
-        "class Handler(http.server.BaseHTTPRequestHandler):\n"
-        "    def do_GET(self):\n"
-        "        self.send_response(200); self.end_headers()\n"
-        "    def log_message(self, *a): pass\n"
-        f"http.server.HTTPServer(('127.0.0.1', {port}), Handler).serve_forever()\n"
-    )
-    fake.chmod(0o700)
-    monkeypatch.setattr(serving.sys, "executable", str(fake))
-    monkeypatch.setattr(serving, "GROUP_SECONDS", 0.5)
-    with start_server([], port, tmp_path / "log") as server:
-        pids = _tree(server.process.pid)
-        assert len(pids) == 2
-        assert server.peak_bytes() > sum(map(_peak, pids)) / 2 > 0
-    end = time.monotonic() + 20
-    while any(_is_running(pid) for pid in pids):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
-def test_peak_memory_of_a_process_that_is_gone() -> None:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    assert _peak(process.pid) == 0

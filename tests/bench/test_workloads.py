@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import json
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -18,9 +17,7 @@ from vllm_pedro.bench.workloads import (
     PAPER_OUTPUT_TOKENS,
     PAPER_PROMPT_TOKENS,
     SKEW,
-    TRACE_BLOCK,
     Request,
-    Workload,
     apportion,
     arrive_by_rate,
     assign_tenants,
@@ -38,12 +35,6 @@ AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:50.9951690,396,109
 2023-11-16 18:16:00.0000000,3000,0
 """
-MOONCAKE = [
-    {"timestamp": 500, "input_length": 1100, "output_length": 5, "hash_ids": [7, 8, 9]},
-    {"timestamp": 1500, "input_length": 1050, "output_length": 6, "hash_ids": [7, 8, 10]},
-]
-
-
 # Lengths
 
 
@@ -111,22 +102,6 @@ def test_prompts_have_their_length_and_differ_from_the_first_token_on() -> None:
     assert prompts[3] == workload.prompt(3, 1000)
 
 
-def test_prompts_that_share_blocks_share_text() -> None:
-    rows = (
-        Request(1100, 1, blocks=(7, 8, 9)),
-        Request(1050, 1, blocks=(7, 8, 10)),
-        Request(1600, 1, blocks=(7,)),  # fewer blocks than tokens: the rest is its own
-    )
-    workload = Workload("w", rows, "")
-    first, second, third = (workload.prompt(i, 500) for i in range(3))
-    assert [len(first), len(second), len(third)] == [1100, 1050, 1600]
-    shared = 2 * TRACE_BLOCK
-    assert first[:shared] == second[:shared]
-    assert first[shared : shared + 20] != second[shared : shared + 20]
-    assert third[:TRACE_BLOCK] == first[:TRACE_BLOCK]
-    assert third[TRACE_BLOCK:shared] != first[TRACE_BLOCK:shared]
-
-
 # Tenants
 
 
@@ -180,14 +155,6 @@ def test_poisson_arrivals() -> None:
     assert statistics.stdev(gaps) == pytest.approx(1 / 20, rel=0.08)  # exponential: as the mean
 
 
-def test_bursts_have_the_same_rate_and_more_spread() -> None:
-    workload = arrive_by_rate(fixed_lengths(4000, 1, 1), rate=20, seed=5, burstiness=0.25)
-    times = [r.arrival for r in workload.requests]
-    gaps = [b - a for a, b in itertools.pairwise(times)]
-    assert statistics.fmean(gaps) == pytest.approx(1 / 20, rel=0.15)
-    assert statistics.stdev(gaps) == pytest.approx(2 / 20, rel=0.15)  # gamma: mean / sqrt(shape)
-
-
 def test_a_closed_loop_has_no_arrivals() -> None:
     workload = closed_loop(arrive_by_rate(fixed_lengths(5, 1, 1), 1), 2)
     assert workload.concurrency == 2
@@ -218,15 +185,6 @@ def test_azure_traces(write) -> None:
     assert [r.arrival for r in rows] == pytest.approx([0, 4.314579, 13.31941], abs=1e-5)
 
 
-def test_mooncake_traces(write) -> None:
-    text = "".join(json.dumps(row) + "\n" for row in MOONCAKE)
-    rows = read_trace(write("mooncake.jsonl", text))
-    assert rows == [
-        Request(1100, 5, None, 0.0, (7, 8, 9)),
-        Request(1050, 6, None, 1.0, (7, 8, 10)),
-    ]
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -236,9 +194,7 @@ def test_mooncake_traces(write) -> None:
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,1\n", "line 2"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,-1,2\n", "line 2"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no requests"),
-        ('{"timestamp": 1}\n', "line 1: expected"),
-        ('{"timestamp": 0, "input_length": 1, "output_length": 1}\n{"tim\n', "line 2"),
-        ('{"timestamp": NaN, "input_length": 1, "output_length": 1}\n', "line 1"),
+        ('{"timestamp": 1}\n', "columns"),
     ],
 )
 def test_bad_traces_name_the_line(tmp_path: Path, text: str, message: str) -> None:
@@ -258,7 +214,7 @@ def test_traces_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> No
 
 
 def test_replay() -> None:
-    rows = [Request(100 * (i + 1), 20, None, 10.0 * i, (i, i + 1)) for i in range(10)]
+    rows = [Request(100 * (i + 1), 20, None, 10.0 * i) for i in range(10)]
     workload = replay(rows, "t", count=4, longest=400, speed=2, tenants=3, mix="uniform", seed=9)
     assert [r.prompt_tokens for r in workload.requests] == [100, 200, 300]
     assert [r.arrival for r in workload.requests] == [0.0, 5.0, 10.0]
@@ -268,7 +224,6 @@ def test_replay() -> None:
     shrunk = replay(rows, "t", longest=400, shrink=4)
     assert len(shrunk.requests) == 10
     assert shrunk.requests[3].prompt_tokens == 100
-    assert shrunk.requests[0].blocks == (0,)
 
 
 def test_a_replay_of_nothing_is_refused() -> None:

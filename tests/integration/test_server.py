@@ -15,8 +15,9 @@ import pytest
 from engines import write_lora
 from runners import current_runner
 from server import check_greedy, curl, metrics
-from serving_process import serve
 from soak import BREAKAGES
+
+from vllm_pedro.bench.servers import serve
 
 pytestmark = pytest.mark.engine
 
@@ -527,7 +528,7 @@ def test_the_log_says_what_happened(server):
 
 
 def test_the_soak_in_short(server, smol, root):
-    """``benchmarks/soak.py`` for half a minute; adapters of the other tests stay loaded."""
+    """`stress/soak.py` for half a minute; adapters of the other tests stay loaded."""
     import asyncio
 
     from soak import Plan, Soak

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from server import check_greedy, curl, metrics
-from serving_process import serve
 
 from vllm_pedro import BackboneShape, PedroConfig
 from vllm_pedro.adapter import WEIGHTS_NAME, init_adapter
+from vllm_pedro.bench.servers import serve
 from vllm_pedro.config import CONFIG_NAME
 
 pytestmark = pytest.mark.engine

@@ -1,4 +1,4 @@
-"""``benchmarks/soak.py`` as a user runs it. A short sample is in ``test_server.py``."""
+"""`stress/soak.py` as a user runs it. A short sample is in ``test_server.py``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SOAK = Path(__file__).resolve().parents[2] / "benchmarks" / "soak.py"
+SOAK = Path(__file__).resolve().parents[2] / "stress" / "soak.py"
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -1,4 +1,4 @@
-"""The server for tests: see ``benchmarks/serving_process.py``, which starts it."""
+"""The server for tests: see `vllm_pedro/bench/servers.py`, which starts it."""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from .driver import Timing
 
 MEASURES: Final = {
@@ -21,21 +23,6 @@ MEASURES: Final = {
     "latency_mean_ms": "end-to-end mean, ms",
     "seconds": "seconds",
 }
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The ``percent``-th percentile, linear between neighbours (numpy's default).
-
-    Raises:
-        ValueError: There are no values.
-    """
-    if not values:
-        raise ValueError("no values")
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +80,7 @@ def measure(timings: Sequence[Timing]) -> dict[str, float]:
         if values:
             result[f"{name}_mean_ms"] = 1e3 * statistics.fmean(values)
             result[f"{name}_median_ms"] = 1e3 * statistics.median(values)
-            result[f"{name}_p99_ms"] = 1e3 * percentile(values, 99)
+            result[f"{name}_p99_ms"] = float(1e3 * np.percentile(values, 99))
     return result
 
 

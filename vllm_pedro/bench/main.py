@@ -157,7 +157,7 @@ def offline_parser() -> argparse.ArgumentParser:
         help="prompt lengths of the break-even workload",
     )
     parser.add_argument("--static", action="store_true", help="measure (IA)3 vectors too")
-    parser.add_argument("--trace", metavar="FILE", help="Azure 2023 CSV or Mooncake JSONL, or .gz")
+    parser.add_argument("--trace", metavar="FILE", help="Azure 2023 CSV, or .gz")
     parser.add_argument("--trace-requests", type=count, default=sizes.trace_count, metavar="N")
     parser.add_argument(
         "--trace-speed", type=positive, default=1.0, metavar="X", help="times as fast"

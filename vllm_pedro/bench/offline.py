@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
+
+from tqdm import tqdm
 
 from ..errors import PedroError
 from . import figures
@@ -316,57 +317,6 @@ def _trace(engines: Sequence[str], sizes: Sizes) -> Comparison:
 # The run -----------------------------------------------------------------------------------------
 
 
-class Display:
-    """Progress on standard error: one line that is rewritten on a terminal, else one for each run.
-
-    Args:
-        total: Runs to come, as far as is known.
-    """
-
-    def __init__(self, total: int, stream: Any = None, clock: Callable[[], float] = time.monotonic):
-        self._stream = stream or sys.stderr
-        self._live = self._stream.isatty()
-        self._clock = clock
-        self._start = clock()
-        self._total = total
-        self._done = 0
-        self._what = ""
-        self._tokens = 0
-        self._began = self._start
-
-    def begin(self, what: str, tokens: int) -> None:
-        self._what, self._tokens, self._began = what, tokens, self._clock()
-
-    def tell(self, tokens: int) -> None:
-        if self._live:
-            rate = tokens / max(1e-9, self._clock() - self._began)
-            text = f"{self._what}: {tokens:,} of {self._tokens:,} tokens, {rate:.0f}/s"
-            self._write(text, self._done + 1)
-
-    def end(self, text: str) -> None:
-        self._done += 1
-        passed = self._clock() - self._start
-        left = passed / self._done * max(0, self._total - self._done)
-        self._write(f"{self._what}: {text} ({_minutes(left)} left)", self._done)
-        if not self._live:
-            self._stream.write("\n")
-        self._stream.flush()
-
-    def close(self) -> None:
-        if self._live:
-            self._stream.write("\r\033[K")
-            self._stream.flush()
-
-    def _write(self, text: str, number: int) -> None:
-        line = f"[{number}/{self._total}] {text}"
-        self._stream.write(f"\r\033[K{line[:150]}" if self._live else line)
-        self._stream.flush()
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
 @dataclass(frozen=True)
 class Options:
     """How a run goes.
@@ -391,11 +341,11 @@ class Options:
 def run(plan: Sequence[Comparison], options: Options, recorder: Recorder) -> None:
     """Measure everything; results go to the recorder.
 
-    In each repeat all cases of a workload run one after the other, in turned order every other
+    In each repeat all cases of a workload run one after the other, in reverse order every other
     time. A repeat of few tokens warms each case up first and is not counted.
     """
     started = time.monotonic()
-    prefix_caching = any(c.workload.beam_width > 1 or _shares(c.workload) for c in plan)
+    prefix_caching = any(c.workload.beam_width > 1 for c in plan)
     rows = max(_rows(c.workload) for c in plan)
     longest = max(LOAD_PROMPT + 1, *(c.workload.longest for c in plan))
     tenants = max((case.tenants for c in plan for case in c.cases), default=1) or 1
@@ -450,10 +400,6 @@ def _announce(count: int) -> Callable[[EngineSpec], None]:
         say(f"starting engine {next(numbers)} of {count}: {spec.name} ...")
 
     return begin
-
-
-def _shares(workload: Workload) -> bool:
-    return any(r.blocks for r in workload.requests)
 
 
 def _rows(workload: Workload) -> int:
@@ -516,7 +462,7 @@ def _measure_all(
 ) -> None:
     """Repeat by repeat, so that a run that is out of time has all workloads at least once."""
     total = options.repeats * sum(len(c.cases) for c in plan)
-    display = Display(total)
+    bar = tqdm(total=total, unit="run", disable=None)  # on a terminal
     for comparison in plan:
         for case in comparison.cases:
             _warm_up(engines[case.engine], comparison.job(case, adapters))
@@ -524,17 +470,18 @@ def _measure_all(
     for repeat in range(options.repeats):
         began = time.monotonic()
         if repeat and began + longest - started > 60 * options.minutes:
-            display.close()
+            bar.close()
             say(f"the time is up after {repeat} of {options.repeats} repeats")
             break
         for comparison in plan:
             order = comparison.cases if repeat % 2 == 0 else comparison.cases[::-1]
             for case in order:
                 job = comparison.job(case, adapters)
-                display.begin(
-                    f"{comparison.workload.name}: {case.label}", job.workload.output_tokens
+                name = f"{comparison.workload.name}: {case.label}"
+                bar.set_description(name)
+                timings = engines[case.engine].run(
+                    job, lambda tokens: bar.set_postfix_str(f"{tokens:,} tokens")
                 )
-                timings = engines[case.engine].run(job, display.tell)
                 measures = figures.measure(timings)
                 if job.workload.beam_width > 1:  # only the end of each request is known
                     measures = {k: measures[k] for k in ("seconds", "output_tokens_per_s")}
@@ -555,9 +502,11 @@ def _measure_all(
                     load_average=load_average(),
                     **fields,
                 )
-                display.end(f"{measures['output_tokens_per_s']:.1f} tokens/s")
+                bar.update()
+                if bar.disable:
+                    say(f"{name}: {measures['output_tokens_per_s']:.1f} tokens/s")
         longest = max(longest, time.monotonic() - began)
-    display.close()
+    bar.close()
 
 
 def _warm_up(engine: EngineProcess, job: Job) -> None:

@@ -8,19 +8,16 @@ so that any assignment of tenants can be asked for. Nothing of it needs pandas o
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
@@ -32,9 +29,9 @@ from .cases import LABELS
 from .driver import Timing
 from .offline import ENGINES, default_engines, is_cpu
 from .results import Recorder, load_average, say
+from .servers import HOST, serve
 from .workloads import (
     MIXES,
-    TRACE_BLOCK,
     Workload,
     arrive_by_rate,
     assign_tenants,
@@ -45,9 +42,6 @@ from .workloads import (
 )
 
 BASE_NAME: Final = "backbone"
-START_SECONDS: Final = 900.0
-GROUP_SECONDS: Final = 10.0  # for the processes that a server started, once it has ended itself
-HOST: Final = "127.0.0.1"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,14 +126,11 @@ def client_data(workload: Workload) -> tuple[str, int]:
 
     Prompts of their own have one hash each, as long as the longest prompt.
     """
-    has_blocks = any(r.blocks for r in workload.requests)
-    size = TRACE_BLOCK if has_blocks else max(r.prompt_tokens for r in workload.requests)
+    size = max(r.prompt_tokens for r in workload.requests)
     lines = []
     for index, request in enumerate(workload.requests):
-        hashes = list(request.blocks)
-        while len(hashes) * size < request.prompt_tokens:
-            # Numbers that no trace uses and no other request has.
-            hashes.append(10**12 * (1 + workload.seed) + 1000 * index + len(hashes))
+        # A number that no other request has.
+        hashes = [10**12 * (1 + workload.seed) + index]
         row = {
             "timestamp": request.arrival,
             "input_length": request.prompt_tokens,
@@ -229,33 +220,12 @@ def measures_of(result: dict[str, Any]) -> dict[str, float]:
 # Servers -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Server:
-    """A running server.
-
-    Attributes:
-        port: Where it listens.
-        start_s: Seconds until it answered.
-        process: Its process, the leader of a group of its own.
-    """
-
-    port: int
-    start_s: float
-    process: subprocess.Popen[bytes]
-
-    def peak_bytes(self) -> int:
-        """Highest resident sets of its processes, added up; shared pages count more than once."""
-        return sum(_peak(pid) for pid in _tree(self.process.pid))
-
-
-def server_arguments(
-    name: str, model: str, args: argparse.Namespace, adapters: Sequence[Path], port: int
-) -> list[str]:
+def server_arguments(name: str, args: argparse.Namespace, adapters: Sequence[Path]) -> list[str]:
     """Arguments of ``vllm-pedro serve`` for a kind of server; the same but for the adapters."""
     kind, _, mode = name.partition("-")
     slots = args.slots or min(args.tenants, 32) + 1
     host_slots = max(slots, min(args.tenants, 256))
-    words = [model, "--served-model-name", BASE_NAME, "--host", HOST, "--port", str(port)]
+    words = ["--served-model-name", BASE_NAME]
     words += ["--dtype", args.dtype, "--max-model-len", str(args.max_model_len)]
     words += ["--max-num-seqs", str(args.max_num_seqs), "--no-enable-prefix-caching"]
     words += ["--max-num-batched-tokens", str(max(2048, args.max_model_len))]
@@ -271,101 +241,6 @@ def server_arguments(
         words += ["--enable-lora", "--max-loras", str(slots), "--max-cpu-loras", str(host_slots)]
         words += ["--max-lora-rank", str(LORA_RANK), "--lora-modules", *modules]
     return words
-
-
-@contextlib.contextmanager
-def start_server(arguments: Sequence[str], port: int, log: Path) -> Iterator[Server]:
-    """Start ``vllm-pedro serve`` and wait until it answers; all its processes end with the block.
-
-    Raises:
-        PedroError: It ends, or does not answer in time; says how its log ends.
-    """
-    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
-    environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    command = [sys.executable, "-m", "vllm_pedro.cli", "serve", *arguments]
-    began = time.monotonic()
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment, start_new_session=True
-        )
-    try:
-        while not _answers(port):
-            if process.poll() is not None:
-                raise PedroError(f"the server ended with {process.returncode}: {_tail(log)}")
-            if time.monotonic() - began > START_SECONDS:
-                raise PedroError(f"the server does not answer: {_tail(log)}")
-            time.sleep(0.25)
-        yield Server(port, time.monotonic() - began, process)
-    finally:
-        _stop(process)
-
-
-def _answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=5):
-            return True
-    except (OSError, urllib.error.URLError):
-        return False
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    for sign, seconds in ((signal.SIGTERM, 30), (signal.SIGKILL, 10)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, sign)
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            continue
-        if _group_ends(process.pid, GROUP_SECONDS):
-            return
-
-
-def _group_ends(group: int, seconds: float) -> bool:
-    """Whether the whole process group is gone within so many seconds."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def _tail(log: Path, lines: int = 3) -> str:
-    found = log.read_text(errors="replace").strip().splitlines()
-    return " | ".join(found[-lines:]) or "its log is empty"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-def _tree(root: int) -> list[int]:
-    """A process and all its descendants (Linux)."""
-    children: dict[int, list[int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError, IndexError):
-            continue
-        children.setdefault(parent, []).append(int(folder.name))
-    found = [root]
-    for pid in found:
-        found += children.get(pid, [])
-    return found
-
-
-def _peak(pid: int) -> int:
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return 0
 
 
 # The run -----------------------------------------------------------------------------------------
@@ -438,16 +313,17 @@ def _measure_server(
     repeat: int,
 ) -> None:
     kind, _, mode = name.partition("-")
-    port = _free_port()
     log = folder / f"{name}-{repeat}.log"
-    with start_server(server_arguments(name, model, args, paths, port), port, log) as server:
-        say(f"  it answers after {server.start_s:.0f} s; each tenant's first request ...")
+    flags = server_arguments(name, args, paths)
+    level = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
+    with serve(model, flags, log, shares_cores=False, VLLM_LOGGING_LEVEL=level) as server:
+        say(f"  it answers after {server.seconds:.0f} s; each tenant's first request ...")
         for model_name in [BASE_NAME, *(p.name for p in paths)]:
-            _ask(port, model_name)
+            _ask(server.port, model_name)
         for workload in plan:
             say(f"  {workload.name}: {workload.rule} ...")
             served = workload if paths else workload.with_tenants([None] * len(workload.requests))
-            result = run_client(served, model, port, paths, folder)
+            result = run_client(served, model, server.port, paths, folder)
             timings = timings_of(result, served)
             measures = measures_of(result)
             tenants = figures.per_tenant(timings)
@@ -472,7 +348,7 @@ def _measure_server(
         recorder.add(
             "engine",
             engine=name,
-            start_s=server.start_s,
+            start_s=server.seconds,
             peak_bytes={"host": server.peak_bytes()},
             adapter_bytes={kind: folder_bytes(paths[0])} if paths else {},
         )

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
 import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Final, TextIO
 
 from ..errors import PedroError
 
@@ -36,9 +35,6 @@ PAPER_PROMPT_TOKENS: Final = 278.6
 PAPER_OUTPUT_TOKENS: Final = 32.5
 """Averages of the PEDRO paper's Table 3 (arXiv 2409.17834)."""
 
-TRACE_BLOCK: Final = 512
-"""Tokens that a ``hash_ids`` entry of a Mooncake trace stands for."""
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -49,15 +45,12 @@ class Request:
         output_tokens: Exactly so many tokens are generated.
         tenant: Number of its adapter, from 0; None asks the plain backbone.
         arrival: Seconds after the start at which it comes in.
-        blocks: Identity of the prompt's content, :data:`TRACE_BLOCK` tokens each; requests that
-            begin with the same numbers begin with the same text. Empty: a prompt of its own.
     """
 
     prompt_tokens: int
     output_tokens: int
     tenant: int | None = None
     arrival: float = 0.0
-    blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +95,8 @@ class Workload:
 
     def prompt(self, index: int, vocabulary: int) -> list[int]:
         """Token ids of a request's prompt, below ``vocabulary``, drawn at random."""
-        request = self.requests[index]
-        if not request.blocks:
-            return _tokens(f"{self.seed}/request/{index}", request.prompt_tokens, vocabulary)
-        tokens: list[int] = []
-        for block in request.blocks:
-            tokens += _tokens(f"{self.seed}/block/{block}", TRACE_BLOCK, vocabulary)
-        missing = request.prompt_tokens - len(tokens)
-        if missing > 0:
-            tokens += _tokens(f"{self.seed}/rest/{index}", missing, vocabulary)
-        return tokens[: request.prompt_tokens]
-
-
-def _tokens(key: str, count: int, vocabulary: int) -> list[int]:
-    return random.Random(key).choices(range(vocabulary), k=count)
+        key = f"{self.seed}/request/{index}"
+        return random.Random(key).choices(range(vocabulary), k=self.requests[index].prompt_tokens)
 
 
 # Lengths -----------------------------------------------------------------------------------------
@@ -229,26 +210,21 @@ def assign_tenants(mix: str, requests: int, tenants: int, seed: int = 0) -> list
 # Arrivals ----------------------------------------------------------------------------------------
 
 
-def arrive_by_rate(
-    workload: Workload, rate: float, seed: int = 0, burstiness: float = 1.0
-) -> Workload:
-    """Let the requests come at ``rate`` a second on average.
+def arrive_by_rate(workload: Workload, rate: float, seed: int = 0) -> Workload:
+    """Let the requests come at `rate` a second on average, as a Poisson process.
 
     Args:
         workload: Its arrivals and concurrency are replaced.
         rate: Requests per second.
         seed: Of the intervals.
-        burstiness: Shape of the gamma distribution of the intervals, as in ``vllm bench serve``:
-            1 is a Poisson process, less is burstier.
     """
-    if not rate > 0 or not burstiness > 0:
-        raise PedroError(f"rate and burstiness must be above 0, got {rate} and {burstiness}")
+    if not rate > 0:
+        raise PedroError(f"rate must be above 0, got {rate}")
     draw, now, requests = random.Random(f"arrivals/{seed}"), 0.0, []
     for request in workload.requests:
-        now += draw.gammavariate(burstiness, 1.0 / (rate * burstiness))
+        now += draw.expovariate(rate)
         requests.append(replace(request, arrival=now))
-    process = "Poisson" if burstiness == 1 else f"gamma of shape {burstiness:g}"
-    rule = f"{workload.rule}; {rate:g} requests/s ({process}, seed {seed})"
+    rule = f"{workload.rule}; {rate:g} requests/s (Poisson, seed {seed})"
     return replace(workload, requests=tuple(requests), rule=rule, concurrency=None)
 
 
@@ -267,11 +243,8 @@ def closed_loop(workload: Workload, concurrency: int) -> Workload:
 def read_trace(path: str | Path) -> list[Request]:
     """All requests of a trace file, without tenants: none of the traces names any.
 
-    Two formats, told apart by their first character, plain or gzipped:
-
-    - CSV of the Azure LLM inference traces 2023: ``TIMESTAMP,ContextTokens,GeneratedTokens``;
-    - JSON lines of the Mooncake traces: ``timestamp`` (ms), ``input_length``, ``output_length``,
-      ``hash_ids``.
+    The format is the CSV of the Azure LLM inference traces 2023, plain or gzipped:
+    `TIMESTAMP,ContextTokens,GeneratedTokens`.
 
     Raises:
         PedroError: The file is missing or of another format; names the line.
@@ -279,9 +252,7 @@ def read_trace(path: str | Path) -> list[Request]:
     path = Path(path)
     try:
         with _open(path) as file:
-            first = file.readline()
-            file.seek(0)
-            rows = list(_json_rows(file, path) if first.startswith("{") else _csv_rows(file, path))
+            rows = list(_rows(file, path))
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise PedroError(f"{path}: cannot read the trace: {error}") from error
     if not rows:
@@ -297,13 +268,13 @@ def _open(path: Path) -> TextIO:
     return path.open(encoding="utf-8", newline="")
 
 
-def _csv_rows(file: TextIO, path: Path) -> Iterator[Request]:
+def _rows(file: TextIO, path: Path) -> Iterator[Request]:
     reader = csv.DictReader(file)
     columns = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
     if not set(columns) <= set(reader.fieldnames or ()):
         raise PedroError(
-            f"{path}: expected an Azure trace with the columns {', '.join(columns)} or a Mooncake "
-            f"trace in JSON lines, found the columns {reader.fieldnames}"
+            f"{path}: expected an Azure trace with the columns {', '.join(columns)}, found the "
+            f"columns {reader.fieldnames}"
         )
     for row in reader:
         try:
@@ -311,34 +282,10 @@ def _csv_rows(file: TextIO, path: Path) -> Iterator[Request]:
             prompt, output = int(row["ContextTokens"]), int(row["GeneratedTokens"])
         except (TypeError, ValueError) as error:
             raise PedroError(f"{path}, line {reader.line_num}: {error}") from None
-        yield _request(moment.timestamp(), prompt, output, (), f"{path}, line {reader.line_num}")
-
-
-def _json_rows(file: TextIO, path: Path) -> Iterator[Request]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row: dict[str, Any] = json.loads(line)
-            arrival = float(row["timestamp"]) / 1000
-            prompt, output = int(row["input_length"]), int(row["output_length"])
-            blocks = tuple(int(block) for block in row.get("hash_ids", ()))
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise PedroError(
-                f"{where}: expected timestamp, input_length, output_length and hash_ids, "
-                f"found {line.strip()[:80]!r} ({type(error).__name__}: {error})"
-            ) from None
-        yield _request(arrival, prompt, output, blocks, where)
-
-
-def _request(
-    arrival: float, prompt: int, output: int, blocks: tuple[int, ...], where: str
-) -> Request:
-    if prompt < 0 or output < 0 or not math.isfinite(arrival):
-        raise PedroError(f"{where}: lengths and times must not be negative")
-    # Azure's traces have a few requests without an answer; a request makes at least one token.
-    return Request(max(1, prompt), max(1, output), None, arrival, blocks)
+        if prompt < 0 or output < 0:
+            raise PedroError(f"{path}, line {reader.line_num}: lengths must not be negative")
+        # A few requests have no answer; a request generates at least one token.
+        yield Request(max(1, prompt), max(1, output), None, moment.timestamp())
 
 
 def replay(
@@ -384,8 +331,7 @@ def replay(
         if longest is not None and prompt + output > longest:
             too_long += 1
             continue
-        blocks = row.blocks[: math.ceil(prompt / TRACE_BLOCK)]
-        chosen.append(Request(prompt, output, None, row.arrival, blocks))
+        chosen.append(Request(prompt, output, None, row.arrival))
     if not chosen:
         raise PedroError(
             f"no request of the trace is left ({too_long} are longer than {longest} tokens): allow "

@@ -4,9 +4,9 @@ A case is one workload: requests that arrive, run and are aborted at drawn engin
 by (seed, case number). Ten cases in a row share an engine, its prefix cache and the sequences that
 later cases go on with, so ``--case N`` replays its engine's cases up to N.
 
-    python tests/support/schedule_fuzz.py --cases 2000 --seed 0 --json report.json
-    python tests/support/schedule_fuzz.py --seed 0 --case 123
-    python tests/support/schedule_fuzz.py --runner v2
+    python stress/schedule_fuzz.py --cases 2000 --seed 0 --json report.json
+    python stress/schedule_fuzz.py --seed 0 --case 123
+    python stress/schedule_fuzz.py --runner v2
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Engines for tests; pytest has this folder on its path.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
+
+# isort: split
 from engines import Mismatch, make_tiny_model, start_engine, write_random_adapter
 from runners import current_runner, triton_operators, use_v2
 

@@ -1,6 +1,6 @@
 """Many clients, and adapters that come, go and change, against one server; every answer is checked.
 
-    python benchmarks/soak.py --minutes 10 --clients 64 --json soak.json
+    python stress/soak.py --minutes 10 --clients 64 --json soak.json
 
 Clients ask a random adapter, or the plain model, for greedy continuations, streamed or not; some
 hang up half-way. Meanwhile operators load, swap and unload adapters and try to load broken folders.
@@ -33,10 +33,10 @@ from typing import Any
 
 import httpx
 import openai
-from serving_process import Server, serve
 
 from vllm_pedro import BackboneShape, PedroConfig, PedroModel, save_adapter
 from vllm_pedro.adapter import init_adapter
+from vllm_pedro.bench.servers import Server, serve
 from vllm_pedro.model.reference import NEAR_TIE_MARGIN, reference_score
 
 BASE = "base"

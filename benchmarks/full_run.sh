@@ -5,7 +5,7 @@
 #
 # FOLDER gets one folder a group with its results.jsonl, and results.jsonl, report.md and plots of all
 # groups that are there. With GROUPs only these are measured: lengths, tenants, beam, many, longer, 10000,
-# serving, ops. PYTHON chooses the interpreter, TRACE a trace file (the first requests of it are
+# serving. PYTHON chooses the interpreter, TRACE a trace file (the first requests of it are
 # replayed by the servers), BENCH further options of every group, such as "--model FOLDER". Where LoRA
 # is in a group, MODE says how all engines of it run: eager, or compiled, which takes a GPU.
 # About 90 minutes on two cores with SmolLM2-135M; nothing else should run.
@@ -15,7 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder=${1:?"usage: benchmarks/full_run.sh FOLDER [GROUP ...]"}
 shift
 groups=("$@")
-((${#groups[@]})) || groups=(lengths tenants beam many longer 10000 serving ops)
+((${#groups[@]})) || groups=(lengths tenants beam many longer 10000 serving)
 if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3
     [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
@@ -64,9 +64,6 @@ for group in "${groups[@]}"; do
             options+=(--trace "$TRACE" --trace-speed 0.2 --trace-shrink 8)
         fi
         bench "$group" serving "${options[@]}"
-        ;;
-    ops)
-        "$PYTHON" benchmarks/bench_ops.py | sed -n '/^{/,$p' >"$folder/ops.md"
         ;;
     *)
         echo "unknown group $group" >&2

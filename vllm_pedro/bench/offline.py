@@ -466,7 +466,7 @@ def _measure_all(
     for comparison in plan:
         for case in comparison.cases:
             _warm_up(engines[case.engine], comparison.job(case, adapters))
-    longest = 0.0
+    longest, done = 0.0, 0
     for repeat in range(options.repeats):
         began = time.monotonic()
         if repeat and began + longest - started > 60 * options.minutes:
@@ -503,8 +503,9 @@ def _measure_all(
                     **fields,
                 )
                 bar.update()
+                done += 1
                 if bar.disable:
-                    say(f"{name}: {measures['output_tokens_per_s']:.1f} tokens/s")
+                    say(f"[{done}/{total}] {name}: {measures['output_tokens_per_s']:.1f} tokens/s")
         longest = max(longest, time.monotonic() - began)
     bar.close()
 

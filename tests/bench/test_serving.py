@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from vllm_pedro.bench import main as bench_main
+from vllm_pedro.bench.cases import EngineName
 from vllm_pedro.bench.figures import measure
 from vllm_pedro.bench.serving import (
     client_arguments,
@@ -77,7 +78,7 @@ def test_server_arguments_differ_in_the_adapters_only() -> None:
     args = options("--tenants", "4")
     paths = [Path(f"/a/{i}") for i in range(4)]
     words = {
-        name: server_arguments(name, args, paths if name[0] != "b" else [])
+        name: server_arguments(EngineName(name), args, paths if name[0] != "b" else [])
         for name in ("base-eager", "pedro-eager", "lora-eager", "base-compiled")
     }
     common = words["base-eager"]

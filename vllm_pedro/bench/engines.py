@@ -103,13 +103,15 @@ class EngineProcess:
             except (EOFError, ConnectionResetError):
                 self._process.join(10)
                 raise PedroError(
-                    f"the engine ({self.spec.name}) ended with status {self._process.exitcode}; "
+                    f"the engine ({self.spec.engine.label}) ended with status {self._process.exitcode}; "
                     f"{self._tail()}"
                 ) from None
             if kind == "progress":
                 tell(value)
             elif kind == "failed":
-                raise PedroError(f"the engine ({self.spec.name}) failed: {value}; {self._tail()}")
+                raise PedroError(
+                    f"the engine ({self.spec.engine.label}) failed: {value}; {self._tail()}"
+                )
             else:
                 assert kind == expected, (kind, expected)
                 return value

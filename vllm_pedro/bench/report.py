@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import PedroError
 from .figures import Spread
-from .results import Recorder
+from .results import Recorder, by_run, is_settings
 from .series import Record, Series, collect
 from .tables import (
     break_even_table,
@@ -29,10 +29,9 @@ CPU_NOTE = (
 def conditions(records: Sequence[Record]) -> list[str]:
     """What was run, on what, and how busy it was: a list in Markdown for each run."""
     lines: list[str] = []
-    cores, run, runs = None, 0, sum(r["record"] == "run" for r in records)
-    for record in records:
+    cores, runs = None, sum(r["record"] == "run" for r in records)
+    for run, record in by_run(records):
         if record["record"] == "run":
-            run += 1
             host = record["machine"]
             cores = host["cores"]
             device = host.get("gpu", f"{host['cpu']}, {cores} cores")
@@ -45,7 +44,7 @@ def conditions(records: Sequence[Record]) -> list[str]:
                 f"- {settings}" if settings else "",
                 f"- load average before: {_load(record)}",
             ]
-        elif record["record"] == "engine" and record["engine"] == "all":
+        elif is_settings(record):
             settings = ", ".join(f"{k} {v}" for k, v in record["settings"].items())
             lines.append(f"- {record['model']}; {settings}")
         elif record["record"] == "end":

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ class Setting:
         return slots
 
     def step(self, prompts: int = 0) -> Tensor:
-        return torch.tensor([prompts, self.rows], dtype=torch.int32)
+        return torch.tensor([prompts, self.rows, PEDRO_RANK], dtype=torch.int32)
 
     def lora(self, size_in: int, size_out: int) -> tuple[Tensor, Tensor, Tensor]:
         """A, B and the index of each row's adapter, -1 for none."""
@@ -176,32 +177,32 @@ def _scaled(s: Setting, kind: str) -> Work | None:
 def _generate_vectors(s: Setting, kind: str) -> Work | None:
     """All five modules' vectors of one-token prompts; last pooling reads no more of longer ones."""
     op = _op("generate_vectors", kind)
-    layout_of = getattr(ops, "GeneratorLayout", None)
+    layout_of = getattr(ops, "BlobLayout", None)
     if op is None or layout_of is None or not s.rows:
         return None
     q, kv, f, d = s.sizes
     width = q + 2 * kv + 2 * f
-    layout = layout_of(d, width, PEDRO_RANK)
-    generators = layout.empty(s.tenants, torch.device("cpu"))
-    views = layout.views(generators)
-    # Rational of order (6, 5), pooling last, no input norm.
-    header = torch.tensor([2, PEDRO_RANK, 6, 5, 0, 0], dtype=torch.float32)
-    views.header[:, :6] = header
-    views.down.normal_(std=0.02)
-    views.up.normal_(std=0.02)
-    views.bias.fill_(1)
+    layout = layout_of(1, d, PEDRO_RANK, width, str(s.dtype).removeprefix("torch."))
+    blob = np.zeros(layout.nbytes, np.uint8)
+    layout.begin(blob, [(0, width)], ["rational"], (6, 5), "last", False)
+    views = layout.views(blob)
     views.numerator[:, :7] = 0.1
     views.denominator[:, :5] = 0.1
-    generators = generators.to(DEVICE)
+    for part in (views.down, views.up, views.bias):
+        values = torch.randn(part.shape).mul_(0.02).to(s.dtype)
+        part[...] = (values.view(torch.uint16) if part.dtype == np.uint16 else values).numpy()
+    units = -(-layout.nbytes // 256) * 16
+    arena = np.zeros((s.tenants, 16 * units), np.uint8)
+    arena[:, : layout.nbytes] = blob
+    adapters = torch.from_numpy(arena.reshape(-1)).to(DEVICE)
     hidden = s.tensor(s.batch, d)
     vectors = s.vectors()
     rows = sorted(range(s.rows), key=lambda i: i % s.tenants)
-    table = [(i, 1, i + 1, i % s.tenants) for i in rows]
+    table = [(i, 1, i + 1, i % s.tenants * units) for i in rows]
     prompts = torch.tensor(table, dtype=torch.int32)
-    step = s.step(len(table))
-    weights = s.tenants * (PEDRO_RANK * (d + width) + width) * 4
-    moved = weights + s.rows * (d + width) * s.dtype.itemsize
-    return Work(lambda: op(hidden, vectors, generators, prompts, step), moved)
+    layer, step = torch.zeros(1, dtype=torch.int32), s.step(len(table))
+    moved = s.tenants * layout.nbytes + s.rows * (d + width) * s.dtype.itemsize
+    return Work(lambda: op(hidden, vectors, adapters, prompts, layer, step), moved)
 
 
 def _lora_work(

@@ -63,6 +63,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class _Stored(NamedTuple):
     """How values of a dtype are kept as they are in the file."""
 
+    name: str
     dtype: str  # NumPy's; it has no bfloat16, of which it gets the bits
     unsigned: str  # the bits, read as whole numbers
     signed: str
@@ -70,9 +71,9 @@ class _Stored(NamedTuple):
 
 
 STORED: Final = {
-    "F16": _Stored("<f2", "<u2", "<i2", 0x7C00),
-    "BF16": _Stored("<u2", "<u2", "<i2", 0x7F80),
-    "F32": _Stored("<f4", "<u4", "<i4", 0x7F800000),
+    "F16": _Stored("float16", "<f2", "<u2", "<i2", 0x7C00),
+    "BF16": _Stored("bfloat16", "<u2", "<u2", "<i2", 0x7F80),
+    "F32": _Stored("float32", "<f4", "<u4", "<i4", 0x7F800000),
 }
 
 _LAYER = re.compile(re.escape(TENSOR_PREFIX) + r"(0|[1-9][0-9]{0,8})\.vector_generator\.(.+)")
@@ -180,6 +181,11 @@ class StoredAdapter:
     digest: str
     path: str
     _header: _Header = field(repr=False)
+
+    @property
+    def dtype(self) -> str:
+        """What `values` are: "float32", "bfloat16" or "float16"."""
+        return "bfloat16" if self.values.dtype == np.uint16 else self.values.dtype.name
 
     def blocks(self) -> Iterator[tuple[slice, LayerArrays]]:
         """The layers, as many at a time as lie evenly in the file: which ones, and their tensors.
@@ -690,18 +696,18 @@ def verify_adapter(
     path: str | os.PathLike[str],
     shape: BackboneShape | None = None,
     check: Callable[[PedroConfig], None] | None = None,
-) -> tuple[PedroConfig, str]:
+) -> tuple[PedroConfig, str, str]:
     """`load_adapter` for its errors alone; the weights pass by and are not kept.
 
     Returns:
-        The config and the digest.
+        The config, the digest and the `StoredAdapter.dtype` that the adapter would have.
     """
     files = _read_files(path, shape, check, keep=False)
-    if files.is_finite:
-        return files.config, files.digest
+    if files.is_finite and files.header.stored is not None:
+        return files.config, files.digest, files.header.stored.name
     # Says which tensor is wrong, or that those of an uncommon dtype are not.
     adapter = read_adapter(path, shape, check=check)
-    return adapter.config, adapter.digest
+    return adapter.config, adapter.digest, adapter.dtype
 
 
 class _Files(NamedTuple):

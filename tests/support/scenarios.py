@@ -226,7 +226,7 @@ def unloaded_while_preempted(start, oracle, a):
         check_all(oracle, rows, [outputs[i] for i in range(len(rows))])
         for _ in range(3):  # tell the worker which requests ended
             engine.step()
-        assert len(runtime.host) == 0, "adapters that were unloaded are still in memory"
+        assert len(runtime.bank) == 0, "adapters that were unloaded are still in memory"
 
 
 def speculation(start, oracle, a):

@@ -770,8 +770,7 @@ class Bench:
             "waiting": len(scheduler.waiting),
             "deferred": len(scheduler.deferred_waiting),
             "KV blocks": self.free_blocks - self.pool.get_num_free_blocks(),
-            "adapters over max_pedros": max(0, len(runtime.bank) - self.settings["max_pedros"]),
-            "adapters over the host's": max(0, len(runtime.host) - runtime.host.capacity),
+            "bytes over the budget": max(0, runtime.bank.used_bytes - runtime.bank.nbytes),
             "changed identity rows": sum(bool((v[0] != 1).any()) for v in runtime.store.vectors),
         }
         found = [f"{count} {what}" for what, count in held.items() if count]

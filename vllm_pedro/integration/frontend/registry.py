@@ -66,7 +66,7 @@ class AdapterRegistry:
             AdapterError: What is wrong with it.
         """
         signature = _signature(path)
-        config, digest = verify_adapter(
+        config, digest, _ = verify_adapter(
             path,
             self.limits.shape,
             check=lambda config: self.limits.check_config(config, path),

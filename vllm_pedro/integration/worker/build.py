@@ -10,7 +10,7 @@ from torch import nn
 
 from ...config import BackboneShape
 from ...ops import library
-from ...serving.adapters import AdapterBank, AdapterLimits, HostCache
+from ...serving.adapters import AdapterBank, AdapterLimits, AdapterReader, HostCache
 from ...serving.runtime import PedroRuntime
 from ...serving.store import VectorStore
 from .. import wire
@@ -54,16 +54,20 @@ def _build_runtime(runner: Any) -> PedroRuntime:
     store = VectorStore(
         shape, options.pedro_target_modules, sequences, max_tokens, model.dtype, device
     )
-    bank = AdapterBank(options.max_pedros, limits, store.columns, device)
-    host = HostCache(options.host_capacity, limits)
+    reader = AdapterReader(limits, store.columns)
+    nbytes, adapters = options.max_pedros * limits.largest_blob, options.host_capacity
+    if device.type == "cpu":
+        bank = AdapterBank(nbytes, reader, device, max_adapters=adapters)
+    else:
+        host = HostCache(adapters, reader, pin=device.type == "cuda")
+        bank = AdapterBank(nbytes, reader, device, host)
     logger.info(
-        "PEDRO: vectors of %d sequences take %.1f MiB, generators of %d adapters %.1f MiB",
+        "PEDRO: vectors of %d sequences take %.1f MiB, adapters at most %.1f MiB",
         sequences,
         store.nbytes / 2**20,
-        options.max_pedros,
         bank.nbytes / 2**20,
     )
-    runtime = PedroRuntime(host, bank, store)
+    runtime = PedroRuntime(bank, store)
     start = time.perf_counter()
     runtime.warm_up()
     backends = library.backends

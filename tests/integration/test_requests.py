@@ -291,7 +291,8 @@ def test_a_name_with_other_content_reaches_the_requests_that_wait(
     running = {r.request_id.partition("-")[0] for r in core.scheduler.running}
     begun = [f"r{i}" in running for i in range(10)]
     assert 6 <= sum(begun) <= 8
-    assert core.pedro_replace("mine", str(new), adapter_digest(new), True) == 10 - sum(begun)
+    replaced = core.pedro_replace("mine", str(new), adapter_digest(new), True, 4096)
+    assert replaced == 10 - sum(begun)
     while engine.has_unfinished_requests():
         for output in engine.step():
             results[output.request_id] = output

@@ -78,8 +78,8 @@ class BenchEngine:
     Attributes:
         facts: ``import_s`` and ``engine_s`` (start-up), ``threads``, ``kv_blocks`` and
             ``kv_block_bytes``; with PEDRO ``sequence_bytes`` (vectors of one sequence),
-            ``store_bytes`` and ``slot_bytes`` (the largest adapter on the device); LoRA has the last
-            too.
+            ``store_bytes`` and ``slot_bytes`` (the largest adapter on the device); with LoRA the
+            last, too.
     """
 
     def __init__(self, spec: EngineSpec) -> None:

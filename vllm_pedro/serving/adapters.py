@@ -17,7 +17,7 @@ from ..config import TARGET_MODULES, BackboneShape, PedroConfig
 from ..errors import AdapterError
 from ..ops.layout import UNIT, BlobLayout, aligned
 from .arena import Span, Spans
-from .blobs import ALIGNMENT, blob_layout, pack
+from .blobs import ALIGNMENT, blob_bytes, blob_layout, pack
 from .spec import RequestSpec
 from .stats import AdapterStats
 
@@ -32,11 +32,13 @@ class AdapterLimits:
         shape: The backbone's layer count and widths.
         max_rank: Highest `r` an adapter may have.
         modules: Target modules the vector store has columns for.
+        memory: Bytes that the device has for adapters; None where nothing is to be refused for it.
     """
 
     shape: BackboneShape
     max_rank: int
     modules: tuple[str, ...] = TARGET_MODULES
+    memory: int | None = None
 
     def check(self, rank: int, target_modules: Sequence[str], source: str) -> None:
         """Refuse an adapter that this engine has no room for.
@@ -68,6 +70,26 @@ class AdapterLimits:
     def check_config(self, config: PedroConfig, source: str) -> None:
         """`check` with an adapter's config."""
         self.check(config.r, config.target_modules, source)
+
+    def check_bytes(self, config: PedroConfig, dtype: str, source: str) -> int:
+        """What an adapter takes of the device's memory, if it fits there.
+
+        Args:
+            config: The adapter's.
+            dtype: Its `StoredAdapter.dtype`.
+            source: Its folder, for messages.
+
+        Raises:
+            AdapterError: Names the folder, the limit and the option that raises it.
+        """
+        needed = blob_bytes(config, dtype, self.shape)
+        if self.memory is not None and needed > self.memory // ALIGNMENT * ALIGNMENT:
+            raise AdapterError(
+                f"{source}: the adapter takes {needed} bytes, but this engine has {self.memory} "
+                f"for adapters: start it with pedro_memory_bytes={needed} "
+                f"(--pedro-memory-bytes {needed})"
+            )
+        return needed
 
 
 def short(digest: str) -> str:

@@ -121,6 +121,7 @@ class PedroRuntime:
         stats = self.stats.take()
         if stats:
             stats["resident"] = self.bank.resident
+            stats["used_bytes"] = self.bank.used_bytes
         return stats
 
     # A step.

@@ -55,17 +55,24 @@ def _build_runtime(runner: Any) -> PedroRuntime:
         shape, options.pedro_target_modules, sequences, max_tokens, model.dtype, device
     )
     reader = AdapterReader(limits, store.columns)
-    nbytes, adapters = options.max_pedros * limits.largest_blob, options.host_capacity
+    memory = options.pedro_memory_bytes
+    assert memory is not None
     if device.type == "cpu":
-        bank = AdapterBank(nbytes, reader, device, max_adapters=adapters)
+        bank = AdapterBank(memory, reader, device, max_adapters=options.max_cpu_pedros)
     else:
-        host = HostCache(adapters, reader, pin=device.type == "cuda")
-        bank = AdapterBank(nbytes, reader, device, host)
+        capacity = options.host_capacity(limits.largest_blob)
+        host = HostCache(capacity, reader, pin=device.type == "cuda")
+        bank = AdapterBank(memory, reader, device, host)
     logger.info(
-        "PEDRO: vectors of %d sequences take %.1f MiB, adapters at most %.1f MiB",
+        "PEDRO: vectors of %d sequences take %.1f MiB; adapters have %.1f MiB, which hold %d of "
+        "r = %d with %s in float32, %.2f MiB each, and more of smaller ones",
         sequences,
         store.nbytes / 2**20,
         bank.nbytes / 2**20,
+        bank.nbytes // limits.largest_blob,
+        limits.max_rank,
+        ", ".join(limits.modules),
+        limits.largest_blob / 2**20,
     )
     runtime = PedroRuntime(bank, store)
     start = time.perf_counter()

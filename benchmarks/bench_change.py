@@ -88,7 +88,8 @@ def main() -> None:
 
     from vllm_pedro.bench import figures
     from vllm_pedro.bench.adapters import write_adapters
-    from vllm_pedro.bench.engines import EngineProcess, EngineSpec, Job, available_threads
+    from vllm_pedro.bench.cases import EngineSpec, Job
+    from vllm_pedro.bench.engines import EngineProcess, available_threads
     from vllm_pedro.bench.workloads import fixed_lengths
     from vllm_pedro.fetch import fetch_model
 

@@ -37,8 +37,8 @@ def measure(args: argparse.Namespace, paths: list[str]) -> dict[str, list[float]
     from transformers import AutoConfig
 
     from vllm_pedro import PedroRequest
+    from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
     from vllm_pedro.bench.adapters import MODULES, PEDRO_RANK
-    from vllm_pedro.config import TARGET_MODULES, BackboneShape
     from vllm_pedro.integration import plugin
     from vllm_pedro.integration.frontend.processor import AdapterRegistry, PedroInputProcessorMixin
     from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, AdapterReader, HostCache

@@ -299,8 +299,8 @@ def rows_of(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def main() -> int:
-    from vllm_pedro.bench.report import table
     from vllm_pedro.bench.results import load_average, machine, versions
+    from vllm_pedro.bench.tables import table
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--operators", nargs="+", choices=OPERATORS)

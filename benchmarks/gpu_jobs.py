@@ -27,7 +27,7 @@ from vllm_pedro import BackboneShape, PedroConfig, PedroModel, PedroRequest, sav
 from vllm_pedro.adapter import init_adapter
 from vllm_pedro.bench.adapters import MODULES, write_adapters
 from vllm_pedro.demo import QUESTIONS
-from vllm_pedro.reference import NEAR_TIE_MARGIN, reference_logits, reference_score
+from vllm_pedro.model.reference import NEAR_TIE_MARGIN, reference_logits, reference_score
 
 
 def write_model(name: str, folder: Path, weights: bool = False) -> Path:

@@ -60,8 +60,8 @@ def main() -> None:
     import torch
     from vllm import LLM
 
-    from vllm_pedro.bench.report import table
     from vllm_pedro.bench.results import load_average
+    from vllm_pedro.bench.tables import table
 
     if args.model is None:
         from vllm_pedro.fetch import fetch_model

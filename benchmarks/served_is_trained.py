@@ -19,7 +19,7 @@ import torch
 from vllm_pedro.fetch import fetch_model
 from vllm_pedro.integration.evaluate import start_engine
 from vllm_pedro.model import PedroModel
-from vllm_pedro.reference import NEAR_TIE_MARGIN, reference_score
+from vllm_pedro.model.reference import NEAR_TIE_MARGIN, reference_score
 from vllm_pedro.training.data import encode, prompt_tokens, read_rows
 from vllm_pedro.training.evaluate import METRICS, TransformersEngine, evaluate
 from vllm_pedro.training.run import load_backbone, pad_token_id

@@ -37,7 +37,7 @@ from serving_process import Server, serve
 
 from vllm_pedro import BackboneShape, PedroConfig, PedroModel, save_adapter
 from vllm_pedro.adapter import init_adapter
-from vllm_pedro.reference import NEAR_TIE_MARGIN, reference_score
+from vllm_pedro.model.reference import NEAR_TIE_MARGIN, reference_score
 
 BASE = "base"
 MAX_TOKENS = 12

@@ -14,15 +14,8 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_pedro.config import (
-    ACTIVATIONS,
-    INPUT_NORMS,
-    MAX_CONFIG_BYTES,
-    POOLINGS,
-    TARGET_MODULES,
-    BackboneShape,
-    PedroConfig,
-)
+from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
+from vllm_pedro.config import ACTIVATIONS, INPUT_NORMS, MAX_CONFIG_BYTES, POOLINGS, PedroConfig
 from vllm_pedro.errors import AdapterError, PedroError
 
 LLAMA_2_7B = BackboneShape(

@@ -1,35 +1,27 @@
-"""The demo without an engine: arguments, figures, printing, and the adapters that ship with it."""
+"""The demo: arguments, the whole of it on a tiny model, and the adapters that ship with it."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-import types
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import write_random_adapter
+from tiny_task import make_backbone, make_tokenizer
 
 from vllm_pedro import demo
 from vllm_pedro.adapter import load_adapter
-from vllm_pedro.config import BackboneShape
+from vllm_pedro.backbone import BackboneShape
 from vllm_pedro.demo import (
     ADAPTERS,
     QUESTIONS,
-    ROUNDS,
     TENANTS,
-    Answer,
-    EngineSettings,
     Request,
-    Speed,
     format_answers,
-    format_speed,
     make_batch,
     make_parser,
-    measure,
 )
 from vllm_pedro.errors import PedroError
 
@@ -47,25 +39,6 @@ SMOL = {
 DATA = Path(__file__).resolve().parent.parent / "examples" / "demo_data"
 
 
-class FakeEngine:
-    """Answers with the tenant's name, and takes a known time."""
-
-    description = "a fake"
-
-    def __init__(self, seconds: dict[bool, float] | None = None) -> None:
-        self.calls: list[tuple[bool, int, bool]] = []
-        self.now = 0.0
-        self.seconds = seconds or {True: 2.0, False: 1.0}
-
-    def generate(
-        self, batch: Sequence[Request], max_tokens: int, ignore_eos: bool = False
-    ) -> list[Answer]:
-        mixed = any(row.tenant != "base" for row in batch)
-        self.calls.append((mixed, max_tokens, ignore_eos))
-        self.now += self.seconds[mixed]
-        return [Answer(f"{row.tenant} says", max_tokens) for row in batch]
-
-
 @pytest.fixture
 def smol(tmp_path: Path) -> Path:
     """A folder that looks like the demo's model as far as its config goes."""
@@ -76,20 +49,11 @@ def smol(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
-    """Puts a fake in the place of vLLM."""
-    fake = FakeEngine()
-    fake_module: Any = types.ModuleType("vllm_pedro.integration.demo")
-
-    @contextmanager
-    def start_engine(settings: EngineSettings) -> Iterator[FakeEngine]:
-        yield fake
-
-    fake_module.start_engine = start_engine
-    monkeypatch.setitem(sys.modules, "vllm_pedro.integration.demo", fake_module)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's changes of the environment do not outlive a test."""
     monkeypatch.setattr(demo, "_be_quiet", lambda: None)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return fake
+    for name in ("HF_HUB_OFFLINE", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS"):
+        monkeypatch.setenv(name, "0" if "MULTI" in name else "1")
 
 
 # Arguments
@@ -139,38 +103,33 @@ def test_add_arguments_works_on_any_parser() -> None:
     assert parser.parse_args(["--compile"]).compile
 
 
-# The whole of it, on a fake engine
+# The whole of it
 
 
-def test_a_run(smol: Path, engine: FakeEngine, capsys: pytest.CaptureFixture[str]) -> None:
-    target = smol / "out.json"
-    assert demo.main(["--model", str(smol), "--json", str(target), "--max-tokens", "7"]) == 0
+@pytest.mark.engine
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], chat: bool) -> None:
+    model = tmp_path / "model"
+    make_backbone(max_position_embeddings=demo.MAX_MODEL_LEN).save_pretrained(model)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template if chat else None
+    tokenizer.save_pretrained(model)
+    write_random_adapter(model, tmp_path / "a")
+    write_random_adapter(model, tmp_path / "b", seed=1, r=2, target_modules=["q_proj"])
+    argv = ["--model", str(model), "--adapter", f"own={tmp_path / 'a'}"]
+    argv += ["--adapter", f"other={tmp_path / 'b'}", "--max-tokens", "7"]
+    assert demo.main([*argv, "--prompt", "Why?", "--prompt", "How?"]) == 0
     output = capsys.readouterr().out
-    for text in (*QUESTIONS, *(f"{name} says" for name in ("base", *TENANTS)), "ratio"):
+    for text in ("Why?", "How?", "  base   ", "  own    ", "  other  ", ", eager"):
         assert text in output
-    written = json.loads(target.read_text())
-    assert set(written["adapters"]) == set(TENANTS)
-    assert len(written["answers"]) == len(QUESTIONS) * 4
-    assert written["answers"][1] == {
-        "prompt": QUESTIONS[0],
-        "tenant": "json",
-        "text": "json says",
-        "tokens": 7,
-    }
-    assert len(written["speed"]["mixed"]) == ROUNDS
-
-
-def test_own_prompts_and_adapters(
-    smol: Path, engine: FakeEngine, capsys: pytest.CaptureFixture[str]
-) -> None:
-    own = f"own={ADAPTERS / 'brief'}"
-    assert demo.main(["--model", str(smol), "--adapter", own, "--prompt", "Why?"]) == 0
-    output = capsys.readouterr().out
-    assert "Why?" in output
-    assert "own says" in output
-    assert "1 tenant " in output
+    assert "6 rows in one batch, " in output
+    assert "bench --quick" in output
     assert QUESTIONS[0] not in output
-    assert "pirate" not in output
+    assert demo.main([*argv, "--prompt", "x" * 600]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vllm-pedro demo: error: vLLM: ")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -181,14 +140,13 @@ def test_own_prompts_and_adapters(
         (["--prompt", " "], "empty"),
         (["--model", "/nowhere"], "/nowhere"),
         ([x for _ in range(65) for x in ("--prompt", "hi")], "at most 256"),
-        (["--json", "/nowhere/x.json"], "cannot write /nowhere/x.json"),
     ],
 )
 def test_errors_are_one_line(
     argv: list[str],
     message: str,
     smol: Path,
-    engine: FakeEngine,
+    quiet: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert demo.main(["--model", str(smol), *argv]) == 2
@@ -199,58 +157,30 @@ def test_errors_are_one_line(
 
 
 def test_an_adapter_for_another_model(
-    smol: Path, engine: FakeEngine, capsys: pytest.CaptureFixture[str]
+    smol: Path, quiet: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (smol / "config.json").write_text(json.dumps(SMOL | {"num_hidden_layers": 12}))
     assert demo.main(["--model", str(smol)]) == 2
     assert "12" in capsys.readouterr().err
-    assert not engine.calls
 
 
 def test_interrupt(
-    smol: Path,
-    engine: FakeEngine,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    smol: Path, quiet: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*args: Any, **kwargs: Any) -> list[Answer]:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "generate", interrupt)
+    monkeypatch.setattr(demo, "load_adapters", interrupt)
     assert demo.main(["--model", str(smol)]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_verbose_shows_where_an_error_is_from(smol: Path, engine: FakeEngine) -> None:
+def test_verbose_shows_where_an_error_is_from(smol: Path, quiet: None) -> None:
     with pytest.raises(PedroError):
         demo.main(["--model", str(smol), "--prompt", "", "--verbose"])
 
 
-# Measuring and printing
-
-
-def test_measuring_is_fair() -> None:
-    engine = FakeEngine({True: 2.0, False: 1.0})
-    batch = make_batch(["a", "b"], ["x"])
-    speed = measure(engine, batch, 10, rounds=6, clock=lambda: engine.now)
-    assert len(engine.calls) == 2 + 12
-    assert {call[1:] for call in engine.calls} == {(10, True)}
-    order = [mixed for mixed, *_ in engine.calls[2:]]
-    assert order == [True, False, False, True] * 3
-    assert speed.mixed == pytest.approx([20.0] * 6)
-    assert speed.plain == pytest.approx([40.0] * 6)
-    assert speed.ratio == pytest.approx(0.5)
-
-
-def test_a_slow_machine_measures_fewer_rounds() -> None:
-    engine, said = FakeEngine({True: 2.0, False: 1.0}), []
-    batch = make_batch(["a"], ["x"])
-    clock = lambda: engine.now  # noqa: E731
-    speed = measure(engine, batch, 10, rounds=6, budget=5.0, clock=clock, say=said.append)
-    assert len(speed.mixed) == len(speed.plain) == 2
-    assert "measuring: 3 rounds with adapters, as many without, about 6 s" in said[0]
-    speed = measure(engine, batch, 10, rounds=6, budget=0.0, clock=clock)
-    assert len(speed.mixed) == len(speed.plain) == 1
+# Printing
 
 
 def test_a_batch_has_every_tenant_for_every_question() -> None:
@@ -265,7 +195,7 @@ def test_a_batch_has_every_tenant_for_every_question() -> None:
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_the_table_fits(width: int) -> None:
     batch = make_batch(["What is " + "very " * 30 + "long?", "b"], ["x", "longer_name"])
-    answers = [Answer("word " * 60, 60) for _ in batch]
+    answers = ["word " * 60 for _ in batch]
     lines = format_answers(batch, answers, width).splitlines()
     assert max(map(len, lines)) <= width
     assert sum("longer_name" in line for line in lines) == 2
@@ -273,25 +203,9 @@ def test_the_table_fits(width: int) -> None:
 
 def test_the_table_survives_odd_answers() -> None:
     batch = make_batch(["a"], ["x"])
-    table = format_answers(batch, [Answer("one\ntwo\n\nthree", 3), Answer("", 0)], 80)
+    table = format_answers(batch, ["one\ntwo\n\nthree", ""], 80)
     assert "one two three" in table
     assert "(nothing)" in table
-
-
-def test_the_figures_say_what_was_measured() -> None:
-    speed = Speed(16, 40, [98.0, 100.0, 96.0], [100.0, 100.0, 100.0])
-    text = format_speed(speed, 3, "vLLM on CPU", 100)
-    assert "98.0 tokens/s" in text
-    assert "0.980" in text
-    for fact in ("16 rows", "40 tokens each", "vLLM on CPU", "3 rounds", "no prefix cache"):
-        assert fact in " ".join(text.split())
-
-
-def test_noise_is_admitted() -> None:
-    noisy = Speed(16, 40, [50.0, 100.0], [100.0, 100.0])
-    quiet = Speed(16, 40, [99.0, 100.0], [100.0, 101.0])
-    assert "mean little" in format_speed(noisy, 3, "x", 100)
-    assert "mean little" not in format_speed(quiet, 3, "x", 100)
 
 
 # What ships

@@ -1,11 +1,12 @@
 """Fetching the demo's model: cache, checks and messages, with a small wheel in its place.
 
-pip runs for real and takes the wheel from a local folder. The conversion is a stand-in; the tests
-that serve the fetched model cover the real one.
+pip runs for real and takes the wheel from a local folder. The conversion is that of a tiny source;
+the tests that serve the fetched model cover the real one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -16,7 +17,9 @@ import sys
 import threading
 import time
 import zipfile
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,13 +61,13 @@ class Setting:
         self.conversions = 0
         self.source = Source(
             name="Tiny",
-            requirement="tiny-model==1.0",
-            wheel_bytes=self.wheel.stat().st_size,
-            wheel_sha256=hashlib.sha256(self.wheel.read_bytes()).hexdigest(),
-            member="tiny_model/tiny.gguf",
-            member_sha256=hashlib.sha256(GGUF).hexdigest(),
+            requirements=("tiny-model==1.0",),
+            members=("tiny_model/tiny.gguf",),
+            sha256=hashlib.sha256(GGUF).hexdigest(),
             license_member="tiny_model-1.0.dist-info/LICENSE",
+            notice="Made from a tiny model.\n",
             disk_bytes=1,
+            convert=self.convert,
         )
         self.folder = self.cache / "models" / "Tiny"
 
@@ -73,8 +76,9 @@ class Setting:
         shutil.copy(gguf, folder / "model.safetensors")
         (folder / "config.json").write_text("{}")
 
-    def fetch(self, **options: object) -> Path:
-        return fetch_model(self.cache, source=self.source, **options)  # type: ignore[arg-type]
+    def fetch(self, progress: bool = True, verify: bool = False, **changes: Any) -> Path:
+        source = dataclasses.replace(self.source, **changes)
+        return fetch_model(self.cache, progress, verify, source)
 
     def leftovers(self) -> list[str]:
         return [name for name in os.listdir(self.cache / "models") if ".part-" in name]
@@ -88,7 +92,6 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(result.index))
-    monkeypatch.setattr(fetch, "_convert", result.convert)
     # What the real conversion needs is not what is tested here.
     monkeypatch.setattr(fetch, "find_spec", lambda name: object())
     return result
@@ -98,12 +101,12 @@ def test_fetches_converts_and_records(setting: Setting, capsys: pytest.CaptureFi
     assert setting.fetch() == setting.folder
     assert (setting.folder / "model.safetensors").read_bytes() == GGUF
     assert (setting.folder / "LICENSE").read_bytes() == LICENSE
-    assert "Apache License" in (setting.folder / "NOTICE").read_text()
+    assert "a tiny model" in (setting.folder / "NOTICE").read_text()
     files = json.loads((setting.folder / fetch.MANIFEST).read_text())["files"]
     assert set(files) == {"LICENSE", "NOTICE", "config.json", "model.safetensors"}
     assert files["model.safetensors"] == {
         "bytes": len(GGUF),
-        "sha256": setting.source.member_sha256,
+        "sha256": setting.source.sha256,
     }
     assert setting.leftovers() == []
     output = capsys.readouterr()
@@ -114,7 +117,7 @@ def test_fetches_converts_and_records(setting: Setting, capsys: pytest.CaptureFi
 
 def test_the_second_time_nothing_is_run(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     setting.fetch()
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("pip was started"))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("pip was started"))
     begin = time.monotonic()
     assert setting.fetch() == setting.folder
     assert setting.fetch(verify=True) == setting.folder
@@ -194,92 +197,98 @@ def test_what_killed_runs_left_is_removed(setting: Setting) -> None:
     assert setting.leftovers() == []
 
 
-@pytest.mark.parametrize("what", ["wheel", "member"])
-def test_other_contents_are_refused(setting: Setting, what: str) -> None:
-    found = hashlib.sha256(setting.wheel.read_bytes() if what == "wheel" else GGUF).hexdigest()
-    values = {**vars(setting.source), f"{what}_sha256": "0" * 64}
+def test_other_contents_are_refused(setting: Setting) -> None:
     with pytest.raises(FetchError) as caught:
-        fetch_model(setting.cache, source=Source(**values))
-    assert f"SHA-256 {found}, expected {'0' * 64}" in str(caught.value)
+        setting.fetch(sha256="0" * 64)
+    assert f"SHA-256 {setting.source.sha256}, expected {'0' * 64}" in str(caught.value)
     assert setting.conversions == 0
     assert not setting.folder.exists()
     assert setting.leftovers() == []
 
 
 def test_a_wheel_without_the_model_is_refused(setting: Setting) -> None:
-    values = {**vars(setting.source), "member": "tiny_model/another.gguf"}
     with pytest.raises(FetchError, match=r"not the wheel that was expected.*another\.gguf"):
-        fetch_model(setting.cache, source=Source(**values))
+        setting.fetch(members=("tiny_model/another.gguf",))
 
 
-def test_a_failed_repair_keeps_nothing_half_made(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_in_parts_is_joined(setting: Setting) -> None:
+    parts = ("tiny_model/tiny.gguf", "tiny_model-1.0.dist-info/LICENSE")
+    setting.fetch(members=parts, sha256=hashlib.sha256(GGUF + LICENSE).hexdigest())
+    assert (setting.folder / "model.safetensors").read_bytes() == GGUF + LICENSE
+
+
+def test_a_failed_repair_keeps_nothing_half_made(setting: Setting) -> None:
     def fail(gguf: Path, folder: Path) -> None:
         (folder / "model.safetensors").write_text("half")
         raise FetchError("the conversion failed")
 
-    monkeypatch.setattr(fetch, "_convert", fail)
     with pytest.raises(FetchError, match="the conversion failed"):
-        setting.fetch()
+        setting.fetch(convert=fail)
     assert not setting.folder.exists()
     assert setting.leftovers() == []
 
 
-def test_an_index_without_the_package(setting: Setting) -> None:
+@pytest.mark.parametrize("index", ["without it", "out of reach"])
+def test_pip_says_itself_why_it_failed(
+    setting: Setting,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    index: str,
+) -> None:
     setting.wheel.unlink()
-    with pytest.raises(FetchError) as caught:
-        setting.fetch()
-    assert "pip could not download tiny-model==1.0: Could not find a version" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_no_network(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PIP_NO_INDEX")
-    monkeypatch.delenv("PIP_FIND_LINKS")
-    # Nothing listens on this port of this machine.
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    monkeypatch.setenv("PIP_RETRIES", "1")
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(FetchError, match="could not reach its package index"):
-        setting.fetch()
-
-
-def test_no_pip(setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    bare = tmp_path / "python"
-    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
-    bare.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(bare))
-    with pytest.raises(FetchError, match=r"has no pip .*-m ensurepip"):
-        setting.fetch()
+    if index == "out of reach":
+        monkeypatch.delenv("PIP_NO_INDEX")
+        # Nothing listens on this port of this machine.
+        monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+        monkeypatch.setenv("PIP_RETRIES", "1")
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+    with pytest.raises(FetchError, match=r"pip could not download tiny-model==1\.0; its reason"):
+        setting.fetch(progress=False)
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert "No matching distribution found for tiny-model==1.0" in output.err
+    assert ("refused" in output.err) == (index == "out of reach")
 
 
 def test_what_the_conversion_needs_is_checked_before_the_download(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "find_spec", lambda name: None if name == "gguf" else object())
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("pip was started"))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("pip was started"))
     with pytest.raises(FetchError, match=r"needs gguf: pip install 'vllm-pedro\[fetch\]'"):
         setting.fetch()
+
+
+def test_no_pip(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(fetch, "distribution", nowhere)
+    with pytest.raises(FetchError, match=r"has no pip .*-m ensurepip"):
+        setting.fetch()
+
+
+def test_looking_for_pip_leaves_setuptools_usable(tmp_path: Path) -> None:
+    look = f"fetch._check_possible(pathlib.Path({str(tmp_path)!r}), fetch.SMOLLM2)"
+    code = f"import pathlib; from vllm_pedro import fetch; {look}; import setuptools"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_too_little_space_is_said_before_the_download(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("pip was started"))
-    values = {**vars(setting.source), "disk_bytes": 1 << 60}
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("pip was started"))
     with pytest.raises(FetchError, match="GiB left"):
-        fetch_model(setting.cache, source=Source(**values))
+        setting.fetch(disk_bytes=1 << 60)
 
 
-def test_a_disk_that_fills_up(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up(setting: Setting) -> None:
     def fill(gguf: Path, folder: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fetch, "_convert", fill)
     with pytest.raises(FetchError, match="is full"):
-        setting.fetch()
+        setting.fetch(convert=fill)
     assert setting.leftovers() == []
 
 
@@ -289,33 +298,33 @@ def test_a_cache_that_cannot_be_written(setting: Setting) -> None:
         setting.fetch()
 
 
-def test_two_at_once_do_the_work_once(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_at_once_do_the_work_once(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     converting = threading.Event()
     go_on = threading.Event()
+    said: list[str] = []
+    monkeypatch.setattr(fetch, "_say", said.append)
+
+    def waiting() -> bool:
+        return any("waiting for it" in text for text in said)
 
     def slowly(gguf: Path, folder: Path) -> None:
         converting.set()
         assert go_on.wait(20)
         setting.convert(gguf, folder)
 
-    monkeypatch.setattr(fetch, "_convert", slowly)
     results: list[Path] = []
-    first = threading.Thread(target=lambda: results.append(setting.fetch()))
-    second = threading.Thread(target=lambda: results.append(setting.fetch()))
+    first = threading.Thread(target=lambda: results.append(setting.fetch(convert=slowly)))
+    second = threading.Thread(target=lambda: results.append(setting.fetch(convert=slowly)))
     first.start()
     assert converting.wait(20)
     second.start()
-    waiting = ""
     deadline = time.monotonic() + 20
-    while "waiting for it" not in waiting and time.monotonic() < deadline:
+    while not waiting() and time.monotonic() < deadline:
         time.sleep(0.02)
-        waiting += capsys.readouterr().err
     go_on.set()
     first.join(20)
     second.join(20)
-    assert "waiting for it" in waiting
+    assert waiting()
     assert results == [setting.folder] * 2
     assert setting.conversions == 1
 

@@ -11,26 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_pedro import generator as module
-from vllm_pedro.config import (
-    ACTIVATIONS,
-    INPUT_NORMS,
-    POOLINGS,
-    TARGET_MODULES,
-    BackboneShape,
-    PedroConfig,
-)
+from vllm_pedro import rational as module
+from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
+from vllm_pedro.config import ACTIVATIONS, INPUT_NORMS, POOLINGS, PedroConfig
 from vllm_pedro.errors import PedroError
 from vllm_pedro.generator import (
     VectorGenerator,
     activate,
-    fit_gelu_rational,
     generate_vectors,
     pool,
     pool_prompt,
-    rational,
     rms_normalize,
 )
+from vllm_pedro.rational import fit_gelu_rational, rational
 
 SHAPE = BackboneShape(
     2,

@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 import pytest
 
 import vllm_pedro
-from vllm_pedro._import_hook import when_imported
+from vllm_pedro.integration.import_hook import when_imported
 
 
 def run(code: str) -> str:
@@ -35,7 +35,7 @@ def test_it_works_where_vllm_is_not_installed():
         sys.meta_path.insert(0, Absent())
         import vllm_pedro
         from vllm_pedro import PedroConfig, PedroModel, VectorGenerator, load_adapter
-        import vllm_pedro.serving.runtime, vllm_pedro.ops, vllm_pedro.reference
+        import vllm_pedro.serving.runtime, vllm_pedro.ops, vllm_pedro.model.reference
         try:
             vllm_pedro.PedroRequest
         except ImportError as error:
@@ -90,6 +90,6 @@ def test_hook_runs_once_after_the_module_and_leaves_no_trace(tmp_path, monkeypat
     assert seen == [1]
     assert sys.meta_path == finders
     assert module.__spec__.loader is module.__loader__
-    assert type(module.__loader__).__module__ != "vllm_pedro._import_hook"
+    assert type(module.__loader__).__module__ != "vllm_pedro.integration.import_hook"
     when_imported("some_module_for_the_hook", action)
     assert seen == [1, 1]

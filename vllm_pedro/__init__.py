@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._import_hook import when_imported
+from .integration.import_hook import when_imported
 
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
     from .adapter import load_adapter as load_adapter
     from .adapter import save_adapter as save_adapter
-    from .config import BackboneShape as BackboneShape
+    from .backbone import BackboneShape as BackboneShape
     from .config import PedroConfig as PedroConfig
     from .errors import AdapterError as AdapterError
     from .errors import PedroError as PedroError
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Adapter": ".adapter",
     "AdapterError": ".errors",
-    "BackboneShape": ".config",
+    "BackboneShape": ".backbone",
     "PedroConfig": ".config",
     "PedroError": ".errors",
     "PedroModel": ".model",

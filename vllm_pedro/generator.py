@@ -12,43 +12,17 @@ sixth power in the rational activation then leaves the range of 16-bit floats.
 
 from __future__ import annotations
 
-import functools
-
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vllm_pedro.config import BackboneShape, PedroConfig
-from vllm_pedro.errors import PedroError
-
-_Array = npt.NDArray[np.float64]
+from .backbone import BackboneShape
+from .config import PedroConfig
+from .errors import PedroError
+from .rational import compute_dtype, fit_gelu_rational, rational
 
 RMS_EPS = 1e-6
 DOWN_PROJ_STD = 0.02
-
-# GELU is fitted on [-limit, limit]. So wide, because without an input norm the activations' inputs
-# reach tens at initialisation, and outside the interval a fit drifts away. Orders below (5, 4)
-# cannot follow GELU that far, and are fitted where inputs lie with an input norm.
-WIDE_FIT_LIMIT = 10.0
-NARROW_FIT_LIMIT = 3.0
-
-# fit_gelu_rational((6, 5)), kept here so that importing costs no fit; a test fits again.
-GELU_NUMERATOR = (
-    0.0,
-    0.5,
-    0.41498303681214027,
-    0.1246228872811452,
-    0.016587013074909396,
-    0.000941805407456191,
-    1.624519198124196e-05,
-)
-GELU_DENOMINATOR = (0.0, 0.24924577456229002, 0.0, 0.001883610814912383, 0.0)
-
-
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def rms_normalize(hidden: Tensor) -> Tensor:
@@ -60,7 +34,7 @@ def rms_normalize(hidden: Tensor) -> Tensor:
     Returns:
         `[..., d]` in float32 (float64 for float64).
     """
-    hidden = hidden.to(_compute_dtype(hidden))
+    hidden = hidden.to(compute_dtype(hidden))
     return hidden * torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + RMS_EPS)
 
 
@@ -83,7 +57,7 @@ def pool(hidden: Tensor, pooling: str, mask: Tensor | None = None) -> Tensor:
             f"prompt mask: expected bool {list(hidden.shape[:-1])}, "
             f"found {mask.dtype} {_dims(mask)}"
         )
-    dtype = _compute_dtype(hidden)
+    dtype = compute_dtype(hidden)
     if pooling == "last":
         if mask is None:
             return hidden[..., -1, :].to(dtype)
@@ -121,28 +95,6 @@ def pool_prompt(
     return pool(rms_normalize(hidden), pooling, mask)
 
 
-def _horner(x: Tensor, coefficients: Tensor) -> Tensor:
-    terms = coefficients.unbind()
-    result = terms[-1].expand_as(x)
-    for term in reversed(terms[:-1]):
-        result = result * x + term
-    return result
-
-
-def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
-    """`R(x) = sum_{j=0..m} a_j x^j / (1 + |sum_{i=1..n} b_i x^i|)`, elementwise.
-
-    The denominator is at least 1, so R has no poles. Where the inner sum is 0 its absolute value
-    has no derivative and autograd takes 0, which lies between the two one-sided ones.
-
-    Args:
-        x: any shape.
-        numerator: `[m + 1]`, a_0 first.
-        denominator: `[n]`, b_1 first; n >= 1.
-    """
-    return _horner(x, numerator) / (1.0 + (x * _horner(x, denominator)).abs())
-
-
 def activate(
     x: Tensor, kind: str, numerator: Tensor | None = None, denominator: Tensor | None = None
 ) -> Tensor:
@@ -156,79 +108,6 @@ def activate(
             raise PedroError("the rational activation needs its coefficients")
         return rational(x, numerator, denominator)
     raise PedroError(f"unknown activation {kind!r}")
-
-
-@functools.cache
-def fit_gelu_rational(
-    order: tuple[int, int] = (6, 5),
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Coefficients with which `rational` is close to GELU; deterministic.
-
-    A least-squares fit in float64, reweighted by the errors (Lawson) until it is a minimax fit,
-    on [-10, 10], or [-3, 3] for orders below (5, 4). Two constraints keep it sane: a_0 = 0, so
-    that R(0) = GELU(0) = 0, and only even powers in the denominator, so that the inner sum has
-    one sign, and R no kink. Degrees beyond 10 over 8 stay 0: they would add nothing but
-    ill-conditioned terms.
-
-    For the default order the largest error is 4.3e-3 on [-10, 10]. Outside, R grows like
-    0.0095 x^2 + x / 2: R(10) = 10.0, R(-10) = 0.0, R(30) = 29.6, R(-30) = -0.4,
-    R(100) = 143.8, R(-100) = 43.8.
-
-    Args:
-        order: degrees (m, n) of numerator and denominator.
-
-    Returns:
-        numerator (m + 1 values, a_0 first) and denominator (n values, b_1 first).
-    """
-    if order == (6, 5):
-        return GELU_NUMERATOR, GELU_DENOMINATOR
-    return _fit_gelu(order)
-
-
-def _fit_gelu(order: tuple[int, int]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    m, n = order
-    limit = WIDE_FIT_LIMIT if m >= 5 and n >= 4 else NARROW_FIT_LIMIT
-    degrees = range(2, min(n, 8) + 1, 2) if n > 1 else (1,)
-    candidates = [_lawson(min(m, degree + 2), degree, limit) for degree in degrees]
-    _, top, bottom = min(candidates, key=lambda candidate: candidate[0])
-    return (
-        tuple(top.tolist()) + (0.0,) * (m + 1 - len(top)),
-        tuple(bottom.tolist()) + (0.0,) * (n - len(bottom)),
-    )
-
-
-def _lawson(m: int, n: int, limit: float) -> tuple[float, _Array, _Array]:
-    """Minimax fit of GELU on [-limit, limit]: the largest error, a_0..a_m and b_1..b_n."""
-    # Chebyshev points, in t = x / limit so that high powers stay comparable.
-    t = np.cos(np.pi * (np.arange(401) + 0.5) / 401)
-    target = functional.gelu(torch.from_numpy(t * limit)).numpy()
-    # n = 1 leaves only the odd power, for which |b_1 x| = b_1 |x|.
-    powers = np.arange(2, n + 1, 2) if n > 1 else np.array([1])
-    above = t[:, None] ** np.arange(1, m + 1)
-    below = np.abs(t[:, None]) ** powers
-    weight, scale = np.ones_like(t), np.ones_like(t)
-    best = (float("inf"), np.zeros(m + 1), np.zeros(n))
-    for _ in range(250):
-        # N - f * q = f is linear in the coefficients; dividing by the last denominator turns its
-        # residual into that of N / (1 + q) - f.
-        root = np.sqrt(weight) / scale
-        matrix = np.concatenate([above, -target[:, None] * below], axis=1) * root[:, None]
-        solution = np.linalg.lstsq(matrix, target * root, rcond=1e-14)[0]
-        # Without a sign change of the inner sum, no kink of its absolute value, here or outside.
-        solution[m:] = np.abs(solution[m:])
-        scale = 1.0 + below @ solution[m:]
-        error = np.abs(above @ solution[:m] / scale - target)
-        if error.max() < best[0]:
-            a, b = np.zeros(m + 1), np.zeros(n)
-            a[1:], b[powers - 1] = solution[:m], solution[m:]
-            best = (
-                float(error.max()),
-                a / limit ** np.arange(m + 1),
-                b / limit ** np.arange(1, n + 1),
-            )
-        weight = weight * np.sqrt(error) + 1e-9 * weight.max()
-        weight /= weight.sum()
-    return best
 
 
 def generate_vectors(
@@ -256,7 +135,7 @@ def generate_vectors(
     Returns:
         `[D]` or `[B, D]`, float32 (float64 if `pooled` is), on the device of `pooled`.
     """
-    dtype = _compute_dtype(pooled)
+    dtype = compute_dtype(pooled)
     bias = bias.to(dtype)
     if down is None or up is None:
         return bias.expand(*pooled.shape[:-1], -1)

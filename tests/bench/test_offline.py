@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from vllm_pedro.adapter import adapter_digest, load_adapter
+from vllm_pedro.backbone import BackboneShape
 from vllm_pedro.bench import offline
 from vllm_pedro.bench.adapters import CONTENTS, folder_bytes, write_adapters
+from vllm_pedro.bench.cases import EngineSpec, Job
 from vllm_pedro.bench.driver import Timing
-from vllm_pedro.bench.engines import EngineSpec, Job
 from vllm_pedro.bench.main import main
 from vllm_pedro.bench.offline import FAMILIES, Case, Display, Sizes, comparisons
 from vllm_pedro.bench.results import read_results
-from vllm_pedro.config import BackboneShape
 from vllm_pedro.errors import PedroError
 
 MODEL = {

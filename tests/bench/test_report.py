@@ -8,21 +8,18 @@ from typing import Any
 import pytest
 
 from vllm_pedro.bench.plots import draw_break_even, draw_concurrency, draw_tenants, draw_throughput
-from vllm_pedro.bench.report import (
-    CPU_NOTE,
+from vllm_pedro.bench.report import CPU_NOTE, markdown, write_report
+from vllm_pedro.bench.results import Recorder, read_results
+from vllm_pedro.bench.series import break_evens, collect
+from vllm_pedro.bench.tables import (
     break_even_table,
-    break_evens,
-    collect,
     engine_table,
     load_table,
     main_table,
-    markdown,
     short_table,
     summary_table,
     table,
-    write_report,
 )
-from vllm_pedro.bench.results import Recorder, read_results
 from vllm_pedro.errors import PedroError
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs" / "benchmarks"

@@ -8,7 +8,8 @@ import os
 import pytest
 
 from vllm_pedro.bench.adapters import write_adapters
-from vllm_pedro.bench.engines import EngineProcess, EngineSpec, Job
+from vllm_pedro.bench.cases import EngineSpec, Job
+from vllm_pedro.bench.engines import EngineProcess
 from vllm_pedro.bench.serving import client_arguments, client_data
 from vllm_pedro.bench.workloads import (
     Request,
@@ -47,7 +48,7 @@ def spec(kind, model, **settings):
 def test_engines_of_each_kind_run_workloads(kind, tiny, tmp_path):
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    from vllm_pedro.integration.bench_engine import BenchEngine
+    from vllm_pedro.bench.worker import BenchEngine
 
     mixed = Workload("mixed", (Request(20, 5), Request(1, 1), Request(33, 7), Request(9, 2)), "")
     tenants = [None] * 4

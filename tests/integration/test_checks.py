@@ -226,7 +226,7 @@ def fake_config(**changes):
 
 
 def test_the_fake_configuration_passes():
-    check_engine(fake_config(), PedroOptions())
+    check_engine(fake_config())
 
 
 @pytest.mark.parametrize(
@@ -250,10 +250,10 @@ def test_the_fake_configuration_passes():
 )
 def test_each_obstacle_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        check_engine(fake_config(**changes), PedroOptions())
+        check_engine(fake_config(**changes))
 
 
 def test_all_obstacles_are_named_at_once():
     found = fake_config(model_config__is_moe=True, parallel_config__tensor_parallel_size=4)
     with pytest.raises(ValueError, match=r"mixture-of-experts.*; tensor_parallel_size=4"):
-        check_engine(found, PedroOptions())
+        check_engine(found)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from runners import current_runner
 
 TEXTS = [
     "The capital of France is",
@@ -72,7 +73,8 @@ def test_mixed_batch_equals_the_reference(eager, engine, smol, smol_oracle, writ
     adapters: list[Path | None] = [write_adapter(smol, **v) for v in variants()]
     rows = list(zip(itertools.cycle(TEXTS), [None, *adapters, None, None, None], strict=False))
     assert len(rows) == 32
-    params = SamplingParams(temperature=0.0, max_tokens=12, prompt_logprobs=0, ignore_eos=True)
+    tokens = 12 if current_runner() == "v1" else 5  # V2 samples in Triton's interpreter here
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, prompt_logprobs=0, ignore_eos=True)
     requests = [
         None if a is None else PedroRequest(a.name, i + 1, str(a)) for i, (_, a) in enumerate(rows)
     ]

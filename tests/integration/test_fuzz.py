@@ -17,7 +17,8 @@ def folder(tmp_path_factory):
 
 @pytest.mark.both_runners
 def test_sample(folder):
-    report = run(folder, cases=100 if current_runner() == "v1" else 40)
+    # V2 takes seconds a case in Triton's interpreter; these meet everything that is looked for.
+    report = run(folder, cases=100 if current_runner() == "v1" else 20)
     assert not report.failures, format_report(report)
     assert not report.blind_spots, format_report(report)
     assert report.near_ties < report.checked_tokens / 100

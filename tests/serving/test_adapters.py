@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from vllm_pedro.adapter import init_adapter, load_adapter, read_adapter, save_adapter
-from vllm_pedro.config import TARGET_MODULES, BackboneShape, PedroConfig
+from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
+from vllm_pedro.config import PedroConfig
 from vllm_pedro.errors import AdapterError
 from vllm_pedro.ops.layout import ACTIVATIONS, POOLINGS, read_record
 from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, AdapterReader, HostCache

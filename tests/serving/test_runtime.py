@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from vllm_pedro.adapter import init_adapter, save_adapter
-from vllm_pedro.config import TARGET_MODULES, BackboneShape, PedroConfig
+from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
+from vllm_pedro.config import PedroConfig
 from vllm_pedro.generator import VectorGenerator
 from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, AdapterReader, HostCache
 from vllm_pedro.serving.rows import VectorRows

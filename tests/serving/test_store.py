@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vllm_pedro.config import BackboneShape
+from vllm_pedro.backbone import BackboneShape
 from vllm_pedro.serving.plan import IDENTITY_ROW, StepPlan, plan_step
 from vllm_pedro.serving.store import VectorStore
 

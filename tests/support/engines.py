@@ -25,7 +25,7 @@ from runners import current_runner, stage_as_on_a_device
 
 from vllm_pedro import BackboneShape, PedroConfig, PedroModel, save_adapter
 from vllm_pedro.adapter import init_adapter, read_adapter
-from vllm_pedro.reference import NEAR_TIE_MARGIN, Reference, reference_score
+from vllm_pedro.model.reference import NEAR_TIE_MARGIN, Reference, reference_score
 from vllm_pedro.serving.blobs import blob_bytes
 
 

@@ -56,11 +56,11 @@ def stage_as_on_a_device(llm: Any) -> None:
     Args:
         llm: An ``LLM`` in this process.
     """
-    from vllm_pedro.serving import vectors
+    from vllm_pedro.serving.store import _Stage
 
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     store = worker.model_runner.pedro.store
     tokens, sequences = len(store.token_rows), len(store.prefills)
     device = store.token_rows.device
-    store._stages = [vectors._Stage(tokens, sequences, device) for _ in range(store.STAGES)]
+    store._stages = [_Stage(tokens, sequences, device) for _ in range(store.STAGES)]
     store.load_dummy()

@@ -39,7 +39,7 @@ from runners import current_runner, triton_operators, use_v2
 import torch
 
 from vllm_pedro import PedroModel
-from vllm_pedro.reference import NEAR_TIE_MARGIN, reference_logits
+from vllm_pedro.model.reference import NEAR_TIE_MARGIN, reference_logits
 
 BLOCK = 32  # the smallest that vLLM's CPU attention takes
 CASES_PER_ENGINE = 10
@@ -763,7 +763,7 @@ class Bench:
         held = {
             "vector rows": self.scheduler._pedro_rows.num_read,
             "vector rows without an owner": self._lost_rows(),
-            "requests in the runtime": len(runtime._specs) + len(runtime._slots),
+            "requests in the runtime": len(runtime._specs) + len(runtime._rows),
             "failed requests": len(runtime.failed),
             "requests in the scheduler": len(scheduler.requests),
             "running": len(scheduler.running),
@@ -778,9 +778,9 @@ class Bench:
             raise Leftover("left after the case: " + ", ".join(found))
 
     def _lost_rows(self) -> int:
-        """Rows that are neither free nor kept for a later request."""
-        slots = self.scheduler._pedro_rows
-        return int(self.settings["max_num_seqs"]) - len(slots._free) - len(slots._idle)
+        """Rows that are neither free nor cached for a later request."""
+        rows = self.scheduler._pedro_rows
+        return int(self.settings["max_num_seqs"]) - len(rows._free) - len(rows._cached)
 
 
 @contextlib.contextmanager

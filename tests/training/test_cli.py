@@ -12,7 +12,8 @@ import torch
 
 from vllm_pedro import cli
 from vllm_pedro.adapter import init_adapter, load_adapter, save_adapter
-from vllm_pedro.config import BackboneShape, PedroConfig
+from vllm_pedro.backbone import BackboneShape
+from vllm_pedro.config import PedroConfig
 from vllm_pedro.generator import generate_vectors, pool_prompt
 from vllm_pedro.training import inspection
 from vllm_pedro.training.run import load_prompts

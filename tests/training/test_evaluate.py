@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from vllm_pedro.errors import PedroError
 from vllm_pedro.model import PedroModel
-from vllm_pedro.reference import NEAR_TIE_MARGIN, reference_generate, reference_score
+from vllm_pedro.model.reference import NEAR_TIE_MARGIN, reference_generate, reference_score
 from vllm_pedro.training.data import DataError, Example, Row, encode, prompt_tokens
 from vllm_pedro.training.evaluate import TransformersEngine, evaluate, squad_f1, squad_normalize
 

@@ -11,7 +11,8 @@ from tiny_task import make_backbone
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from vllm_pedro.adapter import init_adapter
-from vllm_pedro.config import ACTIVATIONS, INPUT_NORMS, POOLINGS, TARGET_MODULES, PedroConfig
+from vllm_pedro.backbone import TARGET_MODULES
+from vllm_pedro.config import ACTIVATIONS, INPUT_NORMS, POOLINGS, PedroConfig
 from vllm_pedro.model import PedroModel, get_pedro_model
 
 STEP = 1e-6

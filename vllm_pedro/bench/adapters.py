@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ..backbone import BLOCKS, BackboneShape
 from ..errors import PedroError
 
 if TYPE_CHECKING:
     import torch
-
-    from ..config import BackboneShape
 
 MODULES: Final = ("q_proj", "v_proj", "up_proj")
 """The paper's target modules; LoRA gets the same ones."""
@@ -27,8 +26,6 @@ KINDS: Final = ("pedro", "static", "lora")
 
 CONTENTS: Final = 16
 """At most so many different weights are made; see :func:`write_adapters`."""
-
-_INSIDE: Final = {"q_proj": "self_attn", "v_proj": "self_attn", "up_proj": "mlp"}
 
 
 def write_adapters(model: str, folder: Path, kind: str, count: int) -> list[Path]:
@@ -51,14 +48,10 @@ def write_adapters(model: str, folder: Path, kind: str, count: int) -> list[Path
     """
     if kind not in KINDS:
         raise PedroError(f"unknown kind of adapter {kind!r}; known: {', '.join(KINDS)}")
-    from transformers import AutoConfig
-
     from ..adapter import WEIGHTS_NAME
-    from ..config import CONFIG_NAME, BackboneShape
+    from ..config import CONFIG_NAME
 
-    if not Path(model, CONFIG_NAME.replace("adapter_", "")).is_file():
-        raise PedroError(f"{model}: expected a model's folder with a config.json")
-    shape = BackboneShape.from_hf_config(AutoConfig.from_pretrained(model, local_files_only=True))
+    shape = BackboneShape.from_pretrained(model)
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     for number in range(count):
@@ -137,7 +130,7 @@ def _lora_tensors(
 
     for layer in range(shape.num_layers):
         for module in MODULES:
-            name = f"base_model.model.model.layers.{layer}.{_INSIDE[module]}.{module}"
+            name = f"base_model.model.model.layers.{layer}.{BLOCKS[module]}.{module}"
             sizes = {"A": (LORA_RANK, shape.hidden_size), "B": (shape.widths[module], LORA_RANK)}
             for side, size in sizes.items():
                 weight = torch.randn(size, generator=random) * 0.01

@@ -8,87 +8,25 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
 from ..errors import PedroError
+from .cases import EngineSpec, Job
 from .driver import Timing
-from .workloads import Workload
-
-KINDS: Final = ("plain", "base", "pedro", "lora")
-LABELS: Final = {
-    "plain": "vLLM, no plugin",
-    "base": "base",
-    "pedro": "PEDRO",
-    "static": "(IA)3",
-    "lora": "LoRA",
-}
-
-
-def case_label(kind: str, mode: str, tenants: int) -> str:
-    """What a case is called in displays and tables."""
-    name = f"{LABELS[kind]}, {mode}"
-    if tenants:
-        return f"{name}, {tenants:,} tenant{'s' if tenants > 1 else ''}"
-    return f"{name}, unused" if kind in ("pedro", "lora") else name
-
+from .worker import serve
 
 CLOSE_SECONDS: Final = 30.0
 TAIL: Final = 12  # lines of an engine's log in an error
-
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """How to start an engine.
-
-    Attributes:
-        kind: ``plain`` (vLLM that does not load the plugin), ``base`` (the plugin loaded, PEDRO
-            off), ``pedro`` or ``lora``; static vectors are served by ``pedro``.
-        compiled: Whether vLLM compiles the model. On the CPU it never does with LoRA.
-        settings: Keywords of ``LLM``, the same for all engines of a run.
-        slots: Adapters on the device at once.
-        host_slots: Adapters in host memory.
-        threads: OpenMP threads.
-    """
-
-    kind: str
-    compiled: bool
-    settings: dict[str, Any] = field(hash=False)
-    slots: int = 1
-    host_slots: int = 1
-    threads: int = 1
-
-    @property
-    def mode(self) -> str:
-        return "compiled" if self.compiled else "eager"
-
-    @property
-    def name(self) -> str:
-        return f"{LABELS[self.kind]}, {self.mode}"
-
-
-@dataclass(frozen=True)
-class Job:
-    """A workload for an engine in another process.
-
-    Attributes:
-        workload: What to run.
-        adapters: ``(name, folder)`` of the tenants, by number.
-    """
-
-    workload: Workload
-    adapters: tuple[tuple[str, str], ...] = ()
 
 
 @contextlib.contextmanager
 def _huge_pages() -> Iterator[None]:
     """Let processes that are started now have huge pages, where the system leaves it to them.
 
-    With small ones it depends on which physical pages a process got how fast it is: of engines that
-    were alike, the slowest took 5 % longer than the fastest, for all of its life, and less than
-    1 % with huge pages (docs/benchmarks.md).
+    Without huge pages, speed depends on page placement: of equal engines the slowest took 5 %
+    longer than the fastest, with huge pages less than 1 % (docs/benchmarks.md).
     """
     ours = {"THP_MEM_ALLOC_ENABLE": "1"}  # torch's tensors
     if "glibc.malloc.hugetlb" not in (given := os.environ.get("GLIBC_TUNABLES", "")):
@@ -110,12 +48,10 @@ class EngineProcess:
 
     Attributes:
         spec: What it was started with.
-        facts: Its memory and start-up times; see ``integration/bench_engine.py``.
+        facts: Its memory and start-up times; see `SteppedLLM`.
     """
 
     def __init__(self, spec: EngineSpec, log: Path) -> None:
-        from ..integration.bench_engine import serve
-
         self.spec = spec
         self._log = log
         context = multiprocessing.get_context("spawn")

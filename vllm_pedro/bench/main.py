@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from ..errors import PedroError
+from .arguments import count, find_model, positive
 from .offline import ENGINES, FAMILIES, QUICK, Options, Sizes, comparisons, default_engines, run
-from .report import collect, short_table, write_report
+from .report import check_plots, finish, write_report
 from .results import Recorder, load_average, read_results, say
 
 PROGRAM: Final = "vllm-pedro bench"
@@ -78,13 +77,13 @@ def _add_common(parser: argparse.ArgumentParser, output: str, minutes: float, re
     )
     parser.add_argument(
         "--minutes",
-        type=_positive,
+        type=positive,
         default=minutes,
         metavar="M",
         help="start no repeat that would end later than this (%(default)g)",
     )
     parser.add_argument(
-        "--repeats", type=_count, default=repeats, metavar="N", help="at most (%(default)s)"
+        "--repeats", type=count, default=repeats, metavar="N", help="at most (%(default)s)"
     )
     parser.add_argument("--dtype", default="bfloat16", help="(%(default)s)")
     parser.add_argument("--no-plots", action="store_true", help="write no PNGs")
@@ -113,21 +112,21 @@ def offline_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"of {', '.join(ENGINES)}; default: those that this build of vLLM can run",
     )
-    parser.add_argument("--rows", type=_count, default=sizes.rows, help="at once (%(default)s)")
-    parser.add_argument("--prompt-tokens", type=_count, default=sizes.prompt_tokens, metavar="N")
-    parser.add_argument("--output-tokens", type=_count, default=sizes.output_tokens, metavar="N")
-    parser.add_argument("--max-model-len", type=_count, default=sizes.max_model_len, metavar="N")
+    parser.add_argument("--rows", type=count, default=sizes.rows, help="at once (%(default)s)")
+    parser.add_argument("--prompt-tokens", type=count, default=sizes.prompt_tokens, metavar="N")
+    parser.add_argument("--output-tokens", type=count, default=sizes.output_tokens, metavar="N")
+    parser.add_argument("--max-model-len", type=count, default=sizes.max_model_len, metavar="N")
     parser.add_argument(
         "--tenants",
         nargs="+",
-        type=_count,
+        type=count,
         metavar="N",
         help="numbers of tenants, up to 10,000 "
         f"(1, ROWS, {', '.join(map(str, sizes.tenants[1:]))})",
     )
     parser.add_argument(
         "--eager-tenants",
-        type=_count,
+        type=count,
         default=sizes.lora_tenants,
         metavar="N",
         help="with more tenants only compiled engines are measured, as eager ones take too long "
@@ -136,38 +135,38 @@ def offline_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tenant-tokens",
         nargs=2,
-        type=_count,
+        type=count,
         metavar=("PROMPT", "OUTPUT"),
         help="lengths of the workload 'tenants' (32 16; above 256 tenants 16 8, above 2,048 8 2)",
     )
     parser.add_argument(
         "--slots",
-        type=_count,
+        type=count,
         metavar="N",
         help="adapters on the device at once, PEDRO's and LoRA's (tenants + 1, at most 33)",
     )
     parser.add_argument(
-        "--concurrency", nargs="+", type=_count, default=list(sizes.concurrencies), metavar="N"
+        "--concurrency", nargs="+", type=count, default=list(sizes.concurrencies), metavar="N"
     )
     parser.add_argument(
         "--prompts",
         nargs="+",
-        type=_count,
+        type=count,
         default=list(sizes.prompts),
         metavar="N",
         help="prompt lengths of the break-even workload",
     )
     parser.add_argument("--static", action="store_true", help="measure (IA)3 vectors too")
     parser.add_argument("--trace", metavar="FILE", help="Azure 2023 CSV or Mooncake JSONL, or .gz")
-    parser.add_argument("--trace-requests", type=_count, default=sizes.trace_count, metavar="N")
+    parser.add_argument("--trace-requests", type=count, default=sizes.trace_count, metavar="N")
     parser.add_argument(
-        "--trace-speed", type=_positive, default=1.0, metavar="X", help="times as fast"
+        "--trace-speed", type=positive, default=1.0, metavar="X", help="times as fast"
     )
     parser.add_argument(
-        "--trace-shrink", type=_positive, default=1.0, metavar="X", help="divide lengths by this"
+        "--trace-shrink", type=positive, default=1.0, metavar="X", help="divide lengths by this"
     )
     parser.add_argument(
-        "--kv-cache-mib", type=_count, default=512, metavar="N", help="of each engine (%(default)s)"
+        "--kv-cache-mib", type=count, default=512, metavar="N", help="of each engine (%(default)s)"
     )
     parser.set_defaults(run=run_offline)
     return parser
@@ -199,22 +198,6 @@ def report_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-plots", action="store_true", help="write no PNGs")
     parser.set_defaults(run=run_report)
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
-    return value
 
 
 # Commands ----------------------------------------------------------------------------------------
@@ -275,28 +258,6 @@ def _run(
     return 0
 
 
-def find_model(model: str | None) -> str:
-    """The model's folder; the demo's model if none is named."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if model is not None:
-        if not Path(model, "config.json").is_file():
-            raise PedroError(f"{model}: expected a model's folder with a config.json")
-        return model
-    from ..fetch import fetch_model
-
-    return str(fetch_model(progress=True))
-
-
-def check_plots() -> None:
-    """Say that matplotlib is missing before an hour of measuring, not after it."""
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise PedroError(
-            "plots need matplotlib: pip install 'vllm-pedro[bench]', or use --no-plots"
-        )
-
-
 def _warn_if_busy() -> None:
     load = load_average()
     if load and load[0] > 0.5:
@@ -304,24 +265,6 @@ def _warn_if_busy() -> None:
             f"the load average is {load[0]:.1f}: other programs use this machine, and the figures "
             "will show it"
         )
-
-
-def finish(recorder: Recorder, folder: Path, plots: bool, seconds: float) -> None:
-    """Write the report and print the short table."""
-    paths = write_report(recorder.records, folder, plots)
-    print(short_table(collect(recorder.records)))
-    from .report import CPU_NOTE, break_even_table, runs_on_cpu
-
-    evens = break_even_table(collect(recorder.records))
-    if evens:
-        print(f"\n{evens}")
-    print(
-        "\nMedian over the repeats (lowest-highest). '÷ base' is to base in the same mode; ratios "
-        "are taken within a repeat."
-    )
-    if runs_on_cpu(recorder.records):
-        print(CPU_NOTE)
-    print(f"{seconds / 60:.1f} minutes. In {folder}: " + ", ".join(p.name for p in paths))
 
 
 def run_report(args: argparse.Namespace, argv: list[str]) -> int:

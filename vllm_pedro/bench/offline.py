@@ -15,14 +15,8 @@ from typing import Any, Final
 from ..errors import PedroError
 from . import figures
 from .adapters import folder_bytes, model_label, write_adapters
-from .engines import (
-    EngineProcess,
-    EngineSpec,
-    Job,
-    available_threads,
-    case_label,
-    start_engines,
-)
+from .cases import EngineSpec, Job, case_label
+from .engines import EngineProcess, available_threads, start_engines
 from .results import Recorder, load_average, say
 from .workloads import (
     MIX_RULES,

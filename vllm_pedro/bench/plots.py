@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from ..errors import PedroError
 from .figures import Latency
-from .report import Series, break_evens, single_of
+from .series import Series, break_evens, single_of
 
 STYLES: Final = {
     ("base", "compiled"): {"color": "0.0", "marker": "o", "linestyle": "-"},
@@ -161,7 +161,7 @@ def _lengths(series: Series) -> str:
 def _error_bars(
     axes: Any, points: Sequence[tuple[float, Any]], style: Any, key: Any, label: bool = True
 ) -> None:
-    from .engines import LABELS
+    from .cases import LABELS
 
     if points:
         xs, spreads = [p[0] for p in points], [p[1] for p in points]
@@ -227,7 +227,7 @@ def draw_break_even(all_series: Sequence[Series]) -> Any:
 
 
 def _latency_line(axes: Any, repeats: Sequence[Latency], most: int, key: tuple[str, str]) -> None:
-    from .engines import LABELS
+    from .cases import LABELS
     from .figures import Spread
 
     xs = list(range(1, most + 1))

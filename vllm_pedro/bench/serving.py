@@ -28,8 +28,8 @@ from typing import Any, Final
 from ..errors import PedroError
 from . import figures
 from .adapters import LORA_RANK, MODULES, PEDRO_RANK, folder_bytes, model_label, write_adapters
+from .cases import LABELS
 from .driver import Timing
-from .engines import LABELS
 from .offline import ENGINES, default_engines, is_cpu
 from .results import Recorder, load_average, say
 from .workloads import (
@@ -52,18 +52,18 @@ HOST: Final = "127.0.0.1"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that only this benchmark has."""
-    from .main import _count, _positive
+    from .arguments import count, positive
 
     parser.add_argument("--servers", nargs="+", choices=ENGINES, metavar="NAME")
-    parser.add_argument("--tenants", type=_count, default=8, metavar="N", help="(%(default)s)")
+    parser.add_argument("--tenants", type=count, default=8, metavar="N", help="(%(default)s)")
     parser.add_argument("--mix", choices=MIXES, default="uniform", help="(%(default)s)")
-    parser.add_argument("--requests", type=_count, default=64, metavar="N", help="(%(default)s)")
-    parser.add_argument("--prompt-tokens", type=_count, default=128, metavar="N")
-    parser.add_argument("--output-tokens", type=_count, default=32, metavar="N")
+    parser.add_argument("--requests", type=count, default=64, metavar="N", help="(%(default)s)")
+    parser.add_argument("--prompt-tokens", type=count, default=128, metavar="N")
+    parser.add_argument("--output-tokens", type=count, default=32, metavar="N")
     parser.add_argument(
         "--concurrency",
         nargs="*",
-        type=_count,
+        type=count,
         default=[16],
         metavar="N",
         help="a closed loop of so many requests for each (%(default)s)",
@@ -71,18 +71,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate",
         nargs="*",
-        type=_positive,
+        type=positive,
         default=[],
         metavar="R",
         help="Poisson arrivals of so many requests a second, for each",
     )
     parser.add_argument("--trace", metavar="FILE", help="replay this trace too")
-    parser.add_argument("--trace-speed", type=_positive, default=1.0, metavar="X")
-    parser.add_argument("--trace-shrink", type=_positive, default=1.0, metavar="X")
-    parser.add_argument("--max-model-len", type=_count, default=1024, metavar="N")
-    parser.add_argument("--max-num-seqs", type=_count, default=32, metavar="N")
-    parser.add_argument("--slots", type=_count, metavar="N", help="(tenants + 1, at most 33)")
-    parser.add_argument("--kv-cache-mib", type=_count, default=512, metavar="N")
+    parser.add_argument("--trace-speed", type=positive, default=1.0, metavar="X")
+    parser.add_argument("--trace-shrink", type=positive, default=1.0, metavar="X")
+    parser.add_argument("--max-model-len", type=count, default=1024, metavar="N")
+    parser.add_argument("--max-num-seqs", type=count, default=32, metavar="N")
+    parser.add_argument("--slots", type=count, metavar="N", help="(tenants + 1, at most 33)")
+    parser.add_argument("--kv-cache-mib", type=count, default=512, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -373,7 +373,8 @@ def _peak(pid: int) -> int:
 
 def run_serving(args: argparse.Namespace, argv: list[str]) -> int:
     """``vllm-pedro bench serving``."""
-    from .main import check_plots, find_model, finish
+    from .arguments import find_model
+    from .report import check_plots, finish
 
     started = time.monotonic()
     plan = workloads(args)

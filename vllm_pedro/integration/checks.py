@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from .options import PedroOptions
-
-SUPPORTED_ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "GemmaForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-    "Phi3ForCausalLM",
-)
-"""Each is compared with plain transformers in ``tests/integration/test_architectures.py``."""
+from ..backbone import ARCHITECTURES
 
 
-def check_engine(vllm_config: Any, options: PedroOptions) -> None:
+def check_engine(vllm_config: Any) -> None:
     """Refuse configurations whose PEDRO rows would not be exact.
 
     Args:
         vllm_config: vLLM's finished configuration.
-        options: The PEDRO options.
 
     Raises:
         ValueError: Names everything that stands in the way and what to change.
@@ -50,10 +37,10 @@ def _reasons(config: Any) -> list[str]:
         if is_kind:
             found.append(f"{kind} models are not supported")
     architecture = model.architecture
-    if architecture not in SUPPORTED_ARCHITECTURES:
+    if architecture not in ARCHITECTURES:
         found.append(
             f"architecture {architecture} is not among those whose projections are known "
-            f"({', '.join(SUPPORTED_ARCHITECTURES)})"
+            f"({', '.join(ARCHITECTURES)})"
         )
     for name in (
         "tensor_parallel_size",

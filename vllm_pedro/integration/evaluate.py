@@ -1,17 +1,14 @@
-"""The part of ``vllm-pedro eval --engine vllm`` that runs vLLM."""
+"""The part of `vllm-pedro eval --engine vllm` that runs vLLM."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import warnings
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import load_adapter
-from ..errors import PedroError
+from ..errors import PedroError, first_line
+from .llm import start_llm
 
 if TYPE_CHECKING:
     from ..training.data import Example
@@ -70,6 +67,8 @@ class VllmEngine:
         return found
 
     def _run(self, prompts: Sequence[list[int]], params: Any, lengths: Sequence[Any]) -> Any:
+        from vllm.exceptions import VLLMClientError
+
         from .request import PedroRequest
 
         requests: Any = None
@@ -78,8 +77,8 @@ class VllmEngine:
         inputs: Any = [{"prompt_token_ids": tokens} for tokens in prompts]
         try:
             return self._llm.generate(inputs, params, lora_request=requests, use_tqdm=False)
-        except ValueError as error:
-            raise PedroError(f"vLLM: {str(error).strip().splitlines()[0]}") from error
+        except (ValueError, VLLMClientError) as error:
+            raise PedroError(f"vLLM: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -89,55 +88,25 @@ def start_engine(
     """Start vLLM in this process; when the block ends, nothing of it is left running.
 
     Args:
-        model: the backbone's folder.
-        adapter: an adapter folder; None for the plain model.
-        max_model_len: most tokens of a row, prompt and answer.
-        dtype: the backbone's.
+        model: The backbone's folder.
+        adapter: An adapter folder; None for the plain model.
+        max_model_len: Most tokens of a row, prompt and answer.
+        dtype: The backbone's.
         seed: vLLM's.
 
     Raises:
-        AdapterError: the folder holds no adapter.
+        AdapterError: The folder holds no adapter.
         PedroError: vLLM does not start.
-        ModuleNotFoundError: it is not installed.
+        ModuleNotFoundError: vLLM is not installed.
     """
-    if find_spec("vllm") is None:
-        raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
-    keywords: dict[str, Any] = {
-        "dtype": dtype,
-        "max_model_len": max_model_len,
-        "max_num_seqs": MAX_ROWS,
-        "max_num_batched_tokens": max(4096, max_model_len),
-        "kv_cache_memory_bytes": KV_CACHE_BYTES,
-        "enforce_eager": True,
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-        "seed": seed,
-    }
-    if adapter is not None:
-        config = load_adapter(adapter).config
-        keywords |= {
-            "enable_pedro": True,
-            "max_pedros": 1,
-            "max_pedro_rank": max(1, config.r),
-            "pedro_target_modules": sorted(config.target_modules),
-        }
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
-    from vllm import LLM
-
-    warnings.simplefilter("ignore")
-    llm: Any = None
-    try:
-        try:
-            llm = LLM(model, **keywords)
-        except PedroError:
-            raise
-        except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise PedroError(f"vLLM did not start: {first}") from error
+    with start_llm(
+        model,
+        None if adapter is None else [adapter],
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=MAX_ROWS,
+        max_num_batched_tokens=max(4096, max_model_len),
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
+        seed=seed,
+    ) as llm:
         yield VllmEngine(llm, None if adapter is None else os.path.abspath(adapter))
-    finally:
-        if llm is not None:
-            llm.llm_engine.engine_core.shutdown()

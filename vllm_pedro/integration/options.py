@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..config import TARGET_MODULES
+from ..backbone import TARGET_MODULES
 
 CONFIG_KEY = "pedro"
 """Key in vLLM's `additional_config`, which reaches every process and is hashed into the key of

@@ -7,10 +7,10 @@ import importlib
 import logging
 from collections.abc import Callable
 
-from .._import_hook import when_imported
-from ..versions import check_vllm_version
 from . import wire
+from .import_hook import when_imported
 from .patches import Patch
+from .versions import check_vllm_version
 
 VLLM = "https://github.com/vllm-project/vllm"
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..adapter import StoredAdapter, read_adapter
-from ..config import TARGET_MODULES, BackboneShape, PedroConfig
+from ..backbone import TARGET_MODULES, BackboneShape
+from ..config import PedroConfig
 from ..errors import AdapterError
 from ..ops.layout import UNIT, BlobLayout, aligned
 from .arena import Span, Spans

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..adapter import Array, StoredAdapter
-from ..config import BackboneShape, PedroConfig
+from ..backbone import BackboneShape
+from ..config import PedroConfig
 from ..ops.layout import BlobLayout, aligned
 
 ALIGNMENT = 256

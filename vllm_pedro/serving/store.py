@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import TARGET_MODULES, BackboneShape
+from ..backbone import TARGET_MODULES, BackboneShape
 from .plan import IDENTITY_ROW, StepPlan
 
 

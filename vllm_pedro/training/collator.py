@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_pedro.model import IGNORED_LABEL
-from vllm_pedro.training.data import Example
+from ..model import IGNORED_LABEL
+from .data import Example
 
 
 @dataclass(frozen=True)

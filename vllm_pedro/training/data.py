@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from vllm_pedro.config import shorten
-from vllm_pedro.errors import PedroError
+from ..errors import PedroError
+from ..files import shorten
 
 
 class DataError(PedroError):

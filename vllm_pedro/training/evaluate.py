@@ -15,12 +15,12 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
-from vllm_pedro.errors import PedroError
-from vllm_pedro.model import PedroModel
-from vllm_pedro.training.collator import CompletionCollator
-from vllm_pedro.training.data import DataError, Example, Row, encode, prompt_tokens
+from ..errors import PedroError
+from ..model import PedroModel
+from .choices import METRICS
+from .collator import CompletionCollator
+from .data import DataError, Example, Row, encode, prompt_tokens
 
-METRICS: Final = ("accuracy", "f1-em", "exact-match", "loss")
 MAX_LABELS: Final = 100
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_pedro.adapter import Adapter
-from vllm_pedro.errors import PedroError
-from vllm_pedro.generator import activate
-from vllm_pedro.model import PedroModel
+from ..adapter import Adapter
+from ..errors import PedroError
+from ..generator import activate
+from ..model import PedroModel
 
 # GELU has all its shape here; with an input norm, inputs of the activations lie within.
 PLOT_LIMIT = 4.0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,18 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
-from vllm_pedro.config import PedroConfig, replace_file
-from vllm_pedro.errors import PedroError
-from vllm_pedro.model import PedroModel, get_pedro_model
-from vllm_pedro.training.collator import CompletionCollator, PackedCollator
-from vllm_pedro.training.data import Dataset, encode, load_dataset, prompt_tokens, read_rows
-from vllm_pedro.training.evaluate import TransformersEngine, evaluate
-from vllm_pedro.training.progress import Progress
-from vllm_pedro.training.trainer import PedroTrainer, PedroTrainingArguments
+from ..config import PedroConfig
+from ..errors import PedroError
+from ..files import replace_file
+from ..model import PedroModel, get_pedro_model
+from .choices import DTYPES
+from .collator import CompletionCollator, PackedCollator
+from .data import Dataset, encode, load_dataset, prompt_tokens, read_rows
+from .evaluate import Engine, TransformersEngine, evaluate
+from .progress import Progress
+from .trainer import PedroTrainer, PedroTrainingArguments
 
 RECORD_NAME = "training.json"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -218,22 +219,31 @@ def evaluate_files(
     data: str,
     metric: str,
     adapter: str | None = None,
-    engine: str = "transformers",
+    start_engine: Callable[..., AbstractContextManager[Engine]] | None = None,
     dtype: str = "auto",
     limit: int | None = None,
     max_new_tokens: int = 64,
 ) -> dict[str, Any]:
     """Score a model in a folder on a data file; see `training.evaluate.evaluate`.
 
+    Args:
+        model: the backbone's folder.
+        data: the file.
+        metric: one of `METRICS`.
+        adapter: an adapter's folder; None for the plain model.
+        start_engine: given model, adapter, the longest row and the dtype, an engine for a `with`
+            block, such as `integration.evaluate.start_engine`; None for transformers.
+        dtype: one of `DTYPES`.
+        limit: use the first rows only.
+        max_new_tokens: of a free answer.
+
     Raises:
         PedroError: unusable data, model or adapter.
     """
-    if engine not in ("transformers", "vllm"):
-        raise PedroError(f"engine: expected 'transformers' or 'vllm', found {engine!r}")
     rows = read_rows(data, limit)
     kind = str(choose_dtype(dtype)).removeprefix("torch.")
     began = time.monotonic()
-    if engine == "transformers":
+    if start_engine is None:
         loaded, tokenizer = load_backbone(model, choose_dtype(dtype))
         if torch.cuda.is_available():
             loaded = loaded.to("cuda")
@@ -249,9 +259,8 @@ def evaluate_files(
     else:
         tokenizer = load_tokenizer(model)
         longest = max(len(encode(tokenizer, row)) for row in rows)
-        start = importlib.import_module("vllm_pedro.integration.evaluate").start_engine
         room = longest + max_new_tokens + 1
-        with start(model, adapter, room, kind) as served:
+        with start_engine(model, adapter, room, kind) as served:
             scores = evaluate(served, tokenizer, rows, metric, max_new_tokens)
     return {
         "metric": metric,
@@ -259,7 +268,7 @@ def evaluate_files(
         "model": model,
         "adapter": adapter,
         "data": data,
-        "engine": engine,
+        "engine": "transformers" if start_engine is None else "vllm",
         "dtype": kind,
         "seconds": round(time.monotonic() - began, 1),
     }

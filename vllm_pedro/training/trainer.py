@@ -24,10 +24,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
-from vllm_pedro.adapter import load_adapter
-from vllm_pedro.errors import PedroError
-from vllm_pedro.model import IGNORED_LABEL, PedroModel
-from vllm_pedro.training.data import Example, held_out_split
+from ..adapter import load_adapter
+from ..errors import PedroError
+from ..model import IGNORED_LABEL, PedroModel
+from .data import Example, held_out_split
 
 # What a config must share with a checkpoint's for the parameters to mean the same.
 _STRUCTURE = ("r", "target_modules", "pooling", "input_norm", "activation", "rational_order")

@@ -11,7 +11,8 @@ from stored import stored
 from torch import Tensor, nn
 
 from vllm_pedro.adapter import init_adapter
-from vllm_pedro.config import TARGET_MODULES, BackboneShape, PedroConfig
+from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
+from vllm_pedro.config import PedroConfig
 from vllm_pedro.integration.worker.layers import HookedModel, find_decoder_layers
 from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, AdapterReader
 from vllm_pedro.serving.rows import Assignment

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ...config import BackboneShape
+from ...backbone import BackboneShape
 from ...serving.adapters import AdapterLimits
 from ..options import CONFIG_KEY, PedroOptions, options_of, tokens_for_any_prompt
 
@@ -24,7 +24,7 @@ def create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
             from ..checks import check_engine
             from ..scheduler import scheduler_path
 
-            check_engine(config, options)
+            check_engine(config)
             _fill_in_memory(config, options)
             scheduler = config.scheduler_config
             if scheduler.scheduler_cls is not None:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...config import CONFIG_NAME, TARGET_MODULES
+from ...backbone import TARGET_MODULES
+from ...config import CONFIG_NAME
 from ...errors import PedroError
 from ..options import CONFIG_KEY, ENABLE_KEYWORD, OPTION_NAMES, PedroOptions
 from .folders import check_name

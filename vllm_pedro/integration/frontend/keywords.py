@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ...versions import check_vllm_version
 from ..options import CONFIG_KEY, ENABLE_KEYWORD, OPTION_NAMES, PedroOptions
+from ..versions import check_vllm_version
 
 PLUGIN_NAME = "vllm_pedro"
 """Name of the entry point in ``vllm.general_plugins``."""

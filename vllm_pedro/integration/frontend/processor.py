@@ -12,7 +12,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.utils.async_utils import make_async
 
-from ...config import BackboneShape
+from ...backbone import BackboneShape
 from ...errors import PedroError
 from ...serving.adapters import AdapterLimits
 from ...serving.spec import RequestSpec, cache_salt

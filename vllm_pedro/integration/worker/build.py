@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...config import BackboneShape
+from ...backbone import BackboneShape
 from ...ops import library
 from ...serving.adapters import AdapterBank, AdapterLimits, AdapterReader, HostCache
 from ...serving.runtime import PedroRuntime

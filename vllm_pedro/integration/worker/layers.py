@@ -7,19 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from ...config import TARGET_MODULES, BackboneShape
+from ...backbone import BLOCKS, PACKED, TARGET_MODULES, BackboneShape
 from ...serving.layer import PedroLayer
 from ...serving.plan import Ints
 from ...serving.runtime import PedroRuntime
 from ...serving.store import VectorStore
 from .compiled import activation_hook, input_hook, scale_hook, value_hook
 from .eager import ForwardSwitch
-
-PACKED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-"""vLLM's packed projections and what they pack, in the order of their columns."""
 
 
 def find_decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -136,7 +130,7 @@ def _hook_layer(
         columns = _columns(stored, packed)
         if columns is None:
             continue
-        projection = getattr(attention if name == "qkv_proj" else mlp, name)
+        projection = getattr(getattr(layer, BLOCKS[name]), name)
         offset = 0
         for module in packed:
             if module in stored:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_pedro.scaling import scale_sequences
+from vllm_pedro.model.scaling import scale_sequences
 
 SEQUENCES = torch.tensor([[0, 0, 1, 1, 1], [2, 3, 3, 3, 3]])
 

@@ -23,21 +23,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_pedro import adapter as module
 from vllm_pedro.adapter import (
     Adapter,
     adapter_digest,
     expected_tensors,
+    header,
     init_adapter,
     inspect_adapter,
     load_adapter,
     read_adapter,
+    reading,
     save_adapter,
     tensor_name,
     verify_adapter,
     widen,
 )
-from vllm_pedro.config import ACTIVATIONS, TARGET_MODULES, BackboneShape, PedroConfig
+from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
+from vllm_pedro.config import ACTIVATIONS, PedroConfig
 from vllm_pedro.errors import AdapterError, PedroError
 
 WIDTHS = {"q_proj": 16, "k_proj": 8, "v_proj": 8, "gate_proj": 24, "up_proj": 24}
@@ -254,8 +256,10 @@ def test_blocks_are_few(tmp_path: Path) -> None:
 def test_every_value_of_16_bits_is_widened_or_refused(name: str) -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
     exact = torch.from_numpy(bits).view(DTYPES[name]).float().numpy()
-    stored = module.STORED[name]
-    finite = [module._is_finite(bits[i : i + 1].view(np.uint8), stored) for i in range(1 << 16)]
+    stored = header.STORED[name]
+    finite = [
+        reading.is_finite_bits(bits[i : i + 1].view(np.uint8), stored) for i in range(1 << 16)
+    ]
     assert finite == np.isfinite(exact).tolist()
     values = np.ones(1 << 16, np.float32)
     widen(bits.view(stored.dtype), values)
@@ -267,7 +271,7 @@ def test_values_of_32_bits(value: float) -> None:
     for values in ([value], [-1.0, value, 1.0], [value, -2.0], [2.0, value]):
         data = np.array(values, np.float32)
         for bits in (data, -data):
-            finite = module._is_finite(bits.view(np.uint8), module.STORED["F32"])
+            finite = reading.is_finite_bits(bits.view(np.uint8), header.STORED["F32"])
             assert finite == bool(np.isfinite(data).all())
 
 
@@ -276,7 +280,7 @@ def test_chunks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     want, digest = load_adapter(folder).tensors, adapter_digest(folder)
     size = sum(tensor.numel() for tensor in ADAPTER.tensors.values())
     for chunk in (2, 64, 2 * size - 2, 2 * size, 2 * size + 2):
-        monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(reading, "CHUNK_BYTES", chunk)
         assert verify_adapter(folder, SHAPE)[:2] == (CONFIG, digest)
         assert equal(load_adapter(folder, SHAPE, digest).tensors, want)
         for name, row in ((sorted(want)[0], 0), (sorted(want)[-1], -1)):
@@ -309,10 +313,10 @@ def test_same_header_in_another_folder_is_named_rightly(tmp_path: Path) -> None:
     refused(tmp_path / "two", str(path), "something was appended")
 
 
-def test_long_headers_are_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_headers_are_not_cached(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load_adapter(folder)
-    monkeypatch.setattr(module, "MAX_KEPT_HEADER_BYTES", 16)
-    monkeypatch.setattr(module, "_parse_kept", lambda header: pytest.fail("kept"))
+    monkeypatch.setattr(header, "MAX_CACHED_HEADER_BYTES", 16)
+    monkeypatch.setattr(header, "_parse_cached", lambda found: pytest.fail("cached"))
     assert equal(load_adapter(folder).tensors, ADAPTER.tensors)
 
 
@@ -322,7 +326,7 @@ def test_file_that_changes_while_it_is_read(
 ) -> None:
     path = folder / "adapter_model.safetensors"
     size = path.stat().st_size
-    original = module._read_header
+    original = reading.read_header
 
     def changed_behind(file: Any, source: str) -> Any:
         found = original(file, source)
@@ -334,7 +338,7 @@ def test_file_that_changes_while_it_is_read(
     adapter = init_adapter(config, BackboneShape(2, 2048, WIDTHS))
     write(folder, config.to_dict(), adapter.tensors)
     size = path.stat().st_size
-    monkeypatch.setattr(module, "_read_header", changed_behind)
+    monkeypatch.setattr(reading, "read_header", changed_behind)
     for call in (load_adapter, verify_adapter):
         with pytest.raises(AdapterError, match="changed while it was read"):
             call(folder)
@@ -753,8 +757,8 @@ def test_huge_files_are_not_read(folder: Path) -> None:
         file.truncate((1 << 30) + 8)  # sparse: takes no space
     refused(folder, "header of at most")
     with open(path, "wb") as file:
-        file.truncate(module.MAX_WEIGHTS_BYTES + 1)
-    refused(folder, f"at most {module.MAX_WEIGHTS_BYTES} bytes")
+        file.truncate(header.MAX_WEIGHTS_BYTES + 1)
+    refused(folder, f"at most {header.MAX_WEIGHTS_BYTES} bytes")
     with pytest.raises(AdapterError, match="at most"):
         adapter_digest(folder)
 

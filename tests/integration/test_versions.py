@@ -11,17 +11,16 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import vllm_pedro
-from vllm_pedro import versions
+from vllm_pedro.integration import versions
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """The package as if installed, away from its source, with this metadata."""
+def installed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The package as if installed with this metadata."""
     requires: list[str] = []
-    monkeypatch.setattr(versions, "_PYPROJECT", tmp_path / "pyproject.toml")
     monkeypatch.setattr(metadata, "requires", lambda name: requires)
     return requires
 
@@ -54,12 +53,6 @@ def test_an_installed_package_asks_its_metadata(installed: list[str]) -> None:
     assert versions.supported_vllm() == SpecifierSet("==8.1.*")
 
 
-def test_a_neighbours_pyproject_does_not_count(installed: list[str], tmp_path: Path) -> None:
-    installed.append('vllm==8.1.*; extra == "cuda"')
-    (tmp_path / "pyproject.toml").write_text('[project]\nname = "another"\n')
-    assert versions.supported_vllm() == SpecifierSet("==8.1.*")
-
-
 def test_metadata_without_the_extra_is_refused(installed: list[str]) -> None:
     installed.append("packaging>=24.0")
     with pytest.raises(RuntimeError, match="names no supported vLLM"):
@@ -69,7 +62,6 @@ def test_metadata_without_the_extra_is_refused(installed: list[str]) -> None:
 def test_neither_source_nor_metadata_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(versions, "_PYPROJECT", tmp_path / "pyproject.toml")
     monkeypatch.setattr(versions, "DISTRIBUTION", "vllm-pedro-that-is-not-there")
     with pytest.raises(RuntimeError, match="is not installed"):
         versions.supported_vllm()

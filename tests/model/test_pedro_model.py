@@ -18,14 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from vllm_pedro.adapter import adapter_digest, init_adapter, load_adapter
-from vllm_pedro.config import (
-    ACTIVATIONS,
-    INPUT_NORMS,
-    POOLINGS,
-    TARGET_MODULES,
-    BackboneShape,
-    PedroConfig,
-)
+from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
+from vllm_pedro.config import ACTIVATIONS, INPUT_NORMS, POOLINGS, PedroConfig
 from vllm_pedro.errors import AdapterError, PedroError
 from vllm_pedro.model import PedroModel, get_pedro_model
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vllm_pedro.errors import PedroError
-from vllm_pedro.model import PedroModel
+from ..errors import PedroError
+from . import PedroModel
 
 # Where the two best logits are closer than this, float32 arithmetic in another order may swap
 # them: a token that differs there is reported apart.

@@ -9,10 +9,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_pedro.adapter import init_adapter, save_adapter
-from vllm_pedro.config import BackboneShape, PedroConfig
+from vllm_pedro.backbone import BackboneShape
+from vllm_pedro.config import PedroConfig
 from vllm_pedro.errors import PedroError
 from vllm_pedro.model import PedroModel
-from vllm_pedro.reference import (
+from vllm_pedro.model.reference import (
     Reference,
     reference_generate,
     reference_logits,

@@ -11,16 +11,16 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_pedro.config import ACTIVATIONS, POOLINGS, TARGET_MODULES, PedroConfig
-from vllm_pedro.errors import PedroError
+from ..backbone import TARGET_MODULES
+from ..config import ACTIVATIONS, POOLINGS, PedroConfig
+from ..errors import PedroError
+from ..training.choices import DTYPES, METRICS
 
 if TYPE_CHECKING:
-    from vllm_pedro.adapter import Adapter
-    from vllm_pedro.training.trainer import PedroTrainingArguments
+    from ..adapter import Adapter
+    from ..training.trainer import PedroTrainingArguments
 
-METRICS = ("accuracy", "f1-em", "exact-match", "loss")
 ENGINES = ("transformers", "vllm")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # The options of TrainingArguments that --help shows; all others are taken too.
 _SHOWN: dict[str, tuple[str, str]] = {
@@ -123,14 +123,16 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _config(args: argparse.Namespace) -> PedroConfig:
+def config_of(args: argparse.Namespace, inference_mode: bool = False) -> PedroConfig:
+    """The config that `add_adapter_options` and `--model` ask for."""
     return PedroConfig(
-        base_model_name_or_path=args.base_model_name or args.model,
+        base_model_name_or_path=getattr(args, "base_model_name", None) or args.model,
         r=args.r,
         target_modules=args.target_modules,
         pooling=args.pooling,
         input_norm=None if args.input_norm == "none" else args.input_norm,
         activation=args.activation[0] if len(args.activation) == 1 else args.activation,
+        inference_mode=inference_mode,
     )
 
 
@@ -142,7 +144,7 @@ def training_arguments(args: argparse.Namespace, others: Sequence[str]) -> Pedro
     """
     from transformers import HfArgumentParser
 
-    from vllm_pedro.training.trainer import PedroTrainingArguments
+    from ..training.trainer import PedroTrainingArguments
 
     argv = ["--output_dir", args.output, "--report_to", "none"]
     defaults = {"save_total_limit": "2"}
@@ -226,13 +228,13 @@ def main_train(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 
 
 def run_train(args: argparse.Namespace, others: Sequence[str], argv: Sequence[str]) -> int:
-    from vllm_pedro.training.run import TrainingJob, train
+    from ..training.run import TrainingJob, train
 
     job = TrainingJob(
         model=args.model,
         train=args.train,
         output=args.output,
-        config=_config(args),
+        config=config_of(args),
         dev=args.dev,
         dtype=args.dtype,
         max_length=args.max_length,
@@ -276,13 +278,13 @@ def inspect_more(adapter: Adapter, args: argparse.Namespace) -> None:
         return
     if args.data is not None and args.model is None:
         raise PedroError("--data needs --model: the vectors are made from the model's states")
-    from vllm_pedro.training import inspection
+    from ..training import inspection
 
     if args.layers:
         print("\n" + inspection.describe_layers(adapter))
     spread = None
     if args.data is not None:
-        from vllm_pedro.training.run import load_prompts
+        from ..training.run import load_prompts
 
         model, prompts = load_prompts(args.model, args.adapter, args.data, args.limit)
         spread = inspection.spread_over_prompts(inspection.vectors_of_prompts(model, prompts))
@@ -293,14 +295,19 @@ def inspect_more(adapter: Adapter, args: argparse.Namespace) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    from vllm_pedro.training.run import evaluate_files
+    from ..training.run import evaluate_files
 
+    start_engine: Any = None
+    if args.engine == "vllm":
+        from ..integration import evaluate
+
+        start_engine = evaluate.start_engine
     scores = evaluate_files(
         args.model,
         args.data,
         args.metric,
         adapter=args.adapter,
-        engine=args.engine,
+        start_engine=start_engine,
         dtype=args.dtype,
         limit=args.limit,
         max_new_tokens=args.max_new_tokens,

@@ -1,0 +1,159 @@
+"""An adapter in host memory: in float32, or as wide as in its file."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import PedroConfig
+from .header import Header, Run
+from .names import BIAS, DENOMINATOR, DOWN, NUMERATOR, UP, Array, tensor_name
+
+
+class LayerTensors(NamedTuple):
+    """One layer's tensors, as `generate_vectors` takes them; None where the adapter has none."""
+
+    down: Tensor | None  # [r, d]
+    up: Tensor | None  # [D, r]
+    bias: Tensor  # [D]
+    numerator: Tensor | None  # [m + 1]
+    denominator: Tensor | None  # [n]
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A validated adapter in host memory.
+
+    Attributes:
+        config: its config.
+        tensors: by full on-disk name; float32, on the CPU, finite.
+        digest: `adapter_digest` of the files it came from or would be saved as.
+        path: the folder it came from, if any.
+    """
+
+    config: PedroConfig
+    tensors: dict[str, Tensor]
+    digest: str
+    path: str | None = None
+
+    @functools.cached_property
+    def num_layers(self) -> int:
+        """Number of decoder layers the adapter is for."""
+        return sum(name.endswith("." + BIAS) for name in self.tensors)
+
+    def layer(self, index: int) -> LayerTensors:
+        """The tensors of one layer."""
+        if not 0 <= index < self.num_layers:
+            raise IndexError(f"layer {index} of an adapter with {self.num_layers} layers")
+        get = self.tensors.get
+        return LayerTensors(
+            get(tensor_name(index, DOWN)),
+            get(tensor_name(index, UP)),
+            self.tensors[tensor_name(index, BIAS)],
+            get(tensor_name(index, NUMERATOR)),
+            get(tensor_name(index, DENOMINATOR)),
+        )
+
+
+class LayerArrays(NamedTuple):
+    """The tensors of some consecutive layers as their file has them; see `StoredAdapter`."""
+
+    down: Array | None  # [layers, r, d]
+    up: Array | None  # [layers, D, r]
+    bias: Array  # [layers, D]
+    numerator: Array | None  # [layers, m + 1]
+    denominator: Array | None  # [layers, n]
+
+
+def widen(values: Array, out: Array) -> None:
+    """Write values of a `StoredAdapter` into float32, exactly.
+
+    Args:
+        values: of any shape and strides.
+        out: float32, of the same shape, with a last dimension that is contiguous. It holds zeros,
+            ones or what was last written here from values of the same dtype: of a float32 the lower
+            half stays as it is where bfloat16 is the upper one.
+    """
+    if values.dtype == np.uint16:
+        out.view("<u2")[..., 1::2] = values
+    else:
+        out[...] = values
+
+
+@dataclass(frozen=True, eq=False)
+class StoredAdapter:
+    """A validated adapter in host memory, its values as wide as in its file.
+
+    What workers keep: of an adapter in 16 bits half of what an `Adapter` takes, and no tensor of it
+    is touched one by one.
+
+    Attributes:
+        config: its config.
+        values: all tensors' values one after the other, finite: float32, float16, or the bits of
+            bfloat16 as uint16. Files of any other dtype, or of several, are widened to float32.
+        digest: `adapter_digest` of the files.
+        path: the folder it came from.
+    """
+
+    config: PedroConfig
+    values: Array
+    digest: str
+    path: str
+    _header: Header = field(repr=False)
+
+    @property
+    def dtype(self) -> str:
+        """What `values` are: "float32", "bfloat16" or "float16"."""
+        return "bfloat16" if self.values.dtype == np.uint16 else self.values.dtype.name
+
+    def blocks(self) -> Iterator[tuple[slice, LayerArrays]]:
+        """The layers, as many at a time as lie evenly in the file: which ones, and their tensors.
+
+        Yields:
+            views of `values`, which `widen` makes float32 of.
+        """
+        for run in self._header.runs:
+            yield (
+                slice(run.first, run.first + run.number),
+                LayerArrays(
+                    self._view(run, DOWN),
+                    self._view(run, UP),
+                    cast(Array, self._view(run, BIAS)),
+                    self._view(run, NUMERATOR),
+                    self._view(run, DENOMINATOR),
+                ),
+            )
+
+    def _view(self, run: Run, suffix: str) -> Array | None:
+        place = run.places.get(suffix)
+        if place is None:
+            return None
+        size = self.values.itemsize
+        inside = [size * math.prod(place.shape[i + 1 :]) for i in range(len(place.shape))]
+        return np.ndarray(
+            (run.number, *place.shape),
+            self.values.dtype,
+            self.values,
+            size * place.begin,
+            (size * run.step, *inside),
+        )
+
+    def widened(self) -> Adapter:
+        """The adapter in float32, tensor by tensor."""
+        values = self.values
+        if values.dtype != np.float32:
+            values = np.zeros(len(values), np.float32)
+            widen(self.values, values)
+        whole = torch.from_numpy(values)
+        tensors = {
+            name: whole[place.begin : place.begin + math.prod(place.shape)].view(place.shape)
+            for name, place in self._header.places.items()
+        }
+        return Adapter(self.config, tensors, self.digest, self.path)

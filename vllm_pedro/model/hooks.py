@@ -1,0 +1,125 @@
+"""One forward pass, and what hooks do in each decoder layer."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PedroError
+from ..generator import VectorGenerator
+from .scaling import scale_sequences
+
+if TYPE_CHECKING:
+    pass
+from .cache import PromptVectors, attach_vectors
+from .projections import Projections
+from .prompts import Packed
+
+PASS_KEY = "pedro_pass"
+
+
+@dataclass
+class Pass:
+    """One forward pass of the backbone.
+
+    Attributes:
+        generators: the adapter's vector generators, one a layer.
+        vectors: those made in this pass, or, if `is_prefill` is False, those to reuse.
+        mask: bool `[B, S]`, the pooled tokens; None means all.
+        is_prefill: whether prompts are being read.
+        packed: where the sequences are, if rows hold several; `mask` is then not used.
+        layers_run: indices of the layers that took part.
+    """
+
+    generators: nn.ModuleList
+    vectors: PromptVectors
+    mask: Tensor | None
+    is_prefill: bool
+    packed: Packed | None = None
+    layers_run: set[int] = field(default_factory=set)
+
+    def vectors_of(self, index: int, hidden: Tensor, cache: Any) -> dict[str, Tensor]:
+        """The vectors of layer `index`, `[B, d_t]` each, or `[N, d_t]` of N packed sequences."""
+        self.layers_run.add(index)
+        if not self.is_prefill:
+            vectors = self.vectors.layers[index]
+            rows = next(iter(vectors.values())).shape[0]
+            if rows != hidden.shape[0]:
+                raise PedroError(
+                    f"the KV cache carries vectors of {rows} sequences, the input has "
+                    f"{hidden.shape[0]}"
+                )
+            return vectors
+        generator = cast(VectorGenerator, self.generators[index])
+        device = generator.up_proj.bias.device
+        mask = self.mask
+        if self.packed is not None:
+            hidden = hidden.flatten(0, 1)[self.packed.index.to(hidden.device)]
+            mask = self.packed.mask
+        mask = None if mask is None else mask.to(device)
+        vectors = cast(dict[str, Tensor], generator(hidden.to(device), mask))
+        if cache is not None:
+            self.vectors.layers[index] = vectors
+            attach_vectors(cache, self.vectors)
+        return vectors
+
+
+class LayerHooks:
+    """What PEDRO does in one decoder layer."""
+
+    def __init__(self, index: int, layer: nn.Module, projections: Projections) -> None:
+        self.index = index
+        self.widths = projections.widths
+        self.current: dict[str, Tensor] | None = None
+        self.sequences: Tensor | None = None
+        self.applied: list[str] = []
+        self.handles = [
+            layer.register_forward_pre_hook(self.before, with_kwargs=True),
+            layer.register_forward_hook(self.after, always_call=True),
+        ]
+        for path, names in projections.modules.items():
+            hook = functools.partial(self.scale, names=names)
+            self.handles.append(layer.get_submodule(path).register_forward_hook(hook))
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        current: Pass | None = kwargs.pop(PASS_KEY, None)
+        if current is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.applied = []
+        self.sequences = None if current.packed is None else current.packed.sequences
+        self.current = current.vectors_of(self.index, hidden, kwargs.get("past_key_values"))
+        return args, kwargs
+
+    def scale(
+        self, module: nn.Module, args: Any, output: Tensor, names: tuple[str, ...]
+    ) -> Tensor | None:
+        if self.current is None or not any(name in self.current for name in names):
+            return None
+        parts = []
+        rows = next(iter(self.current.values())).shape[0]
+        for name in names:
+            vector = self.current.get(name)
+            if vector is None:
+                vector = output.new_ones(rows, self.widths[name])
+            else:
+                self.applied.append(name)
+            parts.append(vector.to(output.device, output.dtype))
+        factor = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        sequences = None if self.sequences is None else self.sequences.to(output.device)
+        return scale_sequences(output, factor, sequences)
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        current, self.current = self.current, None
+        # None: the layer raised, as it does when checkpointing stops a second run early.
+        if current is not None and output is not None and sorted(self.applied) != sorted(current):
+            raise PedroError(
+                f"layer {self.index}: expected one use of each of {list(current)}, found "
+                f"{self.applied}: this layer does not compute its projections as PEDRO expects"
+            )

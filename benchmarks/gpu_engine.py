@@ -117,7 +117,7 @@ class Clock:
         facts = {"kv blocks": self.cache_config.num_gpu_blocks}
         facts["block tokens"] = self.cache_config.block_size
         if (pedro := getattr(self.model_runner, "pedro", None)) is not None:
-            facts |= {"store bytes": pedro.store.nbytes, "slots bytes": pedro.bank.nbytes}
+            facts |= {"store bytes": pedro.store.nbytes, "adapters bytes": pedro.bank.nbytes}
         return facts
 
 

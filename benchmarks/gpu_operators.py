@@ -183,7 +183,7 @@ def generator_cases(
     size = (d, d + kv + shape["intermediate_size"], 12)
     for lengths in ((), (32,), (512,) * 4):
         sample = samples.generate_sample(size, torch.bfloat16, lengths, plan.device)
-        moved = 2 * sum(lengths) * d + len(lengths) * sample.generators[0].nbytes
+        moved = 2 * sum(lengths) * d + len(lengths) * sample.record_bytes
         name = f"generate_vectors: {backend.split(' (')[0]}, {plan.model}, prompts {list(lengths)}"
         yield name, (lambda s=sample: implementation.generate_vectors(*s.args())), moved
 

@@ -24,8 +24,9 @@ import torch
 from runners import current_runner, stage_as_on_a_device
 
 from vllm_pedro import BackboneShape, PedroConfig, PedroModel, save_adapter
-from vllm_pedro.adapter import init_adapter
+from vllm_pedro.adapter import init_adapter, read_adapter
 from vllm_pedro.model.reference import NEAR_TIE_MARGIN, Reference, reference_score
+from vllm_pedro.serving.blobs import blob_bytes
 
 
 @contextlib.contextmanager
@@ -165,6 +166,14 @@ class Oracle:
         self._keep = keep
         self._backbone: Any = None
         self._models: dict[Path, PedroModel] = {}
+
+    def adapter_bytes(self, adapter: Path) -> int:
+        """What an adapter takes of the device's memory."""
+        from transformers import AutoConfig
+
+        shape = BackboneShape.from_hf_config(AutoConfig.from_pretrained(self._path))
+        stored = read_adapter(adapter)
+        return blob_bytes(stored.config, stored.dtype, shape)
 
     def _model(self, adapter: Path | None) -> Any:
         from transformers import AutoModelForCausalLM

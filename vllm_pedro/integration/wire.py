@@ -172,12 +172,12 @@ async def restore(engine_client: Any, digest: str) -> None:
 
 
 async def replace(
-    engine_client: Any, name: str, path: str, digest: str, needs_all_states: bool
+    engine_client: Any, name: str, path: str, digest: str, needs_all_states: bool, nbytes: int
 ) -> int:
     """Give a name's new content to the requests that have not begun; how many those are."""
     return int(
         await engine_client.engine_core.call_utility_async(
-            "pedro_replace", name, path, digest, needs_all_states
+            "pedro_replace", name, path, digest, needs_all_states, nbytes
         )
     )
 
@@ -200,9 +200,11 @@ def preprocess_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
 def add_core_methods(engine_core: type) -> None:
     """Add what :func:`replace` calls; vLLM counts the arguments, so they have to be named."""
 
-    def pedro_replace(self: Any, name: str, path: str, digest: str, needs_all_states: bool) -> int:
+    def pedro_replace(
+        self: Any, name: str, path: str, digest: str, needs_all_states: bool, nbytes: int
+    ) -> int:
         """Called by a front end: see :meth:`.PedroSchedulerMixin.pedro_replace`."""
-        return int(self.scheduler.pedro_replace(name, path, digest, needs_all_states))
+        return int(self.scheduler.pedro_replace(name, path, digest, needs_all_states, nbytes))
 
     engine_core.pedro_replace = pedro_replace  # type: ignore[attr-defined]
 

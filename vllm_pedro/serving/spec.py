@@ -24,6 +24,7 @@ class RequestSpec:
             generating the vectors takes no cache hit.
         is_pinned: Whether the request keeps this content when its name is given another: the beams
             of one search must all have one adapter's vectors.
+        nbytes: What the adapter takes of the device's memory for adapters.
     """
 
     name: str
@@ -33,6 +34,7 @@ class RequestSpec:
     prompt_digest: str
     needs_all_states: bool = False
     is_pinned: bool = False
+    nbytes: int = 0
 
     @property
     def vector_key(self) -> VectorKey:

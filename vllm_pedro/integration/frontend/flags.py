@@ -131,13 +131,22 @@ def _positive(text: str) -> int:
     return value
 
 
+def _size(text: str) -> int:
+    from vllm.utils.argparse_utils import human_readable_int
+
+    value = human_readable_int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
 def add_flags(parser: Any) -> Any:
     """Add PEDRO's flags to vLLM's parser."""
     defaults = PedroOptions()
     group = parser.add_argument_group(
         "PedroConfig",
         "PEDRO adapters: --enable-pedro, --pedro-modules, --max-pedros, --max-cpu-pedros, "
-        "--max-pedro-rank, --pedro-target-modules, --pedro-root.",
+        "--pedro-memory-bytes, --max-pedro-rank, --pedro-target-modules, --pedro-root.",
     )
     group.add_argument(
         "--enable-pedro",
@@ -160,15 +169,24 @@ def add_flags(parser: Any) -> Any:
         default=argparse.SUPPRESS,
         type=_positive,
         metavar="N",
-        help="Adapters on the device at once. Bounds how many different adapters are prefilled in "
-        f"one step, not how many decode in one batch. (default: {defaults.max_pedros})",
+        help="Most different adapters prefilled in one step, not those that decode in one batch. "
+        "(default: as many as the device's memory for adapters holds)",
     )
     group.add_argument(
         "--max-cpu-pedros",
         default=argparse.SUPPRESS,
         type=_positive,
         metavar="N",
-        help="Adapters in host memory. (default: 4 * max-pedros)",
+        help="Adapters in host memory. (default: 4 * max-pedros, or four times what the device's "
+        "memory for adapters holds of the largest; on the CPU what that memory holds)",
+    )
+    group.add_argument(
+        "--pedro-memory-bytes",
+        default=argparse.SUPPRESS,
+        type=_size,
+        metavar="BYTES",
+        help="The device's memory for adapters, also as 512M or 4G. (default: a twentieth of the "
+        "device's memory, and enough for 8 adapters of the highest rank, or max-pedros)",
     )
     group.add_argument(
         "--max-pedro-rank",

@@ -320,6 +320,7 @@ class PedroServingModelsMixin:
             base_model_name=self._pedro_base(base_model_name),
             digest=known.digest,
             needs_all_states=known.needs_all_states,
+            nbytes=known.nbytes,
         )
 
     def _pedro_base(self, name: str | None) -> str | None:
@@ -338,6 +339,7 @@ class PedroServingModelsMixin:
                     entry.lora_path,
                     entry.digest,
                     entry.needs_all_states,
+                    entry.nbytes,
                 )
             await self._pedro_release(old)
         self._pedro_count()

@@ -87,7 +87,12 @@ class PedroInputProcessorMixin:
         options = options_of(self.vllm_config)
         assert options is not None
         shape = BackboneShape.from_hf_config(self.vllm_config.model_config.hf_config)
-        limits = AdapterLimits(shape, options.max_pedro_rank, options.pedro_target_modules)
+        limits = AdapterLimits(
+            shape,
+            options.max_pedro_rank,
+            options.pedro_target_modules,
+            options.pedro_memory_bytes,
+        )
         self.pedro_registry = AdapterRegistry(limits)
         # The original's was bound before the class changed.
         self.process_inputs_async = make_async(
@@ -144,7 +149,7 @@ class PedroInputProcessorMixin:
     def _find_adapter(self, lora_request: Any) -> tuple[str, KnownAdapter]:
         if isinstance(lora_request, ServedPedroRequest):
             return lora_request.lora_path, KnownAdapter(
-                lora_request.digest, lora_request.needs_all_states, ()
+                lora_request.digest, lora_request.needs_all_states, lora_request.nbytes, ()
             )
         path = str(Path(lora_request.lora_path).expanduser().resolve())
         try:
@@ -204,6 +209,7 @@ class PedroInputProcessorMixin:
             digest_tokens(tokens[:length]),
             known.needs_all_states,
             lora_request.is_pinned,
+            known.nbytes,
         )
         wire.put_spec(request.sampling_params, spec)
         request.cache_salt = cache_salt(request.cache_salt, spec)

@@ -398,19 +398,21 @@ class AdapterBank:
                     self._lru[digest].read = event
 
     def _take(self, digest: str, nbytes: int, keep: Collection[str]) -> Span:
-        """A span for an adapter: in a hole, else where others are evicted, else once all moved."""
+        """A span for an adapter: a hole, made by evicting others, or else by moving all blobs."""
         nbytes = aligned(nbytes, ALIGNMENT)
-        while (span := self._spans.allocate(digest, nbytes)) is None:
-            if self._evict(keep):
-                continue
-            self._compact()
+        while True:
             span = self._spans.allocate(digest, nbytes)
-            if span is None:
-                raise RuntimeError(
-                    f"one step's adapters take more than the {self.nbytes} bytes that the device "
-                    "has for them"
-                )
-            break
+            if span is not None:
+                return span
+            if not self._evict(keep):
+                break
+        self._compact()
+        span = self._spans.allocate(digest, nbytes)
+        if span is None:
+            raise RuntimeError(
+                f"one step's adapters take more than the {self.nbytes} bytes that the device has "
+                "for them"
+            )
         return span
 
     def _evict(self, keep: Collection[str]) -> bool:

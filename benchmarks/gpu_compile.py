@@ -383,7 +383,7 @@ def call_as_serving_does(model: str, dtype: Any, count: int = 3) -> Iterator[dic
     """Call each operator with a model's sizes; nothing is read or written if nothing is launched.
 
     Args:
-        model: Of :data:`MODELS`.
+        model: Of `MODELS`.
         dtype: The model's.
         count: Prompts of the step.
 

@@ -141,7 +141,7 @@ def copy_bandwidth(plan: Plan) -> float:
 def operator_cases(
     tokens: int, plan: Plan, backend: str, implementation: Any
 ) -> Iterator[tuple[str, Any, int]]:
-    """Name, call and bytes that have to be moved, each of ``tokens`` rows with its own tenant."""
+    """Name, call and bytes that have to be moved, each of `tokens` rows with its own tenant."""
     shape = MODELS[plan.model]
     d, f = shape["hidden_size"], shape["intermediate_size"]
     kv = d // shape["num_attention_heads"] * shape["num_key_value_heads"]
@@ -176,7 +176,7 @@ def operator_cases(
 def generator_cases(
     plan: Plan, backend: str, implementation: Any
 ) -> Iterator[tuple[str, Any, int]]:
-    """Name, call and bytes of ``generate_vectors``, r = 12 and columns for q, v, up."""
+    """Name, call and bytes of `generate_vectors`, r = 12 and columns for q, v, up."""
     shape = MODELS[plan.model]
     d = shape["hidden_size"]
     kv = d // shape["num_attention_heads"] * shape["num_key_value_heads"]

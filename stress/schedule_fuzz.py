@@ -2,7 +2,7 @@
 
 A case is one workload: requests that arrive, run and are aborted at drawn engine steps. It is fixed
 by (seed, case number). Ten cases in a row share an engine, its prefix cache and the sequences that
-later cases go on with, so ``--case N`` replays its engine's cases up to N.
+later cases go on with, so `--case N` replays its engine's cases up to N.
 
     python stress/schedule_fuzz.py --cases 2000 --seed 0 --json report.json
     python stress/schedule_fuzz.py --seed 0 --case 123
@@ -99,14 +99,14 @@ class Draw:
     """One request as drawn.
 
     Attributes:
-        adapter: Name in :data:`ADAPTERS`, or None for a base row.
+        adapter: Name in `ADAPTERS`, or None for a base row.
         prompt: Token ids; of a follow-up, those that come after the sequence it goes on with.
         prompt_length: P as the request states it, or None for the whole prompt.
         follows: "earlier N" for a sequence of this engine, which N indexes (modulo), or None.
         keeps_length: Whether a follow-up keeps the P of what it goes on with.
         arrives: Engine step, counted from the start of the case.
         aborted: How many steps after its arrival it is aborted, or None.
-        name, number: Of the ``PedroRequest``; drawn from few, as they must not matter.
+        name, number: Of the `PedroRequest`; drawn from few, as they must not matter.
     """
 
     adapter: str | None
@@ -884,7 +884,7 @@ def run(
     on_progress: Callable[[Report], None] | None = None,
     model: Path | None = None,
 ) -> Report:
-    """Run cases ``first`` to ``first + cases``; ``first`` is a multiple of ten."""
+    """Run cases `first` to `first + cases`; `first` is a multiple of ten."""
     torch.set_num_threads(1)  # the tiny model's matrices are not worth more
     shop, report, began = Workshop(folder, model), Report(seed), time.monotonic()
     end = first + cases

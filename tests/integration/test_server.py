@@ -1,4 +1,4 @@
-"""``vllm-pedro serve`` from outside: one real server, the ``openai`` client and curl.
+"""`vllm-pedro serve` from outside: one real server, the `openai` client and curl.
 
 The server has the real model, LoRA and PEDRO, and loads adapters at run time from one directory.
 """

@@ -10,7 +10,7 @@ ALL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
 def plan(slots, lengths=None):
-    """A step whose rows read these slots; one token each unless ``lengths`` says otherwise."""
+    """A step whose rows read these slots; one token each unless `lengths` says otherwise."""
     lengths = lengths or [1] * len(slots)
     names = [str(i) for i in range(len(slots))]
     return plan_step(names, slots, lengths, [0] * len(slots), {})

@@ -31,7 +31,7 @@ from vllm_pedro.serving.blobs import blob_bytes
 
 @contextlib.contextmanager
 def start_engine(model: Path | str, pedro: bool = True, **settings: Any) -> Iterator[Any]:
-    """An ``LLM`` in this process, shut down at the end."""
+    """An `LLM` in this process, shut down at the end."""
     import vllm_pedro  # noqa: F401  (teaches LLM its keywords)
 
     # isort: split
@@ -114,7 +114,7 @@ def write_random_adapter(
 ) -> Path:
     """Write a random adapter for a model. Same arguments, same content.
 
-    ``down_scale`` multiplies the down projection: as initialised it makes vectors that hardly
+    `down_scale` multiplies the down projection: as initialised it makes vectors that hardly
     depend on the prompt, and a test of that dependence would prove nothing.
     """
     from transformers import AutoConfig
@@ -225,7 +225,7 @@ class Oracle:
         completion: int = 0,
         logprob_tolerance: float = 5e-4,
     ) -> bool:
-        """A greedy ``RequestOutput`` has the reference's tokens and prompt log probabilities.
+        """A greedy `RequestOutput` has the reference's tokens and prompt log probabilities.
 
         Returns:
             Whether it ran into a near-tie, after which tokens may rightly differ.

@@ -29,10 +29,10 @@ class EngineSpec:
     """How to start an engine.
 
     Attributes:
-        kind: ``plain`` (vLLM that does not load the plugin), ``base`` (the plugin loaded, PEDRO
-            off), ``pedro`` or ``lora``; static vectors are served by ``pedro``.
+        kind: `plain` (vLLM that does not load the plugin), `base` (the plugin loaded, PEDRO
+            off), `pedro` or `lora`; static vectors are served by `pedro`.
         compiled: Whether vLLM compiles the model. On the CPU it never does with LoRA.
-        settings: Keywords of ``LLM``, the same for all engines of a run.
+        settings: Keywords of `LLM`, the same for all engines of a run.
         slots: Adapters on the device at once.
         host_slots: Adapters in host memory.
         threads: OpenMP threads.
@@ -60,7 +60,7 @@ class Job:
 
     Attributes:
         workload: What to run.
-        adapters: ``(name, folder)`` of the tenants, by number.
+        adapters: `(name, folder)` of the tenants, by number.
     """
 
     workload: Workload

@@ -1,7 +1,7 @@
-"""Servers in turns, each sent the same requests by vLLM's own client, ``vllm bench serve``.
+"""Servers in turns, each sent the same requests by vLLM's own client, `vllm bench serve`.
 
-The client is used as it comes. Its ``timed_trace`` data set takes each request's lengths, content
-and arrival from a file, and its round robin over ``--lora-modules`` gives request i the i-th name,
+The client is used as it comes. Its `timed_trace` data set takes each request's lengths, content
+and arrival from a file, and its round robin over `--lora-modules` gives request i the i-th name,
 so that any assignment of tenants can be asked for. Nothing of it needs pandas or datasets.
 """
 
@@ -122,7 +122,7 @@ def workloads(args: argparse.Namespace) -> list[Workload]:
 
 
 def client_data(workload: Workload) -> tuple[str, int]:
-    """A workload as the client's ``timed_trace`` file, and how many tokens a hash stands for.
+    """A workload as the client's `timed_trace` file, and how many tokens a hash stands for.
 
     Prompts of their own have one hash each, as long as the longest prompt.
     """
@@ -144,14 +144,14 @@ def client_data(workload: Workload) -> tuple[str, int]:
 def client_arguments(
     workload: Workload, model: str, port: int, names: Sequence[str] | None, folder: Path
 ) -> list[str]:
-    """Arguments of ``vllm bench serve``.
+    """Arguments of `vllm bench serve`.
 
     Args:
         workload: What to send.
         model: The model's folder, whose tokenizer the client needs.
         port: The server's.
         names: The adapter's name for each request; None for a server without adapters.
-        folder: Where ``data.jsonl`` is and ``result.json`` will be.
+        folder: Where `data.jsonl` is and `result.json` will be.
     """
     _, size = client_data(workload)
     arguments = {
@@ -221,7 +221,7 @@ def measures_of(result: dict[str, Any]) -> dict[str, float]:
 
 
 def server_arguments(name: str, args: argparse.Namespace, adapters: Sequence[Path]) -> list[str]:
-    """Arguments of ``vllm-pedro serve`` for a kind of server; the same but for the adapters."""
+    """Arguments of `vllm-pedro serve` for a kind of server; the same but for the adapters."""
     kind, _, mode = name.partition("-")
     slots = args.slots or min(args.tenants, 32) + 1
     host_slots = max(slots, min(args.tenants, 256))
@@ -247,7 +247,7 @@ def server_arguments(name: str, args: argparse.Namespace, adapters: Sequence[Pat
 
 
 def run_serving(args: argparse.Namespace, argv: list[str]) -> int:
-    """``vllm-pedro bench serving``."""
+    """`vllm-pedro bench serving`."""
     from .arguments import find_model
     from .report import check_plots, finish
 
@@ -373,7 +373,7 @@ def _ask(port: int, name: str) -> None:
 def run_client(
     workload: Workload, model: str, port: int, paths: Sequence[Path], folder: Path
 ) -> dict[str, Any]:
-    """Run ``vllm bench serve``; its detailed result.
+    """Run `vllm bench serve`; its detailed result.
 
     Raises:
         PedroError: The client failed.

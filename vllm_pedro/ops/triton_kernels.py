@@ -1,6 +1,6 @@
 """The operators in Triton, for GPUs on which the native library has no kernels.
 
-Importing this module imports Triton. Shapes and meaning are those of :mod:`vllm_pedro.ops`; the
+Importing this module imports Triton. Shapes and meaning are those of `vllm_pedro.ops`; the
 wrappers here assume checked arguments and launch on the current stream, without a host sync.
 """
 
@@ -93,7 +93,7 @@ def _pool_kernel(
     partial_ptr, hidden_ptr, arena_ptr, prefills_ptr, hidden_stride, d, layer, splits,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The pooled state of one share of one prompt's tokens, ``[prompts, splits, d]``.
+    """The pooled state of one share of one prompt's tokens, `[prompts, splits, d]`.
 
     With the pooling "last" the whole of it is in share 0.
     """
@@ -136,7 +136,7 @@ def _latent_kernel(
     latent_ptr, partial_ptr, arena_ptr, prefills_ptr, d, layer, splits, max_rank,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``g(p @ W_down + b_down)[k]`` of one prompt."""
+    """`g(p @ W_down + b_down)[k]` of one prompt."""
     prompt = tl.program_id(0)
     k = tl.program_id(1)
     length = tl.load(prefills_ptr + prompt * 4 + 1)

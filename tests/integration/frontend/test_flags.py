@@ -1,4 +1,4 @@
-"""``vllm serve``'s flags."""
+"""`vllm serve`'s flags."""
 
 from __future__ import annotations
 

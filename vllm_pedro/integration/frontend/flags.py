@@ -1,7 +1,7 @@
-"""``vllm serve --enable-pedro ...``: flags that vLLM's command line learns.
+"""`vllm serve --enable-pedro ...`: flags that vLLM's command line learns.
 
 They travel in the parsed arguments, which reach every API server process before plugins load there:
-engine options in ``additional_config``, modules and root in ``lora_modules``.
+engine options in `additional_config`, modules and root in `lora_modules`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .folders import check_name
 
 @dataclass(frozen=True, slots=True)
 class PedroModulePath:
-    """One of ``--pedro-modules``.
+    """One of `--pedro-modules`.
 
     Attributes:
         name: Its model name.
         path: Its folder.
-        base_model_name: The name among those of the base model that ``/v1/models`` gives as parent.
+        base_model_name: The name among those of the base model that `/v1/models` gives as parent.
     """
 
     name: str
@@ -37,7 +37,7 @@ class PedroModulePath:
 
 
 class AdapterModules(list[Any]):
-    """The value of ``lora_modules``: LoRA's modules, and beside them what PEDRO was given."""
+    """The value of `lora_modules`: LoRA's modules, and beside them what PEDRO was given."""
 
     pedro: list[PedroModulePath]
     root: Path | None
@@ -57,7 +57,7 @@ _MODULE_KEYS = {"name", "path", "base_model_name"}
 
 
 def parse_modules(items: Iterable[str]) -> list[PedroModulePath]:
-    """Parse ``name=path``, a JSON object with these keys, or a JSON list of such objects.
+    """Parse `name=path`, a JSON object with these keys, or a JSON list of such objects.
 
     Raises:
         PedroError: Says which item is wrong and how.

@@ -1,8 +1,8 @@
 """What operators see: counts on their way from the workers to vLLM's Prometheus registry.
 
-A worker counts (``serving/stats.py``), its step's output takes the counts to the scheduler, the
+A worker counts (`serving/stats.py`), its step's output takes the counts to the scheduler, the
 scheduler's statistics take them to the front end, and a stat logger beside vLLM's own publishes
-them there. Labels are ``model_name`` and ``engine``, as vLLM has them, and one of a fixed set;
+them there. Labels are `model_name` and `engine`, as vLLM has them, and one of a fixed set;
 never the name of an adapter.
 """
 
@@ -137,7 +137,7 @@ class PedroMetrics:
                 del names[name]
 
     def observe(self, stats: dict[str, Any], engine_idx: int = 0) -> None:
-        """Publish counts as :meth:`PedroRuntime.take_stats` gives them."""
+        """Publish counts as `PedroRuntime.take_stats` gives them."""
         labels = self._labels[engine_idx]
         for tier, count in stats.get("resident", {}).items():
             self._resident.labels(*labels, tier).set(count)

@@ -1,16 +1,16 @@
 """Build script: the package as pyproject.toml declares it, and its native operators if it can.
 
-The operators are a plain shared library that torch loads, ``vllm_pedro/_C.so``: no Python ABI, and
+The operators are a plain shared library that torch loads, `vllm_pedro/_C.so`: no Python ABI, and
 of torch only its stable one. They need a C++ compiler and the headers of an installed torch, and
 for their CUDA kernels a CUDA build of torch and an nvcc of the same major version: of CUDA_HOME or
-CUDA_PATH, of PATH, of /usr/local/cuda, or of NVIDIA's wheels beside torch (the extra ``nvcc``).
+CUDA_PATH, of PATH, of /usr/local/cuda, or of NVIDIA's wheels beside torch (the extra `nvcc`).
 
 Where something is missing, or a compiler fails, the package is installed without the kernels that
-need it, and works. The reason is kept beside the library, in ``_C.note``, for ``vllm-pedro inspect
---backends``.
+need it, and works. The reason is kept beside the library, in `_C.note`, for `vllm-pedro inspect
+--backends`.
 
 pip's isolated builds have no torch, and none is asked for: it would be downloaded for every build.
-``pip install --no-build-isolation .`` builds the operators; ``run.py`` does that.
+`pip install --no-build-isolation .` builds the operators; `run.py` does that.
 
     VLLM_PEDRO_NATIVE=0         build without them
     VLLM_PEDRO_NATIVE=1         fail if they cannot be built; beside a CUDA torch, with CUDA kernels
@@ -188,7 +188,7 @@ def first_error(text: str) -> str:
 
 
 class BuildNative(build_ext):
-    """Builds ``_C.so`` with the compilers alone; a failure leaves the package without it."""
+    """Builds `_C.so` with the compilers alone; a failure leaves the package without it."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"

@@ -1,7 +1,8 @@
 """What a tenant's first request costs for its adapter, part by part, in CPU time.
 
-Front end: the folder is found, read and checked. Host: the worker reads it into host memory. Slot:
-it goes from there into a slot of the bank, between two steps of a batch that waits. Log lines are
+Front end: the folder is found, read and checked. Host: the worker reads it and packs it in host
+memory. Device: the blob is copied from there, between two steps of a batch that waits; an engine on
+the CPU does not make this copy, as it packs an adapter where prefills read it. Log lines are
 written as an engine writes them. With `--before` another revision is measured in turns, each run in
 a process of its own; all of them read the same folders.
 
@@ -27,7 +28,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-PARTS = ("front end", "host", "slot")
+PARTS = ("front end", "host", "device")
 
 
 def measure(args: argparse.Namespace, paths: list[str]) -> dict[str, list[float]]:
@@ -40,7 +41,7 @@ def measure(args: argparse.Namespace, paths: list[str]) -> dict[str, list[float]
     from vllm_pedro.bench.adapters import MODULES, PEDRO_RANK
     from vllm_pedro.integration import plugin
     from vllm_pedro.integration.frontend.processor import AdapterRegistry, PedroInputProcessorMixin
-    from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, HostCache
+    from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, AdapterReader, HostCache
     from vllm_pedro.serving.spec import RequestSpec
     from vllm_pedro.serving.store import VectorStore
 
@@ -55,8 +56,9 @@ def measure(args: argparse.Namespace, paths: list[str]) -> dict[str, list[float]
     front = PedroInputProcessorMixin()
     front.pedro_registry = AdapterRegistry(limits)
     store = VectorStore(shape, modules, 1, 1, torch.bfloat16, cpu)
-    bank = AdapterBank(8, limits, store.columns, cpu)
-    host = HostCache(args.host_slots, limits)
+    reader = AdapterReader(limits, store.columns)
+    host = HostCache(args.host_slots, reader)
+    bank = AdapterBank(8 * limits.largest_blob, reader, cpu, host)
     found: dict[str, list[float]] = {part: [] for part in PARTS}
 
     def timed(part: str, call: Callable[[], Any]) -> Any:
@@ -71,9 +73,8 @@ def measure(args: argparse.Namespace, paths: list[str]) -> dict[str, list[float]
         path, known = timed("front end", lambda request=request: front._find_adapter(request))
         specs.append(RequestSpec(request.lora_name, path, known.digest, 16, "prompt"))
     for spec in specs:
-        adapter = timed("host", lambda spec=spec: host.get(spec))
-        get = {spec.digest: adapter}.get
-        timed("slot", lambda d=spec.digest, g=get: bank.make_resident(d, lambda: g(d), {d}))
+        timed("host", lambda spec=spec: host.get(spec))
+        timed("device", lambda spec=spec: bank.make_resident(spec, {spec.digest}))
     found["all"] = [sum(times) for times in zip(*found.values(), strict=True)]
     return {part: times[args.warm_up :] for part, times in found.items()}
 

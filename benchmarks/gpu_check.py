@@ -7,7 +7,7 @@
 
 Engines of a comparison are loaded at once, each in a process of its own, and take turns, in turned
 order every other round. Rounds go on until a comparison that ought to come out even does to 0.005.
-Each result is written at once to ``results.jsonl``; parts that are there, with nothing failed or
+Each result is written at once to `results.jsonl`; parts that are there, with nothing failed or
 wrong, are skipped. A part that fails or runs out of time costs the others nothing. Exit status 1:
 something failed or was wrong.
 
@@ -59,7 +59,7 @@ class Check:
     """One start: what is measured with, and the clock of the part that runs.
 
     Attributes:
-        deadline: Of ``time.monotonic``; when the part has to be over.
+        deadline: Of `time.monotonic`; when the part has to be over.
     """
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
@@ -267,7 +267,7 @@ def fuzz(check: Check, deadline: float) -> Rows:
 
 
 def decode_points(check: Check, specs: list[Spec], points: list[tuple[int, int]]) -> Rows:
-    """Steady decode at ``(sequences, tenants)``; rows of a tenant lie side by side."""
+    """Steady decode at `(sequences, tenants)`; rows of a tenant lie side by side."""
     prompt, tokens = (16, 24) if check.small else (32, 96)
     for engines, errors in check.groups(specs):
         yield from errors
@@ -393,7 +393,7 @@ def running(check: Check) -> Rows:
 
 
 def memory(check: Check) -> Rows:
-    """KV blocks left at the same ``gpu_memory_utilization``; one engine on the card at a time."""
+    """KV blocks left at the same `gpu_memory_utilization`; one engine on the card at a time."""
     check.quiet()
     check.pool.close()
     share = 0.9
@@ -484,7 +484,7 @@ PARTS: dict[str, Callable[[Check], Rows]] = {
 
 
 class Results:
-    """``results.jsonl``: a line about each start, then its rows; a line where a part is done."""
+    """`results.jsonl`: a line about each start, then its rows; a line where a part is done."""
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)

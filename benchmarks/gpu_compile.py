@@ -383,7 +383,7 @@ def call_as_serving_does(model: str, dtype: Any, count: int = 3) -> Iterator[dic
     """Call each operator with a model's sizes; nothing is read or written if nothing is launched.
 
     Args:
-        model: Of :data:`MODELS`.
+        model: Of `MODELS`.
         dtype: The model's.
         count: Prompts of the step.
 
@@ -392,20 +392,20 @@ def call_as_serving_does(model: str, dtype: Any, count: int = 3) -> Iterator[dic
     """
     import torch
 
-    from vllm_pedro.ops import GeneratorLayout, triton_kernels
+    from vllm_pedro.ops import triton_kernels
 
     d, q, k, v, gate, up = MODELS[model]
     width, tokens = q + k + v + gate + up, count
-    row = GeneratorLayout(d, width, RANK).record
     constants = {"dtype": str(dtype).removeprefix("torch."), "d": f"d = {d}"}
     # Addresses and strides count, not contents: pages that are not touched take no memory.
     hidden = torch.empty(tokens, d, dtype=dtype)
     vectors = torch.empty(count + 1, width, dtype=dtype)
-    generators = torch.empty(2, row)
+    arena = torch.empty(1 << 20, dtype=torch.uint8)
     prompts = torch.empty(count, 4, dtype=torch.int32)
     slots = torch.empty(tokens, dtype=torch.int64)
-    step = torch.tensor([count, tokens], dtype=torch.int32)
-    triton_kernels.generate_vectors(hidden, vectors, generators, prompts, step)
+    layer = torch.zeros(1, dtype=torch.int32)
+    step = torch.tensor([count, tokens, RANK], dtype=torch.int32)
+    triton_kernels.generate_vectors(hidden, vectors, arena, prompts, layer, step)
     yield constants
     qkv = torch.empty(tokens, q + k + v, dtype=dtype)
     packed = torch.empty(tokens, gate + up, dtype=dtype)

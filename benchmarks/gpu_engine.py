@@ -31,10 +31,10 @@ Q_V_UP = ("q_proj", "v_proj", "up_proj")
 
 
 class _Log:
-    """What the clock has noted: of one run, whose requests' names begin with ``<run>-``.
+    """What the clock has noted: of one run, whose requests' names begin with `<run>-`.
 
-    steps: ``(seconds, rows that got a token)``, seconds by the clock that all processes share.
-    kernels: ``(name, microseconds, calls)`` over ``profiled`` steps.
+    steps: `(seconds, rows that got a token)`, seconds by the clock that all processes share.
+    kernels: `(name, microseconds, calls)` over `profiled` steps.
     """
 
     def __init__(self, run: int = -1, rows: int = 0, profile: int = 0) -> None:
@@ -89,7 +89,7 @@ _log = _Log()
 
 
 class Clock:
-    """Mixed into vLLM's worker by ``worker_extension_cls``; called by ``LLM.collective_rpc``."""
+    """Mixed into vLLM's worker by `worker_extension_cls`; called by `LLM.collective_rpc`."""
 
     def clock_start(self, run: int, rows: int, profile: int) -> None:
         """Forget what was noted; profile so many steps once all rows have had a token."""
@@ -117,7 +117,7 @@ class Clock:
         facts = {"kv blocks": self.cache_config.num_gpu_blocks}
         facts["block tokens"] = self.cache_config.block_size
         if (pedro := getattr(self.model_runner, "pedro", None)) is not None:
-            facts |= {"store bytes": pedro.store.nbytes, "slots bytes": pedro.bank.nbytes}
+            facts |= {"store bytes": pedro.store.nbytes, "adapters bytes": pedro.bank.nbytes}
         return facts
 
 
@@ -125,12 +125,12 @@ def decode_rate(steps: list[tuple[float, list[int]]], rows: int, tokens: int) ->
     """Tokens a second, from the first token of all rows to the end of the first row.
 
     Args:
-        steps: What the clock noted; rows from ``rows`` on arrived later and do not count.
+        steps: What the clock noted; rows from `rows` on arrived later and do not count.
         rows: How many rows decode together.
         tokens: How many each is to make.
 
     Returns:
-        ``tokens/s``, ``step ms`` (median), ``steps``, and ``gaps``: seconds between the tokens of
+        `tokens/s`, `step ms` (median), `steps`, and `gaps`: seconds between the tokens of
         a row, over all rows.
     """
     counts, last = [0] * rows, [0.0] * rows
@@ -182,7 +182,7 @@ class Child:
         self.facts |= self.llm.collective_rpc("clock_memory")[0]
 
     def add(self, row: int, tenant: int, prompt: int, tokens: int) -> str:
-        """Hand in a request with ``prompt`` tokens that no other request has had."""
+        """Hand in a request with `prompt` tokens that no other request has had."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -220,12 +220,12 @@ class Child:
         arrivals: dict[str, Any] | None = None,
         profile: int = 0,
     ) -> tuple[float, dict[str, Any]]:
-        """Let rows decode together until one has all its tokens, or ``seconds`` are over.
+        """Let rows decode together until one has all its tokens, or `seconds` are over.
 
         Args:
             tenants: Of each row; base ignores them.
-            arrivals: ``every`` seconds another prompt of ``prompt`` tokens, for one token, by
-                the ``tenants`` in turn, once all rows have had their first token.
+            arrivals: `every` seconds another prompt of `prompt` tokens, for one token, by
+                the `tenants` in turn, once all rows have had their first token.
             profile: Steps to profile.
 
         Returns:
@@ -313,12 +313,12 @@ class Spec:
     """An engine.
 
     Attributes:
-        kind: ``base`` (vLLM without the plugin), ``PEDRO`` or ``LoRA``.
+        kind: `base` (vLLM without the plugin), `PEDRO` or `LoRA`.
         slots: Adapters on the device at once.
         host: Adapters in host memory.
         modules: What the vector store has columns for; None for all five.
         sequences: Most at once.
-        kv_gib: Size of the KV cache; 0 for what ``gpu_memory_utilization`` leaves.
+        kv_gib: Size of the KV cache; 0 for what `gpu_memory_utilization` leaves.
         tuned: Folder of tuned LoRA kernel configurations; empty for vLLM's defaults.
         extra_gib: What it takes beside weights and KV cache, roughly.
     """
@@ -387,7 +387,7 @@ class Engine:
         self.answers.put(None)
 
     def answer(self, deadline: float) -> dict[str, Any]:
-        """What the process answers before ``deadline`` (of ``time.monotonic``)."""
+        """What the process answers before `deadline` (of `time.monotonic`)."""
         try:
             line = self.answers.get(timeout=max(deadline - time.monotonic(), 0.1))
         except queue.Empty:

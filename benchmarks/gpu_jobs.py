@@ -52,7 +52,7 @@ def write_model(name: str, folder: Path, weights: bool = False) -> Path:
 
 
 def write_tokenizer(folder: Path, vocabulary: int) -> None:
-    """Words ``w0``, ``w1``, ...: a server wants a tokenizer, whatever it is asked."""
+    """Words `w0`, `w1`, ...: a server wants a tokenizer, whatever it is asked."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -74,9 +74,9 @@ def write_strong_adapters(model: Path, folder: Path, count: int, scale: float) -
 
 
 def rows_of(command: list[str], deadline: float, **environment: str) -> Iterator[dict[str, Any]]:
-    """Start a process; what it prints after ``RESULT``, as it comes, and why it failed, if it did.
+    """Start a process; what it prints after `RESULT`, as it comes, and why it failed, if it did.
 
-    What is left of it and of its children at ``deadline`` (of ``time.monotonic``) is ended.
+    What is left of it and of its children at `deadline` (of `time.monotonic`) is ended.
     """
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
@@ -159,7 +159,7 @@ def start_llm(task: dict[str, Any], **settings: Any) -> Any:
 
 
 def generate(llm: Any, rows: list[tuple[list[int], str | None]], params: Any) -> list[Any]:
-    """Answers to ``(prompt, adapter's folder or None)``, in one batch."""
+    """Answers to `(prompt, adapter's folder or None)`, in one batch."""
     numbers = {path: number for number, path in enumerate(sorted({p for _, p in rows if p}), 1)}
     requests = [path and PedroRequest(Path(path).name, numbers[path], path) for _, path in rows]
     return llm.generate(
@@ -171,7 +171,7 @@ def generate(llm: Any, rows: list[tuple[list[int], str | None]], params: Any) ->
 
 
 def with_adapters(backbone: Any, rows: list[tuple[list[int], str | None]]) -> Any:
-    """For each adapter of ``rows``, None too: its model and the numbers of its rows."""
+    """For each adapter of `rows`, None too: its model and the numbers of its rows."""
     for adapter in {path: None for _, path in rows}:
         model = backbone if adapter is None else PedroModel.from_pretrained(backbone, adapter)
         yield adapter, model, [i for i, (_, path) in enumerate(rows) if path == adapter]
@@ -282,11 +282,11 @@ def task_model(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def mixed_traffic(url: str, adapters: list[Path], seconds: float, clients: int) -> dict[str, Any]:
-    """Requests to base and tenants ``t0``, ``t1``, ... while adapters are loaded, replaced and
+    """Requests to base and tenants `t0`, `t1`, ... while adapters are loaded, replaced and
     unloaded over HTTP. No request may fail.
 
     Args:
-        url: The server's, without a path; it knows ``base`` and the tenants.
+        url: The server's, without a path; it knows `base` and the tenants.
         adapters: Folders to load from; one for each tenant and more.
         clients: Requests at once.
     """
@@ -366,7 +366,7 @@ def serve_part(
         folder: Where model, adapters and the server's log go.
         seconds: Of traffic.
         clients: Requests at once.
-        deadline: Of ``time.monotonic``; the server has to be there ``seconds`` before.
+        deadline: Of `time.monotonic`; the server has to be there `seconds` before.
         on_cpu: Whether to keep the KV cache small and vLLM from compiling.
     """
     model, root = write_model(shape, folder / "model"), folder / "adapters"

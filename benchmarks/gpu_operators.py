@@ -141,7 +141,7 @@ def copy_bandwidth(plan: Plan) -> float:
 def operator_cases(
     tokens: int, plan: Plan, backend: str, implementation: Any
 ) -> Iterator[tuple[str, Any, int]]:
-    """Name, call and bytes that have to be moved, each of ``tokens`` rows with its own tenant."""
+    """Name, call and bytes that have to be moved, each of `tokens` rows with its own tenant."""
     shape = MODELS[plan.model]
     d, f = shape["hidden_size"], shape["intermediate_size"]
     kv = d // shape["num_attention_heads"] * shape["num_key_value_heads"]
@@ -176,14 +176,14 @@ def operator_cases(
 def generator_cases(
     plan: Plan, backend: str, implementation: Any
 ) -> Iterator[tuple[str, Any, int]]:
-    """Name, call and bytes of ``generate_vectors``, r = 12 and columns for q, v, up."""
+    """Name, call and bytes of `generate_vectors`, r = 12 and columns for q, v, up."""
     shape = MODELS[plan.model]
     d = shape["hidden_size"]
     kv = d // shape["num_attention_heads"] * shape["num_key_value_heads"]
     size = (d, d + kv + shape["intermediate_size"], 12)
     for lengths in ((), (32,), (512,) * 4):
         sample = samples.generate_sample(size, torch.bfloat16, lengths, plan.device)
-        moved = 2 * sum(lengths) * d + len(lengths) * sample.generators[0].nbytes
+        moved = 2 * sum(lengths) * d + len(lengths) * sample.record_bytes
         name = f"generate_vectors: {backend.split(' (')[0]}, {plan.model}, prompts {list(lengths)}"
         yield name, (lambda s=sample: implementation.generate_vectors(*s.args())), moved
 

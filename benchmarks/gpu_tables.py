@@ -148,7 +148,7 @@ SECTIONS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
 
 
 def render(folder: Path) -> str:
-    """Write ``results.md`` and the plot beside ``results.jsonl``; the former is returned."""
+    """Write `results.md` and the plot beside `results.jsonl`; the former is returned."""
     rows = read(folder / "results.jsonl")
     starts, parts = {r["start"]: r for r in rows if "card" in r}, latest(rows)
     text = "# Results\n"
@@ -180,7 +180,7 @@ def plot(rows: list[Row], title: str, file: Path) -> None:
     """Tokens/s over base by tenants, a line an engine, where matplotlib is installed.
 
     Args:
-        rows: Have ``engine``, ``sequences``, ``tenants`` and ``over base``.
+        rows: Have `engine`, `sequences`, `tenants` and `over base`.
     """
     try:
         import matplotlib

@@ -22,10 +22,16 @@ struct ScaleArgs {
 struct GenerateArgs {
   const void* hidden;
   int64_t hidden_stride;
+  int64_t hidden_size;
   void* vectors;
-  const float* generators;
+  int64_t width;
+  const unsigned char* arena;
   const int32_t* prefills;
-  Layout at;
+  int64_t layer;
+
+  Record record(int64_t prompt) const {
+    return record_of(arena, prefills[prompt * kPrefillFields + kPlace], layer);
+  }
 };
 
 struct Kernels {

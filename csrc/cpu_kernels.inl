@@ -121,66 +121,107 @@ inline float activate(float x, int kind, const float* a, int64_t m, const float*
   return horner(a, m + 1, x) / (1.0f + std::fabs(x * horner(b, n, x)));
 }
 
-// g(p @ W_down) of one prompt: `latent` [max_rank].
+// Calls f with a null pointer to the type that a record's weights have.
+template <typename F>
+void by_dtype(int64_t dtype, F f) {
+  if (dtype == kFloat32) f(static_cast<const float*>(nullptr));
+  else if (dtype == kBfloat16) f(static_cast<const Bf16*>(nullptr));
+  else f(static_cast<const F16*>(nullptr));
+}
+
+// g(p @ W_down + b_down) of one prompt: `latent` [r]; `scratch` is of twice the hidden size.
 template <typename T>
 void generate_latent(
     float* latent,
     float* scratch,
     const T* hidden,
     int64_t stride,
+    int64_t hidden_size,
     const int32_t* prompt,
-    const float* generator,
-    const Layout& at) {
-  const int64_t rank = static_cast<int64_t>(generator[1]);
+    const Record& record) {
+  const int64_t rank = record.rank();
   if (rank == 0) return;
   float* pooled = scratch;
   pool(
       pooled,
-      scratch + at.hidden_size,
+      scratch + hidden_size,
       hidden + prompt[kStart] * stride,
       stride,
       prompt[kLength],
-      at.hidden_size,
-      static_cast<int>(generator[4]),
-      generator[5] != 0.0f);
-  for (int64_t k = 0; k < rank; ++k) {
-    const float* w = generator + at.down() + k * at.hidden_size;
-    const float x = reduce(at.hidden_size, [w, pooled](int64_t j) { return w[j] * pooled[j]; });
-    latent[k] = activate(
-        x,
-        static_cast<int>(generator[0]),
-        generator + at.numerator(),
-        static_cast<int64_t>(generator[2]),
-        generator + at.denominator(),
-        static_cast<int64_t>(generator[3]));
+      hidden_size,
+      static_cast<int>(record[kPooling]),
+      record[kInputNorm] != 0);
+  const float* bias = record.part<float>(kDownBias);
+  by_dtype(record[kDtype], [&](auto type) {
+    using W = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    for (int64_t k = 0; k < rank; ++k) {
+      const W* w = record.part<W>(kDown) + k * hidden_size;
+      const float x =
+          reduce(hidden_size, [w, pooled](int64_t j) { return load(w[j]) * pooled[j]; }) + bias[k];
+      latent[k] = activate(
+          x,
+          static_cast<int>(record[kActivation]),
+          record.numerator(),
+          record[kNumeratorDegree],
+          record.denominator(),
+          record[kDenominatorDegree]);
+    }
+  });
+}
+
+template <typename T>
+void fill_ones(T* row, int64_t begin, int64_t end) {
+  for (int64_t j = begin; j < end; ++j) store(row + j, 1.0f);
+}
+
+// `width` columns of latent @ W_up + b_up, whose rows are `stride` apart.
+template <typename T, typename W>
+void write_block(
+    T* __restrict out,
+    const float* __restrict latent,
+    const W* __restrict up,
+    const W* __restrict bias,
+    int64_t rank,
+    int64_t stride,
+    int64_t width) {
+  for (int64_t first = 0; first < width; first += kLanes) {
+    float sums[kLanes] = {};
+    const int64_t count = width - first < kLanes ? width - first : kLanes;
+    if (count == kLanes) {
+      for (int64_t k = 0; k < rank; ++k)
+        for (int64_t j = 0; j < kLanes; ++j) sums[j] += latent[k] * load(up[k * stride + first + j]);
+      for (int64_t j = 0; j < kLanes; ++j) store(out + first + j, sums[j] + load(bias[first + j]));
+    } else {
+      for (int64_t k = 0; k < rank; ++k)
+        for (int64_t j = 0; j < count; ++j) sums[j] += latent[k] * load(up[k * stride + first + j]);
+      for (int64_t j = 0; j < count; ++j) store(out + first + j, sums[j] + load(bias[first + j]));
+    }
   }
 }
 
-// Columns [begin, end) of latent @ W_up + b_up, written into the store's row.
+// Columns [begin, end) of the store's row: latent @ W_up + b_up, and ones where the adapter has none.
 template <typename T>
-void write_columns(
-    T* __restrict row,
-    const float* __restrict latent,
-    const float* __restrict generator,
-    const Layout& at,
-    int64_t begin,
-    int64_t end) {
-  const int64_t rank = static_cast<int64_t>(generator[1]);
-  const float* bias = generator + at.bias();
-  const float* up = generator + at.up();
-  for (int64_t first = begin; first < end; first += kLanes) {
-    float sums[kLanes] = {};
-    const int64_t count = end - first < kLanes ? end - first : kLanes;
-    if (count == kLanes) {
-      for (int64_t k = 0; k < rank; ++k)
-        for (int64_t j = 0; j < kLanes; ++j) sums[j] += latent[k] * up[k * at.width + first + j];
-      for (int64_t j = 0; j < kLanes; ++j) store(row + first + j, sums[j] + bias[first + j]);
-    } else {
-      for (int64_t k = 0; k < rank; ++k)
-        for (int64_t j = 0; j < count; ++j) sums[j] += latent[k] * up[k * at.width + first + j];
-      for (int64_t j = 0; j < count; ++j) store(row + first + j, sums[j] + bias[first + j]);
+void write_columns(T* row, const float* latent, const Record& record, int64_t begin, int64_t end) {
+  const int32_t* pair = record.ranges();
+  int64_t done = begin, source = 0;
+  for (int64_t i = 0; i < record.num_ranges(); ++i, pair += 2) {
+    const int64_t column = pair[0], width = pair[1];
+    const int64_t first = column > begin ? column : begin;
+    const int64_t last = column + width < end ? column + width : end;
+    if (first < last) {
+      fill_ones(row, done, first);
+      by_dtype(record[kDtype], [&](auto type) {
+        using W = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+        const int64_t at = source + first - column;
+        write_block(
+            row + first, latent, record.part<W>(kUp) + at, record.part<W>(kBias) + at,
+            record.rank(), record[kColumns], last - first);
+      });
+      done = last;
     }
+    source += width;
   }
+  fill_ones(row, done, end);
 }
 
 template <typename T>
@@ -206,15 +247,14 @@ void scale(const ScaleArgs& a, Type type, int64_t begin, int64_t end) {
 
 template <typename T>
 void latent_of(const GenerateArgs& a, int64_t prompt, float* latent, float* scratch) {
-  const int32_t* fields = a.prefills + prompt * kPrefillFields;
   generate_latent(
       latent,
       scratch,
       static_cast<const T*>(a.hidden),
       a.hidden_stride,
-      fields,
-      a.generators + fields[kSlot] * a.at.record,
-      a.at);
+      a.hidden_size,
+      a.prefills + prompt * kPrefillFields,
+      a.record(prompt));
 }
 
 void latent(const GenerateArgs& a, Type type, int64_t prompt, float* out, float* scratch) {
@@ -225,14 +265,8 @@ void latent(const GenerateArgs& a, Type type, int64_t prompt, float* out, float*
 
 template <typename T>
 void columns_of(const GenerateArgs& a, int64_t prompt, const float* latent, int64_t b, int64_t e) {
-  const int32_t* fields = a.prefills + prompt * kPrefillFields;
-  write_columns(
-      static_cast<T*>(a.vectors) + fields[kRow] * a.at.width,
-      latent,
-      a.generators + fields[kSlot] * a.at.record,
-      a.at,
-      b,
-      e);
+  const int64_t row = a.prefills[prompt * kPrefillFields + kRow];
+  write_columns(static_cast<T*>(a.vectors) + row * a.width, latent, a.record(prompt), b, e);
 }
 
 void columns(

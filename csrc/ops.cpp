@@ -33,8 +33,8 @@ static Type type_of(const Tensor& x, const char* name) {
 
 static const int32_t* counts_of(const Tensor& counts) {
   STD_TORCH_CHECK(
-      counts.is_cpu() && counts.scalar_type() == ScalarType::Int && counts.numel() == 2,
-      "counts must be 2 int32 on the CPU: prompts that generate vectors, rows with an adapter");
+      counts.is_cpu() && counts.scalar_type() == ScalarType::Int && counts.numel() == 3,
+      "counts must be 3 int32 on the CPU: prompts that generate vectors, rows with an adapter, rank");
   return static_cast<const int32_t*>(counts.const_data_ptr());
 }
 
@@ -57,13 +57,52 @@ static void check_column(int64_t column, int64_t width, const Tensor& vectors) {
       "columns ", column, " to ", column + width, " lie outside of vectors");
 }
 
+// Whether a blob with a generator for this layer lies inside the arena, and is one that the operator's
+// other arguments go with.
+static bool is_sound(const GenerateArgs& args, int64_t place, int64_t arena_bytes, int64_t max_rank) {
+  const int64_t units = arena_bytes / kUnit;
+  if (place < 0 || place * kUnit + 4 * kBlobWords > arena_bytes) return false;
+  const int32_t* blob = reinterpret_cast<const int32_t*>(args.arena + place * kUnit);
+  const int64_t size = blob[kBlobUnits];
+  if (blob[kBlobMagic] != kMagic || size < 0 || size > units - place) return false;
+  if (args.layer < 0 || args.layer >= blob[kBlobLayers]) return false;
+  if (4 * (kBlobWords + blob[kBlobLayers]) > size * kUnit) return false;
+  const int64_t offset = blob[kBlobWords + args.layer];
+  if (offset == 0) return true;
+  const int64_t bytes = (size - offset) * kUnit;  // to the blob's end
+  if (offset < 0 || bytes < 4 * kWeightsAt) return false;
+  const Record record = record_of(args.arena, place, args.layer);
+  const auto within = [](int64_t x, int64_t most) { return x >= 0 && x <= most; };
+  const int64_t rank = record.rank(), columns = record[kColumns];
+  if (!within(record[kDtype], kFloat16) || !within(record[kActivation], kRational) ||
+      !within(record[kPooling], kMax) || !within(record[kNumeratorDegree], kMaxOrder) ||
+      !within(record[kDenominatorDegree], kMaxOrder) || record[kDenominatorDegree] == 0 ||
+      !within(record[kRanges], kMaxRanges) || !within(rank, max_rank) ||
+      !within(columns, args.width) || (rank > 0 && record[kHiddenSize] != args.hidden_size))
+    return false;
+  int64_t end = 0, total = 0;
+  for (int64_t i = 0; i < record.num_ranges(); ++i) {
+    const int64_t column = record.ranges()[2 * i], width = record.ranges()[2 * i + 1];
+    if (column < end || width < 0 || column + width > args.width) return false;
+    end = column + width;
+    total += width;
+  }
+  const int64_t element = record[kDtype] == kFloat32 ? 4 : 2;
+  const auto fits = [&](RecordField part, int64_t part_bytes) {
+    return record[part] >= 0 && record[part] * kUnit + part_bytes <= bytes;
+  };
+  return total == columns && fits(kDownBias, 4 * rank) && fits(kBias, element * columns) &&
+      fits(kDown, element * rank * args.hidden_size) && fits(kUp, element * rank * columns);
+}
+
 static void generate_vectors(
     const Tensor& hidden,
     Tensor vectors,
-    const Tensor& generators,
+    const Tensor& arena,
     const Tensor& prefills,
+    const Tensor& layer,
     const Tensor& counts) {
-  const int64_t count = counts_of(counts)[0];
+  const int64_t count = counts_of(counts)[0], max_rank = counts_of(counts)[2];
   if (count == 0) return;
   const Type type = type_of(hidden, "hidden");
   STD_TORCH_CHECK(
@@ -73,52 +112,59 @@ static void generate_vectors(
       vectors.dim() == 2 && vectors.is_contiguous() && vectors.scalar_type() == hidden.scalar_type(),
       "vectors must be a contiguous [rows, D] in the dtype of hidden");
   STD_TORCH_CHECK(
-      generators.dim() == 2 && generators.is_contiguous() &&
-          generators.scalar_type() == ScalarType::Float,
-      "generators must be a contiguous float32 [slots, record]");
+      arena.dim() == 1 && arena.is_contiguous() && arena.scalar_type() == ScalarType::Byte &&
+          reinterpret_cast<uintptr_t>(arena.const_data_ptr()) % kUnit == 0,
+      "arena must be contiguous uint8 that begins at a multiple of 16 bytes");
   STD_TORCH_CHECK(
       prefills.dim() == 2 && prefills.is_contiguous() && prefills.scalar_type() == ScalarType::Int &&
           prefills.size(1) == kPrefillFields && prefills.size(0) >= count,
       "prefills must be a contiguous int32 [>= ", count, ", 4]");
+  STD_TORCH_CHECK(
+      layer.is_cpu() && layer.scalar_type() == ScalarType::Int && layer.numel() == 1,
+      "layer must be 1 int32 on the CPU");
   GenerateArgs args{
       hidden.const_data_ptr(),
       hidden.stride(0),
+      hidden.size(1),
       vectors.mutable_data_ptr(),
-      static_cast<const float*>(generators.const_data_ptr()),
+      vectors.size(1),
+      static_cast<const unsigned char*>(arena.const_data_ptr()),
       static_cast<const int32_t*>(prefills.const_data_ptr()),
-      Layout(hidden.size(1), vectors.size(1), generators.size(1))};
-  const Layout& at = args.at;
+      *static_cast<const int32_t*>(layer.const_data_ptr())};
   int64_t pooled_tokens = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int32_t* p = args.prefills + i * kPrefillFields;
     STD_TORCH_CHECK(
         p[kStart] >= 0 && p[kLength] >= 1 && p[kStart] + p[kLength] <= hidden.size(0) &&
-            p[kRow] > 0 && p[kRow] < vectors.size(0) && p[kSlot] >= 0 &&
-            p[kSlot] < generators.size(0),
-        "prompt ", i, " lies outside of hidden, vectors or generators");
+            p[kRow] > 0 && p[kRow] < vectors.size(0),
+        "prompt ", i, " lies outside of hidden or vectors");
+    STD_TORCH_CHECK(
+        is_sound(args, p[kPlace], arena.numel(), max_rank),
+        "the arena has no generator of layer ", args.layer, " for prompt ", i);
     pooled_tokens += p[kLength];
   }
   const Kernels& kernels = cpu_kernels();
-  std::vector<float> latents(static_cast<size_t>(count * std::max<int64_t>(at.max_rank, 1)));
-  const int64_t work = (pooled_tokens + count * at.max_rank) * at.hidden_size;
+  const int64_t stride = std::max<int64_t>(max_rank, 1);
+  std::vector<float> latents(static_cast<size_t>(count * stride));
+  const int64_t work = (pooled_tokens + count * max_rank) * args.hidden_size;
   torch::stable::parallel_for(
       0, count, std::max<int64_t>(1, kGrain * count / std::max<int64_t>(work, 1)),
       [&](int64_t begin, int64_t end) {
-        std::vector<float> scratch(static_cast<size_t>(2 * at.hidden_size));
+        std::vector<float> scratch(static_cast<size_t>(2 * args.hidden_size));
         for (int64_t i = begin; i < end; ++i)
-          kernels.latent(args, type, i, latents.data() + i * at.max_rank, scratch.data());
+          kernels.latent(args, type, i, latents.data() + i * stride, scratch.data());
       });
   // Rows of one adapter lie side by side in `prefills`, so a chunk of W_up is read from memory once.
   constexpr int64_t kChunk = 512;
-  const int64_t chunks = (at.width + kChunk - 1) / kChunk;
+  const int64_t chunks = (args.width + kChunk - 1) / kChunk;
   torch::stable::parallel_for(
       0, chunks, std::max<int64_t>(1, kGrain / (kChunk * count)),
       [&](int64_t begin, int64_t end) {
         for (int64_t chunk = begin; chunk < end; ++chunk)
           for (int64_t i = 0; i < count; ++i)
             kernels.columns(
-                args, type, i, latents.data() + i * at.max_rank, chunk * kChunk,
-                std::min(at.width, (chunk + 1) * kChunk));
+                args, type, i, latents.data() + i * stride, chunk * kChunk,
+                std::min(args.width, (chunk + 1) * kChunk));
       });
 }
 
@@ -158,14 +204,14 @@ static void scale_columns_(
 static std::string instruction_set() { return cpu_instruction_set(); }
 
 // Raised with every change of a schema or of layout.h; vllm_pedro/ops/library.py expects this one.
-static int64_t interface_version() { return 3; }
+static int64_t interface_version() { return 4; }
 
 }  // namespace vllm_pedro
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_pedro, m) {
   m.def(
-      "generate_vectors(Tensor hidden, Tensor(a!) vectors, Tensor generators, Tensor prefills, "
-      "Tensor counts) -> ()");
+      "generate_vectors(Tensor hidden, Tensor(a!) vectors, Tensor arena, Tensor prefills, "
+      "Tensor layer, Tensor counts) -> ()");
   m.def(
       "scale_columns_(Tensor(a!) x, Tensor vectors, Tensor token_rows, int[] ranges, "
       "Tensor counts) -> ()");

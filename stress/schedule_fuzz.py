@@ -2,7 +2,7 @@
 
 A case is one workload: requests that arrive, run and are aborted at drawn engine steps. It is fixed
 by (seed, case number). Ten cases in a row share an engine, its prefix cache and the sequences that
-later cases go on with, so ``--case N`` replays its engine's cases up to N.
+later cases go on with, so `--case N` replays its engine's cases up to N.
 
     python stress/schedule_fuzz.py --cases 2000 --seed 0 --json report.json
     python stress/schedule_fuzz.py --seed 0 --case 123
@@ -36,7 +36,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
 # isort: split
-from engines import Mismatch, make_tiny_model, start_engine, write_random_adapter
+from engines import Mismatch, Oracle, make_tiny_model, start_engine, write_random_adapter
 from runners import current_runner, triton_operators, use_v2
 
 # isort: split
@@ -99,14 +99,14 @@ class Draw:
     """One request as drawn.
 
     Attributes:
-        adapter: Name in :data:`ADAPTERS`, or None for a base row.
+        adapter: Name in `ADAPTERS`, or None for a base row.
         prompt: Token ids; of a follow-up, those that come after the sequence it goes on with.
         prompt_length: P as the request states it, or None for the whole prompt.
         follows: "earlier N" for a sequence of this engine, which N indexes (modulo), or None.
         keeps_length: Whether a follow-up keeps the P of what it goes on with.
         arrives: Engine step, counted from the start of the case.
         aborted: How many steps after its arrival it is aborted, or None.
-        name, number: Of the ``PedroRequest``; drawn from few, as they must not matter.
+        name, number: Of the `PedroRequest`; drawn from few, as they must not matter.
     """
 
     adapter: str | None
@@ -294,6 +294,8 @@ class Workshop:
                 self.model, folder / name, seed=seed, **config
             )
         self.judge = Judge(self.model, self.adapters)
+        oracle = Oracle(self.model)
+        self.largest = max(oracle.adapter_bytes(folder) for folder in self.adapters.values())
 
 
 # Drawing.
@@ -338,6 +340,9 @@ def draw_settings(
         settings["operators"] = rng.choice(["native", "native", "triton"])
     if compiled:
         settings["enforce_eager"] = False
+    # Adapters of the largest size that the device holds; None: all of them. By a generator of its
+    # own, so that the other settings of a seed stay what they were.
+    settings["memory"] = random.Random(f"{seed}:memory:{group}").choice([None, 1, 1.5, 3])
     return settings
 
 
@@ -774,8 +779,7 @@ class Bench:
             "waiting": len(scheduler.waiting),
             "deferred": len(scheduler.deferred_waiting),
             "KV blocks": self.free_blocks - self.pool.get_num_free_blocks(),
-            "adapters over max_pedros": max(0, len(runtime.bank) - self.settings["max_pedros"]),
-            "adapters over the host's": max(0, len(runtime.host) - runtime.host.capacity),
+            "bytes over the budget": max(0, runtime.bank.used_bytes - runtime.bank.nbytes),
             "changed identity rows": sum(bool((v[0] != 1).any()) for v in runtime.store.vectors),
         }
         found = [f"{count} {what}" for what, count in held.items() if count]
@@ -839,7 +843,9 @@ def run_group(
         # vLLM compiles a helper of its sampler even when eager: seconds, and again for new shapes.
         stance = "default" if compiled else "force_eager"
         operators = triton_operators if settings.get("operators") == "triton" else nullcontext
-        given = {name: value for name, value in settings.items() if name != "operators"}
+        given = {k: v for k, v in settings.items() if k not in ("operators", "memory")}
+        if settings["memory"] is not None:
+            given["pedro_memory_bytes"] = int(settings["memory"] * shop.largest)
         with (
             torch.compiler.set_stance(stance),
             operators(),
@@ -878,7 +884,7 @@ def run(
     on_progress: Callable[[Report], None] | None = None,
     model: Path | None = None,
 ) -> Report:
-    """Run cases ``first`` to ``first + cases``; ``first`` is a multiple of ten."""
+    """Run cases `first` to `first + cases`; `first` is a multiple of ten."""
     torch.set_num_threads(1)  # the tiny model's matrices are not worth more
     shop, report, began = Workshop(folder, model), Report(seed), time.monotonic()
     end = first + cases

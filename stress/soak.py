@@ -97,7 +97,7 @@ class Report:
 
 
 def make_contents(model: Path, root: Path, plan: Plan) -> list[Path]:
-    """Random adapters of all kinds, each in a folder below ``root``."""
+    """Random adapters of all kinds, each in a folder below `root`."""
     from transformers import AutoConfig
 
     shape = BackboneShape.from_hf_config(AutoConfig.from_pretrained(model))
@@ -131,7 +131,7 @@ BREAKAGES: dict[str, Callable[[Path], Any]] = {
 
 
 class Soak:
-    """One run against a server that has ``root`` as ``--pedro-root``."""
+    """One run against a server that has `root` as `--pedro-root`."""
 
     def __init__(
         self, server: Server, model: Path, root: Path, plan: Plan, base: str = BASE

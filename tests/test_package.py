@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 import textwrap
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +95,13 @@ def test_hook_runs_once_after_the_module_and_leaves_no_trace(tmp_path, monkeypat
     assert type(module.__loader__).__module__ != "vllm_pedro.integration.import_hook"
     when_imported("some_module_for_the_hook", action)
     assert seen == [1, 1]
+
+
+def test_there_is_one_dialect() -> None:
+    """Docstrings are Markdown with single backticks, without roles; imports are relative."""
+    package = Path(vllm_pedro.__file__).parent
+    for path in package.rglob("*.py"):
+        text = path.read_text()
+        assert "``" not in text, path
+        assert not re.search(r":(class|func|meth|data|attr|mod):`", text), path
+        assert not re.search(r"^\s*(from|import) vllm_pedro", text, re.MULTILINE), path

@@ -118,8 +118,9 @@ def generate_vectors(
     kind: str = "gelu",
     numerator: Tensor | None = None,
     denominator: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
-    """`l = g(p @ W_down) @ W_up + b_up`, not yet split.
+    """`l = g(p @ W_down + b_down) @ W_up + b_up`, not yet split.
 
     Args:
         pooled: `[d]` or `[B, d]`.
@@ -129,6 +130,7 @@ def generate_vectors(
         kind: the activation g.
         numerator: `[m + 1]`, for the rational activation only.
         denominator: `[n]`, for the rational activation only.
+        down_bias: b_down, `[r]`; None for none.
 
     Returns:
         `[D]` or `[B, D]`, float32 (float64 if `pooled` is), on the device of `pooled`.
@@ -138,7 +140,9 @@ def generate_vectors(
     if down is None or up is None:
         return bias.expand(*pooled.shape[:-1], -1)
     with torch.autocast(device_type=pooled.device.type, enabled=False):
-        x = functional.linear(pooled.to(dtype), down.to(dtype))
+        x = functional.linear(
+            pooled.to(dtype), down.to(dtype), None if down_bias is None else down_bias.to(dtype)
+        )
         if numerator is not None and denominator is not None:
             numerator, denominator = numerator.to(dtype), denominator.to(dtype)
         x = activate(x, kind, numerator, denominator)

@@ -29,7 +29,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
-constexpr int kMaxRanges = 3;
+constexpr int kScaleRanges = 3;
 // Most blocks that share one prompt's mean or maximum, and how many blocks are worth launching.
 constexpr int64_t kSplits = 32;
 constexpr int64_t kPoolBlocks = 512;
@@ -52,7 +52,7 @@ struct alignas(sizeof(T) * N) Pack {
 };
 
 struct Ranges {
-  int64_t x[kMaxRanges], vectors[kMaxRanges], width[kMaxRanges];
+  int64_t x[kScaleRanges], vectors[kScaleRanges], width[kScaleRanges];
 };
 
 // One block for each token and kThreads packs of the ranges' columns, laid side by side.
@@ -71,7 +71,7 @@ __global__ void scale_kernel(
   // Indices that the compiler knows: with others each thread copies the ranges to local memory.
   int64_t column = -1, by_column = 0;
 #pragma unroll
-  for (int range = 0; range < kMaxRanges; ++range) {
+  for (int range = 0; range < kScaleRanges; ++range) {
     if (column < 0 && j < ranges.width[range]) {
       column = ranges.x[range] + j;
       by_column = ranges.vectors[range] + j;
@@ -114,16 +114,17 @@ template <typename T>
 __global__ void pool_kernel(
     float* __restrict__ partial,
     const T* __restrict__ hidden,
-    const float* __restrict__ generators,
+    const unsigned char* __restrict__ arena,
     const int32_t* __restrict__ prefills,
     int64_t hidden_stride,
-    Layout at) {
+    int64_t hidden_size,
+    int64_t layer) {
   const int64_t prompt = blockIdx.x, share = blockIdx.y, splits = gridDim.y;
   const int32_t* fields = prefills + prompt * kPrefillFields;
-  const float* header = generators + fields[kSlot] * at.record;
-  if (header[1] == 0.0f) return;  // static vectors
-  const int pooling = static_cast<int>(header[4]);
-  const bool norm = header[5] != 0.0f;
+  const Record record = record_of(arena, fields[kPlace], layer);
+  if (record.rank() == 0) return;  // static vectors, or none
+  const int64_t pooling = record[kPooling];
+  const bool norm = record[kInputNorm] != 0;
   const int64_t length = fields[kLength];
   const int64_t each = (length + splits - 1) / splits;
   int64_t first = share * each, end = min(first + each, length);
@@ -131,21 +132,21 @@ __global__ void pool_kernel(
     first = share == 0 ? length - 1 : length;
     end = length;
   }
-  float* out = partial + (prompt * splits + share) * at.hidden_size;
-  for (int64_t j = threadIdx.x; j < at.hidden_size; j += kThreads)
+  float* out = partial + (prompt * splits + share) * hidden_size;
+  for (int64_t j = threadIdx.x; j < hidden_size; j += kThreads)
     out[j] = pooling == kMax ? -INFINITY : 0.0f;
   for (int64_t t = first; t < end; ++t) {
     const T* h = hidden + (fields[kStart] + t) * hidden_stride;
     float factor = 1.0f;
     if (norm) {
       float squares = 0.0f;
-      for (int64_t j = threadIdx.x; j < at.hidden_size; j += kThreads)
+      for (int64_t j = threadIdx.x; j < hidden_size; j += kThreads)
         squares += to_float(h[j]) * to_float(h[j]);
       squares = block_sum(squares);
-      factor = rsqrtf(squares / static_cast<float>(at.hidden_size) + 1e-6f);
+      factor = rsqrtf(squares / static_cast<float>(hidden_size) + 1e-6f);
     }
     // Each thread has columns of its own, so nothing is to be synchronised.
-    for (int64_t j = threadIdx.x; j < at.hidden_size; j += kThreads) {
+    for (int64_t j = threadIdx.x; j < hidden_size; j += kThreads) {
       const float x = to_float(h[j]) * factor;
       if (pooling == kMax)
         out[j] = (x > out[j] || x != x) ? x : out[j];  // NaN wins, as it does in torch
@@ -161,69 +162,120 @@ __device__ __forceinline__ float horner(const float* coefficients, int count, fl
   return result;
 }
 
-// g(p @ W_down)[k] of one prompt.
-__global__ void latent_kernel(
-    float* __restrict__ latent,
+// W_down[k] times a pooled prompt: a thread's share of the sum.
+template <typename W>
+__device__ __forceinline__ float dot_share(
+    const W* __restrict__ w,
     const float* __restrict__ partial,
-    const float* __restrict__ generators,
-    const int32_t* __restrict__ prefills,
-    int64_t splits,
-    Layout at) {
-  const int64_t prompt = blockIdx.x, k = blockIdx.y;
-  const int32_t* fields = prefills + prompt * kPrefillFields;
-  const float* generator = generators + fields[kSlot] * at.record;
-  if (k >= static_cast<int64_t>(generator[1])) return;
-  const int pooling = static_cast<int>(generator[4]);
-  const int64_t shares = pooling == kLast ? 1 : splits;
-  const float* w = generator + at.down() + k * at.hidden_size;
+    int64_t hidden_size,
+    int64_t shares,
+    int64_t pooling,
+    float length) {
   float sum = 0.0f;
-  for (int64_t j = threadIdx.x; j < at.hidden_size; j += kThreads) {
-    const float* p = partial + prompt * splits * at.hidden_size + j;
+  for (int64_t j = threadIdx.x; j < hidden_size; j += kThreads) {
+    const float* p = partial + j;
     float pooled = p[0];
     for (int64_t share = 1; share < shares; ++share) {
-      const float other = p[share * at.hidden_size];
+      const float other = p[share * hidden_size];
       if (pooling == kMax)
         pooled = (other > pooled || other != other) ? other : pooled;
       else
         pooled += other;
     }
-    if (pooling == kMean) pooled /= static_cast<float>(fields[kLength]);
-    sum += w[j] * pooled;
+    if (pooling == kMean) pooled /= length;
+    sum += to_float(w[j]) * pooled;
   }
-  const float x = block_sum(sum);
+  return sum;
+}
+
+// g(p @ W_down + b_down)[k] of one prompt: `latent` [prompts, highest rank].
+__global__ void latent_kernel(
+    float* __restrict__ latent,
+    const float* __restrict__ partial,
+    const unsigned char* __restrict__ arena,
+    const int32_t* __restrict__ prefills,
+    int64_t splits,
+    int64_t hidden_size,
+    int64_t layer) {
+  const int64_t prompt = blockIdx.x, k = blockIdx.y;
+  const int32_t* fields = prefills + prompt * kPrefillFields;
+  const Record record = record_of(arena, fields[kPlace], layer);
+  if (k >= record.rank()) return;
+  const int64_t pooling = record[kPooling];
+  const int64_t shares = pooling == kLast ? 1 : splits;
+  const float length = static_cast<float>(fields[kLength]);
+  const float* p = partial + prompt * splits * hidden_size;
+  const int64_t row = k * hidden_size;
+  float sum;
+  switch (record[kDtype]) {
+    case kFloat32:
+      sum = dot_share(record.part<float>(kDown) + row, p, hidden_size, shares, pooling, length);
+      break;
+    case kBfloat16:
+      sum = dot_share(
+          record.part<__nv_bfloat16>(kDown) + row, p, hidden_size, shares, pooling, length);
+      break;
+    default:
+      sum = dot_share(record.part<__half>(kDown) + row, p, hidden_size, shares, pooling, length);
+  }
+  const float x = block_sum(sum) + record.part<float>(kDownBias)[k];
   if (threadIdx.x != 0) return;
-  const int kind = static_cast<int>(generator[0]);
+  const int64_t kind = record[kActivation];
   float y;
   if (kind == kGelu) {
     y = GeluErf::apply(x);
   } else if (kind == kRelu) {
     y = x > 0.0f || x != x ? x : 0.0f;
   } else {
-    const int m = static_cast<int>(generator[2]), n = static_cast<int>(generator[3]);
-    y = horner(generator + at.numerator(), m + 1, x) /
-        (1.0f + fabsf(x * horner(generator + at.denominator(), n, x)));
+    const int m = static_cast<int>(record[kNumeratorDegree]);
+    const int n = static_cast<int>(record[kDenominatorDegree]);
+    y = horner(record.numerator(), m + 1, x) / (1.0f + fabsf(x * horner(record.denominator(), n, x)));
   }
-  latent[prompt * at.max_rank + k] = y;
+  latent[prompt * gridDim.y + k] = y;
 }
 
-// latent @ W_up + b_up of one prompt, into its row of the store.
+// (latent @ W_up + b_up)[j].
+template <typename W>
+__device__ __forceinline__ float column(
+    const Record& record, const float* __restrict__ latent, int64_t j) {
+  const W* up = record.part<W>(kUp) + j;
+  const int64_t rank = record.rank(), columns = record[kColumns];
+  float sum = 0.0f;
+  for (int64_t k = 0; k < rank; ++k) sum += latent[k] * to_float(up[k * columns]);
+  return sum + to_float(record.part<W>(kBias)[j]);
+}
+
+// One prompt's vectors, into its row of the store: ones where the adapter has no columns.
 template <typename T>
 __global__ void columns_kernel(
     T* __restrict__ vectors,
     const float* __restrict__ latent,
-    const float* __restrict__ generators,
+    const unsigned char* __restrict__ arena,
     const int32_t* __restrict__ prefills,
-    Layout at) {
+    int64_t width,
+    int64_t max_rank,
+    int64_t layer) {
   const int64_t prompt = blockIdx.x;
   const int64_t j = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
-  if (j >= at.width) return;
+  if (j >= width) return;
   const int32_t* fields = prefills + prompt * kPrefillFields;
-  const float* generator = generators + fields[kSlot] * at.record;
-  const int64_t rank = static_cast<int64_t>(generator[1]);
-  float sum = 0.0f;
-  for (int64_t k = 0; k < rank; ++k)
-    sum += latent[prompt * at.max_rank + k] * generator[at.up() + k * at.width + j];
-  vectors[fields[kRow] * at.width + j] = from_float<T>(sum + generator[at.bias() + j]);
+  const Record record = record_of(arena, fields[kPlace], layer);
+  int64_t source = -1, before = 0;
+  for (int64_t i = 0; i < record.num_ranges(); ++i) {
+    const int64_t first = record.ranges()[2 * i], size = record.ranges()[2 * i + 1];
+    if (j >= first && j < first + size) source = before + j - first;
+    before += size;
+  }
+  float value = 1.0f;
+  const float* own = latent + prompt * max_rank;
+  if (source >= 0) {
+    switch (record[kDtype]) {
+      case kFloat32: value = column<float>(record, own, source); break;
+      case kBfloat16: value = column<__nv_bfloat16>(record, own, source); break;
+      default: value = column<__half>(record, own, source);
+    }
+  }
+  vectors[fields[kRow] * width + j] = from_float<T>(value);
 }
 
 static cudaStream_t current_stream(const Tensor& x) {
@@ -234,8 +286,8 @@ static cudaStream_t current_stream(const Tensor& x) {
 
 static const int32_t* counts_of(const Tensor& counts) {
   STD_TORCH_CHECK(
-      counts.is_cpu() && counts.scalar_type() == ScalarType::Int && counts.numel() == 2,
-      "counts must be 2 int32 on the CPU: prompts that generate vectors, rows with an adapter");
+      counts.is_cpu() && counts.scalar_type() == ScalarType::Int && counts.numel() == 3,
+      "counts must be 3 int32 on the CPU: prompts that generate vectors, rows with an adapter, rank");
   return static_cast<const int32_t*>(counts.const_data_ptr());
 }
 
@@ -276,8 +328,9 @@ static bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(ad
 static void generate_vectors(
     const Tensor& hidden,
     Tensor vectors,
-    const Tensor& generators,
+    const Tensor& arena,
     const Tensor& prefills,
+    const Tensor& layer,
     const Tensor& counts) {
   const int64_t count = counts_of(counts)[0];
   if (count == 0) return;
@@ -288,40 +341,46 @@ static void generate_vectors(
       vectors.dim() == 2 && vectors.is_contiguous() && vectors.scalar_type() == hidden.scalar_type(),
       "vectors must be a contiguous [rows, D] in the dtype of hidden");
   STD_TORCH_CHECK(
-      generators.dim() == 2 && generators.is_contiguous() &&
-          generators.scalar_type() == ScalarType::Float,
-      "generators must be a contiguous float32 [slots, record]");
+      arena.dim() == 1 && arena.is_contiguous() && arena.scalar_type() == ScalarType::Byte &&
+          aligned(arena.const_data_ptr()),
+      "arena must be contiguous uint8 that begins at a multiple of 16 bytes");
   STD_TORCH_CHECK(
       prefills.dim() == 2 && prefills.is_contiguous() && prefills.scalar_type() == ScalarType::Int &&
           prefills.size(1) == kPrefillFields && prefills.size(0) >= count,
       "prefills must be a contiguous int32 [>= ", count, ", 4]");
   STD_TORCH_CHECK(
-      vectors.is_cuda() && generators.is_cuda() && prefills.is_cuda(),
-      "all but counts must be on the same CUDA device");
+      layer.is_cpu() && layer.scalar_type() == ScalarType::Int && layer.numel() == 1,
+      "layer must be 1 int32 on the CPU");
+  STD_TORCH_CHECK(
+      vectors.is_cuda() && arena.is_cuda() && prefills.is_cuda(),
+      "all but layer and counts must be on the same CUDA device");
   const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
   const cudaStream_t stream = current_stream(hidden);
-  const Layout at(hidden.size(1), vectors.size(1), generators.size(1));
+  const int64_t hidden_size = hidden.size(1), width = vectors.size(1);
+  const int64_t rank = counts_of(counts)[2];
+  const int64_t index = *static_cast<const int32_t*>(layer.const_data_ptr());
   const int64_t splits = std::max<int64_t>(1, std::min(kSplits, kPoolBlocks / count));
   Tensor partial =
-      torch::stable::new_empty(generators, {count, splits, at.hidden_size}, ScalarType::Float);
-  Tensor latent = torch::stable::new_empty(
-      generators, {count, std::max<int64_t>(1, at.max_rank)}, ScalarType::Float);
+      torch::stable::new_empty(hidden, {count, splits, hidden_size}, ScalarType::Float);
+  Tensor latent =
+      torch::stable::new_empty(hidden, {count, std::max<int64_t>(1, rank)}, ScalarType::Float);
   float* partials = static_cast<float*>(partial.mutable_data_ptr());
   float* latents = static_cast<float*>(latent.mutable_data_ptr());
-  const float* weights = static_cast<const float*>(generators.const_data_ptr());
+  const unsigned char* blobs = static_cast<const unsigned char*>(arena.const_data_ptr());
   const int32_t* fields = static_cast<const int32_t*>(prefills.const_data_ptr());
   const unsigned n = static_cast<unsigned>(count);
   by_type(hidden, [&](auto type) {
     using T = decltype(type);
-    pool_kernel<T><<<dim3(n, static_cast<unsigned>(splits)), kThreads, 0, stream>>>(
-        partials, static_cast<const T*>(hidden.const_data_ptr()), weights, fields,
-        hidden.stride(0), at);
-    if (at.max_rank > 0)
-      latent_kernel<<<dim3(n, static_cast<unsigned>(at.max_rank)), kThreads, 0, stream>>>(
-          latents, partials, weights, fields, splits, at);
-    const unsigned blocks = static_cast<unsigned>((at.width + kThreads - 1) / kThreads);
+    if (rank > 0) {
+      pool_kernel<T><<<dim3(n, static_cast<unsigned>(splits)), kThreads, 0, stream>>>(
+          partials, static_cast<const T*>(hidden.const_data_ptr()), blobs, fields,
+          hidden.stride(0), hidden_size, index);
+      latent_kernel<<<dim3(n, static_cast<unsigned>(rank)), kThreads, 0, stream>>>(
+          latents, partials, blobs, fields, splits, hidden_size, index);
+    }
+    const unsigned blocks = static_cast<unsigned>((width + kThreads - 1) / kThreads);
     columns_kernel<T><<<dim3(n, blocks), kThreads, 0, stream>>>(
-        static_cast<T*>(vectors.mutable_data_ptr()), latents, weights, fields, at);
+        static_cast<T*>(vectors.mutable_data_ptr()), latents, blobs, fields, width, rank, index);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -337,10 +396,10 @@ static void scale_columns_(
   STD_TORCH_CHECK(flat.size() % 3 == 0, "ranges must be triples: column, vector column, width");
   const torch::stable::accelerator::DeviceGuard guard(projection.get_device_index());
   const cudaStream_t stream = current_stream(projection);
-  for (size_t begin = 0; begin < flat.size(); begin += 3 * kMaxRanges) {
+  for (size_t begin = 0; begin < flat.size(); begin += 3 * kScaleRanges) {
     Ranges ranges{};
     int64_t total = 0, offsets = 0;
-    for (size_t i = 0; i < kMaxRanges && begin + 3 * i < flat.size(); ++i) {
+    for (size_t i = 0; i < kScaleRanges && begin + 3 * i < flat.size(); ++i) {
       const int64_t* r = flat.data() + begin + 3 * i;
       STD_TORCH_CHECK(
           r[0] >= 0 && r[2] >= 0 && r[0] + r[2] <= projection.size(1),

@@ -97,7 +97,7 @@ def test_load(folder: Path, shape: BackboneShape | None) -> None:
     assert loaded.path == str(folder)
     assert loaded.num_layers == 2
     assert inspect_adapter(folder, shape) == CONFIG
-    assert verify_adapter(folder, shape) == (CONFIG, adapter_digest(folder))
+    assert verify_adapter(folder, shape)[:2] == (CONFIG, adapter_digest(folder))
 
 
 def test_layer(folder: Path) -> None:
@@ -163,7 +163,7 @@ def test_save_and_load(
         if dtype in (None, torch.float32):
             assert digest == adapter.digest
         loaded = load_adapter(name, SHAPE, expected_digest=digest)
-        assert verify_adapter(name, SHAPE) == (config, digest)
+        assert verify_adapter(name, SHAPE)[:2] == (config, digest)
     assert loaded.digest == digest
     assert loaded.config == config
     assert {tensor.dtype for tensor in loaded.tensors.values()} == {torch.float32}
@@ -226,7 +226,7 @@ def test_blocks_are_the_layers_wherever_they_lie(
         folder = Path(parent, "adapter")
         written_by_hand(folder, config, content)
         read, loaded = read_adapter(folder, shape), load_adapter(folder, shape)
-        assert verify_adapter(folder, shape) == (config, read.digest)
+        assert verify_adapter(folder, shape) == (config, read.digest, read.dtype)
     assert read.digest == loaded.digest
     assert equal(loaded.tensors, {name: tensor.float() for name, (_, tensor) in content.items()})
     found = set()
@@ -281,7 +281,7 @@ def test_chunks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = sum(tensor.numel() for tensor in ADAPTER.tensors.values())
     for chunk in (2, 64, 2 * size - 2, 2 * size, 2 * size + 2):
         monkeypatch.setattr(reading, "CHUNK_BYTES", chunk)
-        assert verify_adapter(folder, SHAPE) == (CONFIG, digest)
+        assert verify_adapter(folder, SHAPE)[:2] == (CONFIG, digest)
         assert equal(load_adapter(folder, SHAPE, digest).tensors, want)
         for name, row in ((sorted(want)[0], 0), (sorted(want)[-1], -1)):
             broken = {key: tensor.clone() for key, tensor in want.items()}

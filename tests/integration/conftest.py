@@ -76,7 +76,7 @@ def tiny_adapters(tiny: Path, write_adapter: Callable[..., Path]) -> dict[str, P
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``scheduling``: engine settings. V2 can schedule asynchronously on the CPU, V1 cannot."""
+    """`scheduling`: engine settings. V2 can schedule asynchronously on the CPU, V1 cannot."""
     if "scheduling" in metafunc.fixturenames:
         modes = [False, True] if metafunc.config.getoption("--runner") == "v2" else [False]
         settings = [{"async_scheduling": mode} for mode in modes]

@@ -94,6 +94,30 @@ def test_a_tenant_without_a_slot_delays_nobody(
     assert [first[name] - first["last"] for name in names] == [0, 1, 2, 3]
 
 
+def test_adapters_of_one_step_fit_the_device(scheduling, tiny_engine, tiny_oracle, tiny_adapters):
+    """By their bytes: with room for the largest alone, some go together and some do not."""
+    names = ("last", "mean", "other", "max", "static")
+    sizes = {name: tiny_oracle.adapter_bytes(tiny_adapters[name]) for name in names}
+    memory = max(sizes.values())
+    with tiny_engine(max_pedros=None, pedro_memory_bytes=memory, **scheduling) as llm:
+        queue = Queue(llm, tiny_oracle)
+        for i, name in enumerate(sizes):
+            queue.add(name, tokens(20, i), tiny_adapters[name])
+        first = queue.finish()
+    for step in set(first.values()):
+        assert sum(size for name, size in sizes.items() if first[name] == step) <= memory
+    assert len(set(first.values())) > 1
+
+
+def test_an_adapter_that_never_fits_is_refused(tiny_engine, tiny_adapters):
+    from vllm_pedro import PedroRequest
+
+    with tiny_engine(pedro_memory_bytes=4096) as llm:
+        request = PedroRequest("x", 1, str(tiny_adapters["last"]))
+        with pytest.raises(ValueError, match=r"has 4096 for adapters: start it .*memory-bytes \d+"):
+            llm.generate([{"prompt_token_ids": tokens(9)}], greedy(1), lora_request=request)
+
+
 def test_a_stream_of_prompts_does_not_starve_one_that_needs_a_whole_step(
     scheduling, tiny_engine, tiny_oracle, tiny_adapters
 ):

@@ -76,7 +76,7 @@ def test_engines_of_each_kind_run_workloads(kind, tiny, tmp_path):
             # q, k (it lies between), v and up: 64 + 32 + 32 + 128 columns of 3 layers, float32.
             assert facts["sequence_bytes"] == 3 * 256 * 4
             assert facts["store_bytes"] == 5 * facts["sequence_bytes"]
-            assert facts["slot_bytes"] > 3 * 12 * (64 + 256) * 4
+            assert facts["slot_bytes"] > 3 * 12 * (64 + 224) * 4
         assert ("slot_bytes" in facts) == (kind != "base")
     finally:
         engine.shutdown()

@@ -28,12 +28,35 @@ def config(model, **settings):
 
 
 def test_options_travel_in_the_configuration(tiny):
-    found = config(tiny, max_pedros=3, max_cpu_pedros=9, max_pedro_rank=24)
-    assert options_of(found) == PedroOptions(3, 9, 24)
+    found = config(tiny, max_pedros=3, max_cpu_pedros=9, max_pedro_rank=24, pedro_memory_bytes=99)
+    assert options_of(found) == PedroOptions(3, 9, 24, pedro_memory_bytes=99)
     assert json.dumps(found.additional_config)  # it is hashed as JSON
     assert found.scheduler_config.scheduler_cls == (
         "vllm_pedro.integration.scheduler.PedroScheduler"
     )
+
+
+def test_the_memory_for_adapters_is_fixed_in_the_configuration(tiny):
+    """A twentieth of the memory, and never less than some adapters of the highest rank need."""
+    arguments = EngineArgs(
+        model=str(tiny), skip_tokenizer_init=True, max_model_len=256, enable_pedro=True
+    )
+    assert options_of(arguments).pedro_memory_bytes is None
+    found = options_of(arguments.create_engine_config()).pedro_memory_bytes
+    assert 1 << 20 < found <= 4 << 30
+    assert options_of(arguments).pedro_memory_bytes is None
+    options = PedroOptions()
+    assert options.default_memory(total=2000, largest=10) == 100
+    assert options.default_memory(total=200, largest=10) == 80
+    assert PedroOptions(max_pedros=3).default_memory(total=200, largest=10) == 30
+    assert options.default_memory(total=1 << 40, largest=10) == 32 << 30
+
+
+def test_host_memory_has_room_for_more_than_the_device():
+    assert PedroOptions(pedro_memory_bytes=100).host_capacity(largest=10) == 40
+    assert PedroOptions(pedro_memory_bytes=5).host_capacity(largest=10) == 4
+    assert PedroOptions(max_pedros=2, pedro_memory_bytes=100).host_capacity(largest=10) == 8
+    assert PedroOptions(max_cpu_pedros=3, pedro_memory_bytes=100).host_capacity(largest=10) == 3
 
 
 def test_additional_config_of_ones_own_is_kept(tiny):
@@ -62,6 +85,8 @@ def test_the_compile_cache_tells_the_two_apart(tiny):
     [
         ({"max_pedros": 0}, "max_pedros must be an integer of at least 1, got 0"),
         ({"max_pedros": True}, "max_pedros must be an integer"),
+        ({"pedro_memory_bytes": 0}, "pedro_memory_bytes must be an integer of at least 1, got 0"),
+        ({"pedro_memory_bytes": 1 << 36}, "pedro_memory_bytes must be at most 34359738368"),
         ({"max_pedro_rank": "12"}, "max_pedro_rank must be an integer"),
         ({"max_pedros": 4, "max_cpu_pedros": 3}, r"max_cpu_pedros \(3\) must be at least"),
         ({"pedro_target_modules": ["q_proj", "o_proj"]}, "must name some of q_proj"),

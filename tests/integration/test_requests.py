@@ -291,7 +291,8 @@ def test_a_name_with_other_content_reaches_the_requests_that_wait(
     running = {r.request_id.partition("-")[0] for r in core.scheduler.running}
     begun = [f"r{i}" in running for i in range(10)]
     assert 6 <= sum(begun) <= 8
-    assert core.pedro_replace("mine", str(new), adapter_digest(new), True) == 10 - sum(begun)
+    replaced = core.pedro_replace("mine", str(new), adapter_digest(new), True, 4096)
+    assert replaced == 10 - sum(begun)
     while engine.has_unfinished_requests():
         for output in engine.step():
             results[output.request_id] = output
@@ -387,4 +388,4 @@ def test_store_and_generators_are_where_vllm_counts_memory(llm):
     model = worker.model_runner.model
     buffers = {b.data_ptr() for _, b in model.named_buffers()}
     assert all(v.data_ptr() in buffers for v in runtime.store.vectors)
-    assert all(v.dtype == torch.float32 for v in runtime.bank.down)
+    assert runtime.bank.arena.data_ptr() in buffers

@@ -128,13 +128,7 @@ def with_a_shorter_prompt(patch):
 def without_adapter_limit_per_step(patch):
     from vllm_pedro.integration.scheduler import PedroSchedulerMixin
 
-    schedule = PedroSchedulerMixin.schedule
-
-    def unlimited(self, *args, **kwargs):
-        self._pedro_max_adapters = 1000
-        return schedule(self, *args, **kwargs)
-
-    patch.setattr(PedroSchedulerMixin, "schedule", unlimited)
+    patch.setattr(PedroSchedulerMixin, "_pedro_has_room_for", lambda self, spec: True)
 
 
 def without_adapters_of_preempted_requests(patch):

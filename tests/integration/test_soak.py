@@ -1,4 +1,4 @@
-"""`stress/soak.py` as a user runs it. A short sample is in ``test_server.py``."""
+"""`stress/soak.py` as a user runs it. A short sample is in `test_server.py`."""
 
 from __future__ import annotations
 

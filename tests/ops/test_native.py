@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,25 +68,34 @@ def test_the_layout_is_that_of_the_header(build):
     from vllm_pedro.ops import layout
 
     text = (build.CSRC / "layout.h").read_text()
-    for name, value in (
-        ("kHeader", layout.HEADER),
-        ("kNumerator", layout.NUMERATOR),
-        ("kDenominator", layout.DENOMINATOR),
+    known = {}
+    for name, value in re.findall(r"constexpr int\d\d_t (\w+) = (.*);", text):
+        known[name] = eval(value, {}, known)
+    assert known == {
+        "kUnit": layout.UNIT,
+        "kMagic": layout.MAGIC,
+        "kMaxRanges": layout.MAX_RANGES,
+        "kMaxOrder": layout.MAX_ORDER,
+        "kBlobWords": layout.BLOB_WORDS,
+        "kRecordWords": layout.RECORD_WORDS,
+        "kRangesAt": layout.RANGES_AT,
+        "kNumeratorAt": layout.NUMERATOR_AT,
+        "kDenominatorAt": layout.DENOMINATOR_AT,
+        "kWeightsAt": layout.WEIGHTS_AT,
+    }
+    enums = {
+        name: re.findall(r"k(\w+) = (\d+)", values)
+        for name, values in re.findall(r"enum (\w+) \{(.*?)\};", text, re.DOTALL)
+    }
+    for enum, prefix, names in (
+        ("BlobField", "Blob", layout.BLOB_FIELDS),
+        ("RecordField", "", layout.RECORD_FIELDS),
+        ("Dtype", "", layout.DTYPES),
+        ("Activation", "", layout.ACTIVATIONS),
+        ("Pooling", "", layout.POOLINGS),
     ):
-        assert f"{name} = {value};" in text
-    for enum, names in (("Activation", layout.ACTIVATIONS), ("Pooling", layout.POOLINGS)):
-        values = ", ".join(f"k{n.capitalize()} = {i}" for i, n in enumerate(names))
-        assert f"enum {enum} {{ {values} }};" in text
-
-
-@pytest.mark.parametrize("rank", [1, 2, 7, 32])
-@pytest.mark.parametrize(("hidden", "width"), [(3, 2), (576, 4032), (1, 4), (4096, 30720)])
-def test_the_rank_follows_from_the_row_s_size(hidden, width, rank):
-    import torch
-
-    made = library.reference.GeneratorLayout(hidden, width, rank)
-    row = torch.empty(1, made.record, device="meta")
-    assert library.reference.GeneratorLayout.of(row, hidden, width) == made
+        want = [(prefix + n.title().replace("_", ""), f"{i}") for i, n in enumerate(names)]
+        assert enums[enum] == want
 
 
 # The build script --------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import torch
 from vllm_pedro import ops
 from vllm_pedro.generator import generate_vectors as generate
 from vllm_pedro.generator import pool_prompt
-from vllm_pedro.ops import GeneratorLayout, reference, samples
-from vllm_pedro.ops.layout import ACTIVATIONS, POOLINGS
+from vllm_pedro.ops import reference, samples
+from vllm_pedro.ops.layout import read_record
 
 REGISTERED = torch.ops.vllm_pedro
 
@@ -33,22 +33,51 @@ def test_the_reference_scales_by_definition():
 def test_the_reference_makes_vectors_by_definition():
     g = samples.generate_sample(samples.SIZES[0], torch.float32)
     reference.generate_vectors(*g.args())
-    views = GeneratorLayout(*samples.SIZES[0]).views(g.generators)
-    for start, length, row, slot in g.prefills[:6].tolist():
-        kind, rank, m, n, pooling, norm = (int(x) for x in views.header[slot, :6])
-        pooled = pool_prompt(
-            g.hidden[start : start + length], POOLINGS[pooling], "rms" if norm else None
-        )
-        want = generate(
-            pooled,
-            views.down[slot, :rank] if rank else None,
-            views.up[slot, :, :rank] if rank else None,
-            views.bias[slot],
-            ACTIVATIONS[kind],
-            views.numerator[slot, : m + 1],
-            views.denominator[slot, :n],
-        )
+    without = []
+    for start, length, row, place in g.prefills[:7].tolist():
+        record = read_record(g.arena, place, samples.LAYER)
+        want = torch.ones_like(g.vectors[row])
+        if record is None:
+            without.append(row)
+        else:
+            pooled = pool_prompt(
+                g.hidden[start : start + length], record.pooling, record.input_norm
+            )
+            is_static = not len(record.down)
+            made = generate(
+                pooled,
+                None if is_static else record.down,
+                None if is_static else record.up.t(),
+                record.bias,
+                record.activation,
+                record.numerator,
+                record.denominator,
+                record.down_bias,
+            )
+            at = 0
+            for column, width in record.ranges:
+                want[column : column + width] = made[at : at + width]
+                at += width
         torch.testing.assert_close(g.vectors[row], want)
+    assert len(without) == 1
+
+
+def test_each_vector_of_a_static_adapter_is_its_bias_exactly():
+    """Widened from the adapter's dtype, and ones where the adapter has no columns."""
+    g = samples.generate_sample(samples.SIZES[0], torch.float32)
+    ops.generate_vectors(*g.args())
+    static = 0
+    for _, _, row, place in g.prefills[:7].tolist():
+        record = read_record(g.arena, place, samples.LAYER)
+        if record is None or len(record.down):
+            continue
+        static += 1
+        want, at = torch.ones_like(g.vectors[row]), 0
+        for column, width in record.ranges:
+            want[column : column + width] = record.bias[at : at + width].float()
+            at += width
+        assert torch.equal(g.vectors[row], want)
+    assert static == 2
 
 
 def test_rows_without_an_adapter_are_not_read():
@@ -73,7 +102,7 @@ def test_scaling_rounds_as_torch_does(dtype):
     a, b = (m.reshape(1, -1) for m in torch.meshgrid(x, x, indexing="ij"))
     a, want = a.clone(), a * b
     vectors = torch.cat((torch.ones_like(b), b))
-    step = torch.tensor([0, 1], dtype=torch.int32)
+    step = torch.tensor([0, 1, 0], dtype=torch.int32)
     ops.scale_columns_(a, vectors, torch.tensor([1]), (0, 0, a.shape[1]), step)
     assert torch.equal(a.isnan(), want.isnan())
     assert torch.equal(a.nan_to_num(), want.nan_to_num())
@@ -81,20 +110,21 @@ def test_scaling_rounds_as_torch_does(dtype):
 
 def test_steps_with_nothing_to_do_touch_nothing():
     s = samples.scale_sample("all rows", samples.WIDTHS[0], torch.float32)
-    none = torch.zeros(2, dtype=torch.int32)
+    none = torch.zeros(3, dtype=torch.int32)
     before = s.x.clone()
     ops.scale_columns_(s.x, s.vectors, s.token_rows, s.ranges["all"], none)
     assert torch.equal(s.x, before)
     g = samples.generate_sample(samples.SIZES[0], torch.float32)
-    ops.generate_vectors(*g.args()[:4], none)
-    assert bool((g.vectors == 1).all())
+    kept = g.vectors.clone()
+    ops.generate_vectors(*g.args()[:5], none)
+    assert torch.equal(g.vectors, kept)
 
 
 @pytest.mark.parametrize("dtype", samples.DTYPES, ids=str)
 @pytest.mark.parametrize("size", samples.SIZES, ids=str)
 def test_the_warm_up_is_a_call_like_serving_s(size, dtype):
     d, width, _ = size
-    ops.warm_up(d, width, GeneratorLayout(*size).record, dtype, "cpu")
+    ops.warm_up(d, width, dtype, "cpu")
 
 
 @pytest.mark.skipif(not ops.backends.cpu.startswith("native"), reason="the reference is trusted")
@@ -110,6 +140,50 @@ def test_bad_arguments_are_refused():
     g.prefills[0, 2] = 0  # the identity row
     with pytest.raises(RuntimeError, match="prompt 0 lies outside"):
         ops.generate_vectors(*g.args())
+
+
+@pytest.mark.skipif(not ops.backends.cpu.startswith("native"), reason="the reference is trusted")
+@pytest.mark.parametrize(
+    "what",
+    [
+        "place outside",
+        "no blob",
+        "cut off",
+        "layer",
+        "hidden size",
+        "rank",
+        "width",
+        "records",
+        "up",
+    ],
+)
+def test_what_is_no_blob_in_the_arena_is_refused(what):
+    g = samples.generate_sample(samples.SIZES[0], torch.float32)
+    place, arena = int(g.prefills[0, 3]), g.arena
+    blob = arena[16 * place :].view(torch.int32)
+    record = blob[4 * int(blob[8 + samples.LAYER]) :]
+    if what == "place outside":
+        g.prefills[0, 3] = len(arena) // 16
+    elif what == "no blob":
+        g.prefills[0, 3] += 1
+    elif what == "cut off":
+        arena = arena[: 16 * place + 400].clone()
+    elif what == "layer":
+        g.layer[0] = 2
+    elif what == "hidden size":
+        record[7] += 1
+    elif what == "rank":
+        g.counts[2] = 1
+    elif what == "width":
+        record[17] += 1
+    elif what == "records":
+        blob[8 + samples.LAYER] = blob[2]
+    else:
+        record[13] = blob[2]
+    g.prefills[1:] = 0
+    g.counts[0] = 1
+    with pytest.raises(RuntimeError, match="the arena has no generator of layer"):
+        ops.generate_vectors(g.hidden, g.vectors, arena, *g.args()[3:])
 
 
 def test_opcheck():
@@ -135,8 +209,8 @@ def test_the_form_for_compilers_equals_the_operator(dtype):
 def test_a_compiled_graph_changes_the_store_before_it_reads_it():
     g = samples.generate_sample(samples.SIZES[1], torch.float32)
 
-    def step(hidden, vectors, generators, prompts, counts):
-        ops.generate_vectors(hidden, vectors, generators, prompts, counts)
+    def step(hidden, vectors, *others):
+        ops.generate_vectors(hidden, vectors, *others)
         return vectors[1] * 2
 
     want = g.vectors.clone()

@@ -72,24 +72,24 @@ WARMED = """
 import torch
 from gpu_compile import compile_only
 from vllm_pedro import ops
-from vllm_pedro.ops import GeneratorLayout, triton_kernels
+from vllm_pedro.ops import triton_kernels
 
 ops._generate_vectors = triton_kernels.generate_vectors
 for d, width, rank in ((576, 4032, 32), (4096, 18432, 8), (100, 130, 5)):
     for dtype in (torch.bfloat16, torch.float32):
-        row = GeneratorLayout(d, width, rank).record
         buffer = torch.empty(600, d, dtype=dtype)
         vectors = torch.empty(513, width, dtype=dtype)
-        generators = torch.empty(4, 3, row)
+        arena = torch.empty(1 << 20, dtype=torch.uint8)
         prompts = torch.empty(512, 4, dtype=torch.int32)
         with compile_only(90) as compiled:
-            ops.warm_up(d, width, row, dtype, "cpu")
+            ops.warm_up(d, width, dtype, "cpu")
             names = [name for name, _ in compiled]
             assert names == ["_pool_kernel", "_latent_kernel", "_columns_kernel"], names
             for count in range(1, 513):
                 hidden = buffer[: count + 40] if count % 2 else torch.empty(count, d, dtype=dtype)
-                step = torch.tensor([count, count], dtype=torch.int32)
-                ops.generate_vectors(hidden, vectors, generators[count % 4], prompts, step)
+                step = torch.tensor([count, count, count % (rank + 1)], dtype=torch.int32)
+                layer = torch.tensor([count % 80], dtype=torch.int32)
+                ops.generate_vectors(hidden, vectors, arena, prompts, layer, step)
             assert len(compiled) == 3, [name for name, _ in compiled]
 print("ok")
 """

@@ -3,17 +3,19 @@ import random
 import pytest
 import torch
 
-from vllm_pedro.adapter import init_adapter, load_adapter, save_adapter
+from vllm_pedro.adapter import init_adapter, load_adapter, read_adapter, save_adapter
 from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
 from vllm_pedro.config import PedroConfig
 from vllm_pedro.errors import AdapterError
-from vllm_pedro.ops.layout import ACTIVATIONS, POOLINGS
-from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, HostCache
+from vllm_pedro.ops.layout import ACTIVATIONS, POOLINGS, read_record
+from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, AdapterReader, HostCache
+from vllm_pedro.serving.blobs import blob_bytes
 from vllm_pedro.serving.spec import RequestSpec
 from vllm_pedro.serving.store import VectorStore
 
 SHAPE = BackboneShape(2, 8, {"q_proj": 8, "k_proj": 4, "v_proj": 4, "gate_proj": 16, "up_proj": 16})
 LIMITS = AdapterLimits(SHAPE, 4)
+CPU = torch.device("cpu")
 
 
 def write(folder, seed=0, shape=SHAPE, dtype=None, **config):
@@ -22,38 +24,49 @@ def write(folder, seed=0, shape=SHAPE, dtype=None, **config):
     return RequestSpec(folder.name, str(folder), digest, 5, "prompt")
 
 
-def bank(slots=2, limits=LIMITS):
-    store = VectorStore(limits.shape, limits.modules, 2, 8, torch.float32, torch.device("cpu"))
-    return AdapterBank(slots, limits, store.columns, torch.device("cpu"))
+def reader(limits=LIMITS):
+    store = VectorStore(limits.shape, limits.modules, 2, 8, torch.float32, CPU)
+    return AdapterReader(limits, store.columns)
+
+
+def cache(capacity, limits=LIMITS):
+    return HostCache(capacity, reader(limits))
+
+
+def bank(largest=2, limits=LIMITS, host=4, max_adapters=None):
+    """With room for so many of the largest adapters, with a host memory of its own or without."""
+    nbytes = largest * limits.largest_blob
+    own = cache(host, limits) if host else None
+    return AdapterBank(nbytes, reader(limits), CPU, own, max_adapters)
 
 
 def test_host_cache_drops_the_least_recently_used(tmp_path):
     specs = [write(tmp_path / str(i), seed=i) for i in range(3)]
-    cache = HostCache(2, LIMITS)
-    cache.get(specs[0])
-    cache.get(specs[1])
-    first = cache.get(specs[0])
-    cache.get(specs[2])
-    assert specs[0].digest in cache
-    assert specs[1].digest not in cache
-    assert cache.get(specs[0]) is first
-    assert len(cache) == 2
+    host = cache(2)
+    host.get(specs[0])
+    host.get(specs[1])
+    first = host.get(specs[0])
+    host.get(specs[2])
+    assert specs[0].digest in host
+    assert specs[1].digest not in host
+    assert host.get(specs[0]) is first
+    assert len(host) == 2
 
 
 def test_same_content_under_two_names_is_one_adapter(tmp_path):
     one, two = write(tmp_path / "one"), write(tmp_path / "two")
     assert one.digest == two.digest
-    cache = HostCache(4, LIMITS)
-    assert cache.get(one) is cache.get(two)
+    host = cache(4)
+    assert host.get(one) is host.get(two)
 
 
 def test_changed_folder_is_refused_not_served(tmp_path):
     old = write(tmp_path / "x", seed=0)
     write(tmp_path / "x", seed=1)
-    cache = HostCache(2, LIMITS)
+    host = cache(2)
     with pytest.raises(AdapterError, match="changed"):
-        cache.get(old)
-    assert len(cache) == 0
+        host.get(old)
+    assert len(host) == 0
 
 
 @pytest.mark.parametrize(
@@ -65,112 +78,116 @@ def test_changed_folder_is_refused_not_served(tmp_path):
 )
 def test_limits_name_the_option(tmp_path, limits, message):
     with pytest.raises(AdapterError, match=message):
-        HostCache(2, limits).get(write(tmp_path / "x"))
+        cache(2, limits).get(write(tmp_path / "x"))
 
 
-def test_bank_evicts_the_least_recently_used_but_never_what_the_step_reads(tmp_path):
-    specs = [write(tmp_path / str(i), seed=i) for i in range(4)]
-    cache, slots = HostCache(4, LIMITS), bank(2)
+ALL_MODULES = {"target_modules": list(TARGET_MODULES)}
+TIERS = pytest.mark.parametrize("host", [None, 4])
+
+
+@TIERS
+def test_bank_evicts_the_least_recently_used_but_never_what_the_step_reads(tmp_path, host):
+    specs = [write(tmp_path / str(i), seed=i, **ALL_MODULES) for i in range(4)]
+    adapters = bank(2, host=host)
 
     def resident(index, keep=()):
-        spec = specs[index]
-        keep = {specs[i].digest for i in (*keep, index)}
-        return slots.make_resident(spec.digest, lambda: cache.get(spec), keep)
+        adapters.make_resident(specs[index], {specs[i].digest for i in (*keep, index)})
+        return adapters.place_of(specs[index].digest)
 
     first, second = resident(0), resident(1)
-    assert {first, second} == {0, 1}
+    assert first != second
     assert resident(0) == first
     assert resident(2) == second
-    assert specs[1].digest not in slots
+    assert specs[1].digest not in adapters
     assert resident(3, keep=(0,)) == second
-    assert specs[0].digest in slots
-    with pytest.raises(RuntimeError, match="more than the 2 adapters"):
+    assert specs[0].digest in adapters
+    with pytest.raises(RuntimeError, match=r"take more than the \d+ bytes"):
         resident(1, keep=(0, 3))
 
 
-def test_a_failed_load_leaves_the_bank_as_it_was(tmp_path):
-    spec = write(tmp_path / "x")
-    slots = bank(1)
-    slots.make_resident(spec.digest, lambda: HostCache(1, LIMITS).get(spec), set())
-
-    def broken():
-        raise AdapterError("gone")
-
-    with pytest.raises(AdapterError, match="gone"):
-        slots.make_resident("other", broken, {"other"})
-    assert spec.digest in slots
+@TIERS
+def test_a_failed_load_leaves_the_bank_as_it_was(tmp_path, host):
+    spec, gone = write(tmp_path / "x", **ALL_MODULES), write(tmp_path / "y", seed=1, **ALL_MODULES)
+    adapters = bank(1, host=host)
+    adapters.make_resident(spec, ())
+    (tmp_path / "y" / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match="adapter_model"):
+        adapters.make_resident(gone, {gone.digest})
+    assert spec.digest in adapters
 
 
-def test_untargeted_modules_yield_exactly_one_after_a_larger_adapter_left(tmp_path):
-    everything = write(tmp_path / "all", target_modules=list(LIMITS.modules))
-    only_v = write(tmp_path / "v", r=2, target_modules=["v_proj"])
-    cache, slots = HostCache(2, LIMITS), bank(1)
-    slots.make_resident(everything.digest, lambda: cache.get(everything), set())
-    slot = slots.make_resident(only_v.digest, lambda: cache.get(only_v), set())
-    keep = torch.ones(48, dtype=torch.bool)
-    keep[slots.columns["v_proj"]] = False
-    for layer in range(2):
-        assert bool((slots.up[layer][slot][keep] == 0).all())
-        assert bool((slots.bias[layer][slot][keep] == 1).all())
-        assert bool((slots.up[layer][slot][~keep][:, :2] != 0).any())
+def test_where_the_arena_is_host_memory_the_number_of_adapters_has_a_limit(tmp_path):
+    """Which gives way to what a step reads."""
+    specs = [write(tmp_path / str(i), seed=i) for i in range(4)]
+    adapters = bank(9, host=None, max_adapters=2)
+    for spec in specs[:3]:
+        adapters.make_resident(spec, {spec.digest})
+    assert [spec.digest in adapters for spec in specs] == [False, True, True, False]
+    for spec in specs:
+        adapters.make_resident(spec, {spec.digest for spec in specs})
+    assert adapters.resident == {"device": 4, "host": 4}
+    adapters.discard(specs[0].digest)
+    adapters.make_resident(specs[0], {specs[0].digest})
+    assert len(adapters) == 2
 
 
-def test_split_order_of_the_config_is_followed(tmp_path):
-    spec = write(tmp_path / "x", target_modules=["up_proj", "q_proj"])
-    adapter = HostCache(1, LIMITS).get(spec)
-    slots = bank(1)
-    slot = slots.make_resident(spec.digest, lambda: adapter, set())
-    weights = load_adapter(spec.path).layer(1)
-    assert torch.equal(slots.bias[1][slot][slots.columns["up_proj"]], weights.bias[:16])
-    assert torch.equal(slots.bias[1][slot][slots.columns["q_proj"]], weights.bias[16:])
-    assert torch.equal(slots.up[1][slot][slots.columns["q_proj"]], weights.up[16:])
+def test_the_budget_is_in_bytes_and_small_adapters_take_less_of_it(tmp_path):
+    half = {"dtype": torch.bfloat16, "r": 2, "target_modules": ["v_proj"]}
+    specs = [write(tmp_path / str(i), seed=i, **half) for i in range(12)]
+    adapters = bank(2)
+    for spec in specs:
+        adapters.make_resident(spec, {spec.digest})
+    config = PedroConfig(r=2, target_modules=["v_proj"])
+    each = blob_bytes(config, "bfloat16", SHAPE)
+    assert each < LIMITS.largest_blob / 2
+    assert len(adapters) == 2 * LIMITS.largest_blob // each > 4
+    assert adapters.used_bytes == len(adapters) * each
 
 
-def rows_of(spec, slots):
-    """What a slot should hold, tensor by tensor: ``[layers, row]``."""
-    adapter, at = load_adapter(spec.path), slots.layout
-    config, shape = adapter.config, slots.limits.shape
-    rows = at.empty(shape.num_layers, torch.device("cpu"))
-    views = at.views(rows)
+def test_the_largest_blob_is_that_of_the_largest_adapter():
+    config = PedroConfig(r=4, target_modules=list(TARGET_MODULES))
+    assert blob_bytes(config, "float32", SHAPE) == LIMITS.largest_blob
+    assert blob_bytes(config, "float16", SHAPE) < LIMITS.largest_blob
+
+
+def check_blob(adapters, spec):
+    """The resident adapter is bit for bit what is in its folder."""
+    adapter, columns = load_adapter(spec.path), adapters.reader._columns
+    config, shape = adapter.config, adapters.reader.limits.shape
+    assert adapters.rank_of(spec.digest) == config.r
     for i in range(shape.num_layers):
-        weights, start = adapter.layer(i), 0
+        record = read_record(adapters.arena, adapters.place_of(spec.digest), i)
+        weights = adapter.layer(i)
+        assert record.activation == config.activation_of(i)
+        assert (record.pooling, record.input_norm) == (config.pooling, config.input_norm)
+        here = [range(c, c + w) for c, w in record.ranges]
+        assert here == sorted(here, key=lambda r: r.start)
+        store = torch.full((48,), -1)
+        store[torch.tensor([c for r in here for c in r])] = torch.arange(sum(map(len, here)))
+        start = 0
         for module, width in zip(
             config.target_modules, shape.split_widths(config.target_modules), strict=True
         ):
-            here, columns = slice(start, start + width), slots.columns[module]
-            views.bias[i, columns] = weights.bias[here]
+            own = store[columns[module]]
+            assert torch.equal(record.bias[own].float(), weights.bias[start : start + width])
             if weights.up is not None:
-                views.up[i, columns, : config.r] = weights.up[here]
+                up = record.up[:, own].float().t()
+                assert torch.equal(up, weights.up[start : start + width])
             start += width
-        if weights.down is not None:
-            views.down[i, : config.r] = weights.down
-        m, n = config.rational_order
+        assert int((store >= 0).sum()) == start == len(record.bias)
+        assert not record.down_bias.any()
+        if weights.down is None:
+            assert len(record.down) == 0
+        else:
+            assert torch.equal(record.down.float(), weights.down)
         if weights.numerator is not None:
-            views.numerator[i, : m + 1] = weights.numerator
-            views.denominator[i, :n] = weights.denominator
-        kinds = (ACTIVATIONS.index(config.activation_of(i)), POOLINGS.index(config.pooling))
-        norm = config.input_norm is not None
-        views.header[i, :6] = torch.tensor([kinds[0], config.r, m, n, kinds[1], norm])
-    return rows
+            assert torch.equal(record.numerator, weights.numerator)
+            assert torch.equal(record.denominator, weights.denominator)
 
 
-class Staging:
-    """Buffers on the way to a device, as on CUDA: two in turns, with garbage in them at first."""
-
-    def __init__(self, layers, record):
-        self.buffers = [(i, torch.full((layers, record), torch.nan)) for i in range(2)]
-
-    def staging(self):
-        return self.buffers[0]
-
-    def send(self, packed, generators, slot):
-        for layer, target in enumerate(generators):
-            target[slot].copy_(packed[layer])
-        self.buffers.append(self.buffers.pop(0))
-
-
-@pytest.mark.parametrize("staged", [False, True])
-def test_a_slot_holds_its_adapter_bit_by_bit_whatever_it_held_before(tmp_path, staged):
+@TIERS
+def test_blobs_are_their_adapters_bit_by_bit_whatever_lay_there_before(tmp_path, host):
+    """Adapters of all sizes and dtypes in an arena of few, moved about in it."""
     shape = BackboneShape(12, 8, SHAPE.widths)
     draw, specs = random.Random(0), []
     for i in range(24):
@@ -180,7 +197,7 @@ def test_a_slot_holds_its_adapter_bit_by_bit_whatever_it_held_before(tmp_path, s
                 seed=i,
                 shape=shape,
                 dtype=draw.choice([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
-                r=draw.choice([0, 2, 4]),
+                r=draw.choice([0, 2, 6]),
                 target_modules=draw.sample(TARGET_MODULES, draw.choice([1, 2, 5])),
                 activation=draw.choice(["rational", "gelu", draw.choices(ACTIVATIONS, k=12)]),
                 rational_order=(draw.randint(1, 6), draw.randint(1, 6)),
@@ -188,16 +205,20 @@ def test_a_slot_holds_its_adapter_bit_by_bit_whatever_it_held_before(tmp_path, s
                 input_norm=draw.choice([None, "rms"]),
             )
         )
-    # Alike in rank, modules and dtype: then only what differs is written.
-    alike = {"shape": shape, "target_modules": ["v_proj", "k_proj"], "dtype": torch.bfloat16}
-    specs += [write(tmp_path / f"alike-{i}", seed=i, **alike) for i in range(3)]
-    specs += [write(tmp_path / f"gelu-{i}", seed=i, activation="gelu", **alike) for i in range(3)]
     limits = AdapterLimits(shape, 6)
-    cache, slots = HostCache(4, limits), bank(2, limits)
-    if staged:
-        slots._on_host, slots._copies = None, Staging(12, slots.layout.record)
-    for step in range(120):
-        spec = draw.choice(specs if step % 40 < 25 else specs[-6:])
-        slot = slots.make_resident(spec.digest, lambda spec=spec: cache.get(spec), {spec.digest})
-        found = torch.stack([layer[slot] for layer in slots.generators])
-        assert torch.equal(found.view(torch.int32), rows_of(spec, slots).view(torch.int32))
+    adapters = bank(2, limits, host=host)
+    adapters.MOVED_BYTES = 999
+    adapters.arena.fill_(0xFF)
+    moves = []
+    compact = adapters._spans.compact
+    adapters._spans.compact = lambda: moves.append(compact()) or moves[-1]
+    for _ in range(60):
+        step = draw.sample(specs, draw.randint(1, 4))
+        sizes = [blob_bytes((a := read_adapter(spec.path)).config, a.dtype, shape) for spec in step]
+        while sum(sizes) > adapters.nbytes:
+            step.pop(), sizes.pop()
+        for spec in step:
+            adapters.make_resident(spec, {spec.digest for spec in step})
+        for spec in step:
+            check_blob(adapters, spec)
+    assert sum(map(len, moves)) > 3

@@ -5,7 +5,7 @@ from vllm_pedro.serving.plan import Pending, plan_step
 
 
 def plan(rows, made=()):
-    """Rows 1, 2, 3 for a, b, c; ``made`` names those whose vectors are there."""
+    """Rows 1, 2, 3 for a, b, c; `made` names those whose vectors are there."""
     return plan_step(
         [r.request_id for r in rows],
         [ROWS.get(r.request_id, 0) for r in rows],

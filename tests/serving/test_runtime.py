@@ -7,7 +7,7 @@ from vllm_pedro.adapter import init_adapter, save_adapter
 from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
 from vllm_pedro.config import PedroConfig
 from vllm_pedro.generator import VectorGenerator
-from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, HostCache
+from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, AdapterReader, HostCache
 from vllm_pedro.serving.rows import VectorRows
 from vllm_pedro.serving.runtime import PedroRuntime
 from vllm_pedro.serving.spec import RequestSpec
@@ -59,12 +59,14 @@ def request(folder, digest, length, prompt="p"):
     return RequestSpec(folder.name, str(folder), digest, length, prompt)
 
 
-def runtime(max_pedros=4, sequences=4, dtype=torch.float32):
+def runtime(largest=4, sequences=4, dtype=torch.float32, has_host=False):
+    """With room for so many of the largest adapters, and a host memory of its own if asked."""
     cpu = torch.device("cpu")
     store = VectorStore(SHAPE, TARGET_MODULES, sequences, 64, dtype, cpu)
-    host = HostCache(8, LIMITS)
-    bank = AdapterBank(max_pedros, LIMITS, store.columns, cpu)
-    return Harness(host, bank, store, sequences=sequences)
+    reader = AdapterReader(LIMITS, store.columns)
+    host = HostCache(8, reader) if has_host else None
+    bank = AdapterBank(largest * LIMITS.largest_blob, reader, cpu, host)
+    return Harness(bank, store, sequences=sequences)
 
 
 def write(folder, seed=0, **config):
@@ -115,7 +117,7 @@ def test_rows_of_several_adapters_in_one_step(tmp_path):
     assert len(rt.bank) == 2
     slots = rt.store.prefills[:3, 3].tolist()
     assert slots == sorted(slots)
-    assert rt.store.counts.tolist() == [3, 3]
+    assert rt.store.counts.tolist() == [3, 3, 4]
     hidden = torch.randn(7, 8, generator=torch.Generator().manual_seed(2))
     rt.layers[0].generate(hidden)
     for name, rows in (("a", slice(0, 2)), ("b", slice(2, 6)), ("c", slice(6, 7))):
@@ -170,13 +172,15 @@ def test_preempted_requests_resume(tmp_path):
     assert rt.row("a") == 1
 
 
-def test_more_tenants_than_device_slots(tmp_path):
-    rt = runtime(max_pedros=1, sequences=3)
+@pytest.mark.parametrize("has_host", [False, True])
+def test_more_tenants_than_fit_the_device(tmp_path, has_host):
+    rt = runtime(largest=1, sequences=3, has_host=has_host)
     adapters = {}
     for i, name in enumerate("abc"):
         adapters[name], digest = write(tmp_path / name, seed=i)
         rt.enter(name, request(tmp_path / name, digest, 2, prompt=name))
         rt.prepare((name, 2, 0))
+        assert len(rt.bank) == 1
         rt.layers[0].generate(torch.full((2, 8), float(i + 1)))
     rt.prepare(*((name, 1, 2) for name in "abc"))
     assert rt.plan.num_with_adapter == 3
@@ -218,32 +222,33 @@ def test_vectors_are_made_in_float32_and_kept_in_the_model_dtype(tmp_path):
     assert torch.equal(row, expected(adapter, 0, hidden.float()).bfloat16())
 
 
-def test_a_retired_adapter_stays_until_its_last_request_ends(tmp_path):
+@pytest.mark.parametrize("has_host", [False, True])
+def test_a_retired_adapter_stays_until_its_last_request_ends(tmp_path, has_host):
     """Then its memory is free, and again after each straggler that was admitted before."""
-    rt = runtime()
+    rt = runtime(has_host=has_host)
     _, digest = write(tmp_path / "x")
     for name in ("a", "b"):
         rt.enter(name, request(tmp_path / "x", digest, 2))
     rt.prepare(("a", 2, 0), ("b", 2, 0))
     rt.retire(digest)
     rt.leave("a")
-    assert (len(rt.host), len(rt.bank)) == (1, 1)
+    assert rt.bank.resident == {"device": 1, "host": 1}
     rt.leave("b")
-    assert (len(rt.host), len(rt.bank)) == (0, 0)
+    assert rt.bank.resident == {"device": 0, "host": 0}
     rt.enter("late", request(tmp_path / "x", digest, 2, prompt="late"))
     rt.prepare(("late", 2, 0))
-    assert (len(rt.host), len(rt.bank)) == (1, 1)
+    assert rt.bank.resident == {"device": 1, "host": 1}
     rt.leave("late")
-    assert (len(rt.host), len(rt.bank)) == (0, 0)
+    assert rt.bank.resident == {"device": 0, "host": 0}
     rt.restore(digest)
     rt.enter("new", request(tmp_path / "x", digest, 2, prompt="new"))
     rt.prepare(("new", 2, 0))
     rt.leave("new")
-    assert (len(rt.host), len(rt.bank)) == (1, 1)
+    assert rt.bank.resident == {"device": 1, "host": 1}
 
 
 def test_counts_say_where_adapters_were_found(tmp_path):
-    rt = runtime(max_pedros=1)
+    rt = runtime(largest=1, has_host=True)
     digests = [write(tmp_path / str(i), seed=i)[1] for i in range(2)]
     assert rt.take_stats() == {}
     for step, number in enumerate((0, 0, 1, 0)):
@@ -258,18 +263,29 @@ def test_counts_say_where_adapters_were_found(tmp_path):
     assert stats["evictions"] == {"device": 2}
     assert stats["resident"] == {"device": 1, "host": 2}
     assert {tier: len(s) for tier, s in stats["seconds"].items()} == {"host": 2, "device": 3}
-    rt.host.discard(digests[0])
     rt.enter("gone", request(tmp_path / "0", "another digest", 2))
     rt.prepare(("gone", 2, 0))
     assert rt.take_stats()["prefills"] == {"failed": 1}
 
 
+def test_where_the_device_is_the_host_both_tiers_are_one(tmp_path):
+    rt = runtime(largest=1)
+    digests = [write(tmp_path / str(i), seed=i)[1] for i in range(2)]
+    for step, number in enumerate((0, 0, 1)):
+        rt.enter(f"r{step}", request(tmp_path / str(number), digests[number], 2, prompt=f"{step}"))
+        rt.prepare((f"r{step}", 2, 0))
+    stats = rt.take_stats()
+    assert stats["prefills"] == {"disk": 2, "device": 1}
+    assert stats["loads"] == {"host": 2, "device": 2}
+    assert stats["evictions"] == {"device": 1, "host": 1}
+    assert stats["resident"] == {"device": 1, "host": 1}
+
+
 def test_warming_up_leaves_no_trace():
-    bank_store = VectorStore(SHAPE, TARGET_MODULES, 4, 64, torch.float32, torch.device("cpu"))
-    bank = AdapterBank(2, LIMITS, bank_store.columns, torch.device("cpu"))
-    runtime = PedroRuntime(HostCache(4, LIMITS), bank, bank_store)
-    tensors = [*bank_store.vectors, *bank.generators, bank_store.prefills, bank_store.counts]
+    rt = runtime()
+    rt.bank.arena.fill_(7)
+    tensors = [*rt.store.vectors, rt.bank.arena, rt.store.prefills, rt.store.counts]
     before = [tensor.clone() for tensor in tensors]
-    runtime.warm_up()
+    rt.warm_up()
     assert all(map(torch.equal, before, tensors))
-    assert not runtime.generates_vectors
+    assert not rt.generates_vectors

@@ -10,7 +10,7 @@ ALL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
 def plan(slots, lengths=None):
-    """A step whose rows read these slots; one token each unless ``lengths`` says otherwise."""
+    """A step whose rows read these slots; one token each unless `lengths` says otherwise."""
     lengths = lengths or [1] * len(slots)
     names = [str(i) for i in range(len(slots))]
     return plan_step(names, slots, lengths, [0] * len(slots), {})
@@ -57,25 +57,25 @@ def test_tokens_of_the_last_step_do_not_linger():
 
 def test_the_operators_are_told_what_there_is_to_do():
     s = store()
-    s.load_plan(plan([0, 2, 1], [1, 3, 2]), [(1, 3, 2, 0), (4, 2, 1, 1)])
-    assert s.counts.tolist() == [2, 2]
+    s.load_plan(plan([0, 2, 1], [1, 3, 2]), [(1, 3, 2, 0), (4, 2, 1, 1)], 5)
+    assert s.counts.tolist() == [2, 2, 5]
     assert s.prefills.tolist() == [[1, 3, 2, 0], [4, 2, 1, 1], [0, 0, 0, 0]]
     s.load_plan(plan([0, 2, 0]))
-    assert s.counts.tolist() == [0, 1]
+    assert s.counts.tolist() == [0, 1, 0]
     s.load_plan(plan([0, 0]))
-    assert s.counts.tolist() == [0, 0]
+    assert s.counts.tolist() == [0, 0, 0]
     s.load_plan(plan([1]), [(0, 1, 1, 0)])
     s.load_dummy()
-    assert s.counts.tolist() == [0, 0]
+    assert s.counts.tolist() == [0, 0, 0]
     assert not s.token_rows.any()
 
 
 def test_on_a_device_a_dummy_run_launches_what_a_captured_graph_needs():
     s = VectorStore(SHAPE, ALL, 3, 10, torch.float32, torch.device("meta"))
     s.load_dummy()
-    assert s.counts.tolist() == [0, 1]
+    assert s.counts.tolist() == [0, 1, 0]
     s.load_plan(StepPlan())
-    assert s.counts.tolist() == [0, 0]
+    assert s.counts.tolist() == [0, 0, 0]
 
 
 def test_addresses_stay_fixed():

@@ -24,13 +24,14 @@ import torch
 from runners import current_runner, stage_as_on_a_device
 
 from vllm_pedro import BackboneShape, PedroConfig, PedroModel, save_adapter
-from vllm_pedro.adapter import init_adapter
+from vllm_pedro.adapter import init_adapter, read_adapter
 from vllm_pedro.model.reference import NEAR_TIE_MARGIN, Reference, reference_score
+from vllm_pedro.serving.blobs import blob_bytes
 
 
 @contextlib.contextmanager
 def start_engine(model: Path | str, pedro: bool = True, **settings: Any) -> Iterator[Any]:
-    """An ``LLM`` in this process, shut down at the end."""
+    """An `LLM` in this process, shut down at the end."""
     import vllm_pedro  # noqa: F401  (teaches LLM its keywords)
 
     # isort: split
@@ -113,7 +114,7 @@ def write_random_adapter(
 ) -> Path:
     """Write a random adapter for a model. Same arguments, same content.
 
-    ``down_scale`` multiplies the down projection: as initialised it makes vectors that hardly
+    `down_scale` multiplies the down projection: as initialised it makes vectors that hardly
     depend on the prompt, and a test of that dependence would prove nothing.
     """
     from transformers import AutoConfig
@@ -166,6 +167,14 @@ class Oracle:
         self._backbone: Any = None
         self._models: dict[Path, PedroModel] = {}
 
+    def adapter_bytes(self, adapter: Path) -> int:
+        """What an adapter takes of the device's memory."""
+        from transformers import AutoConfig
+
+        shape = BackboneShape.from_hf_config(AutoConfig.from_pretrained(self._path))
+        stored = read_adapter(adapter)
+        return blob_bytes(stored.config, stored.dtype, shape)
+
     def _model(self, adapter: Path | None) -> Any:
         from transformers import AutoModelForCausalLM
 
@@ -216,7 +225,7 @@ class Oracle:
         completion: int = 0,
         logprob_tolerance: float = 5e-4,
     ) -> bool:
-        """A greedy ``RequestOutput`` has the reference's tokens and prompt log probabilities.
+        """A greedy `RequestOutput` has the reference's tokens and prompt log probabilities.
 
         Returns:
             Whether it ran into a near-tie, after which tokens may rightly differ.

@@ -40,7 +40,7 @@ class Choice:
 def chosen_graphs(
     start: Callable[..., contextlib.AbstractContextManager[Any]], choices: list[Choice]
 ) -> Iterator[Any]:
-    """Start an engine that adds each step's choice to ``choices``; the ``LLM``."""
+    """Start an engine that adds each step's choice to `choices`; the `LLM`."""
     now: dict[str, bool] = {}
     with contextlib.ExitStack() as stack:
         if current_runner() == "v2":
@@ -54,7 +54,7 @@ def chosen_graphs(
 
 
 def _observe_steps(runner: Any, now: dict[str, bool]) -> None:
-    """Keep in ``now`` what the scheduler said of the step that runs."""
+    """Keep in `now` what the scheduler said of the step that runs."""
     from vllm_pedro.integration import wire
 
     execute = runner.execute_model

@@ -54,7 +54,7 @@ def stage_as_on_a_device(llm: Any) -> None:
     """Let an engine's vector store take a GPU's way on the CPU: staged copies, launches in dummies.
 
     Args:
-        llm: An ``LLM`` in this process.
+        llm: An `LLM` in this process.
     """
     from vllm_pedro.serving.store import _Stage
 

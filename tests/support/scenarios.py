@@ -128,10 +128,12 @@ def preemption(start, oracle, a):
 
 
 def device_slots(start, oracle, a):
-    """More tenants in a batch than fit the device or the host cache."""
+    """More tenants in a batch than fit the device at once; then than are prefilled in a step."""
     rows = [(tokens(10 + i, i), list(a.values())[i % 5], None) for i in range(8)]
-    with start(max_pedros=1, max_cpu_pedros=2) as llm:
-        check_all(oracle, rows, ask(llm, rows))
+    memory = max(oracle.adapter_bytes(adapter) for _, adapter, _ in rows)
+    for limits in ({"max_pedros": None, "pedro_memory_bytes": memory}, {"max_pedros": 1}):
+        with start(max_cpu_pedros=2, **limits) as llm:
+            check_all(oracle, rows, ask(llm, rows))
 
 
 def parallel_samples(start, oracle, a):
@@ -226,7 +228,7 @@ def unloaded_while_preempted(start, oracle, a):
         check_all(oracle, rows, [outputs[i] for i in range(len(rows))])
         for _ in range(3):  # tell the worker which requests ended
             engine.step()
-        assert len(runtime.host) == 0, "adapters that were unloaded are still in memory"
+        assert len(runtime.bank) == 0, "adapters that were unloaded are still in memory"
 
 
 def speculation(start, oracle, a):

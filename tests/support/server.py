@@ -23,7 +23,7 @@ def curl(url: str, body: Any = None) -> tuple[int, str]:
 
 
 def metrics(url: str) -> dict[str, float]:
-    """PEDRO's metrics without their common labels, e.g. ``adapter_loads_total{tier=host}``."""
+    """PEDRO's metrics without their common labels, e.g. `adapter_loads_total{tier=host}`."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
         lines = answer.read().decode().splitlines()
     found = {}

@@ -28,6 +28,7 @@ FLOAT_DTYPES: Final = {"F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "F32": 4
 class Stored(NamedTuple):
     """How values of a dtype are kept as they are in the file."""
 
+    name: str
     dtype: str  # NumPy's; it has no bfloat16, of which it gets the bits
     unsigned: str  # the bits, read as whole numbers
     signed: str
@@ -35,9 +36,9 @@ class Stored(NamedTuple):
 
 
 STORED: Final = {
-    "F16": Stored("<f2", "<u2", "<i2", 0x7C00),
-    "BF16": Stored("<u2", "<u2", "<i2", 0x7F80),
-    "F32": Stored("<f4", "<u4", "<i4", 0x7F800000),
+    "F16": Stored("float16", "<f2", "<u2", "<i2", 0x7C00),
+    "BF16": Stored("bfloat16", "<u2", "<u2", "<i2", 0x7F80),
+    "F32": Stored("float32", "<f4", "<u4", "<i4", 0x7F800000),
 }
 
 

@@ -175,18 +175,18 @@ def verify_adapter(
     path: str | os.PathLike[str],
     shape: BackboneShape | None = None,
     check: Callable[[PedroConfig], None] | None = None,
-) -> tuple[PedroConfig, str]:
+) -> tuple[PedroConfig, str, str]:
     """`load_adapter` for its errors alone; the weights pass by and are not kept.
 
     Returns:
-        The config and the digest.
+        The config, the digest and the `StoredAdapter.dtype` that the adapter would have.
     """
     files = _read_files(path, shape, check, keep=False)
-    if files.is_finite:
-        return files.config, files.digest
+    if files.is_finite and files.header.stored is not None:
+        return files.config, files.digest, files.header.stored.name
     # Says which tensor is wrong, or that those of an uncommon dtype are not.
     adapter = read_adapter(path, shape, check=check)
-    return adapter.config, adapter.digest
+    return adapter.config, adapter.digest, adapter.dtype
 
 
 class _Files(NamedTuple):

@@ -108,6 +108,11 @@ class StoredAdapter:
     path: str
     _header: Header = field(repr=False)
 
+    @property
+    def dtype(self) -> str:
+        """What `values` are: "float32", "bfloat16" or "float16"."""
+        return "bfloat16" if self.values.dtype == np.uint16 else self.values.dtype.name
+
     def blocks(self) -> Iterator[tuple[slice, LayerArrays]]:
         """The layers, as many at a time as lie evenly in the file: which ones, and their tensors.
 

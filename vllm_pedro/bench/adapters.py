@@ -25,22 +25,22 @@ LORA_RANK: Final = 8
 KINDS: Final = ("pedro", "static", "lora")
 
 CONTENTS: Final = 16
-"""At most so many different weights are made; see :func:`write_adapters`."""
+"""At most so many different weights are made; see `write_adapters`."""
 
 
 def write_adapters(model: str, folder: Path, kind: str, count: int) -> list[Path]:
-    """Write ``count`` adapter folders for a model, in bfloat16.
+    """Write `count` adapter folders for a model, in bfloat16.
 
-    Weights are random: what they are does not change how long they take. Up to :data:`CONTENTS`
+    Weights are random: what they are does not change how long they take. Up to `CONTENTS`
     folders have weights of their own. Later ones share the weights file of an earlier one (a hard
-    link), but not the config: its ``base_model_name_or_path`` carries the tenant's number. So every
+    link), but not the config: its `base_model_name_or_path` carries the tenant's number. So every
     adapter has a digest of its own, is read, checked, kept and evicted like any other, and 10,000
     of them fit on a disk. What that hides is reading 10,000 files that are in no file cache.
 
     Args:
         model: The model's folder.
         folder: Where to make them; it is created.
-        kind: ``pedro`` (r = 12), ``static`` (one vector per module, (IA)3) or ``lora`` (r = 8).
+        kind: `pedro` (r = 12), `static` (one vector per module, (IA)3) or `lora` (r = 8).
         count: How many.
 
     Returns:

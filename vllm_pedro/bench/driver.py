@@ -11,7 +11,7 @@ from .workloads import Request, Workload
 
 
 class Progress(NamedTuple):
-    """What a step gave one request; ``request`` is its number in the workload."""
+    """What a step gave one request; `request` is its number in the workload."""
 
     request: int
     new_tokens: int

@@ -70,7 +70,7 @@ class EngineProcess:
         self.facts["start_s"] = time.perf_counter() - started
 
     def run(self, job: Job, tell: Callable[[int], None] = lambda tokens: None) -> list[Timing]:
-        """Run a workload; ``tell`` hears how many tokens have come out.
+        """Run a workload; `tell` hears how many tokens have come out.
 
         Raises:
             PedroError: The engine failed.
@@ -79,7 +79,7 @@ class EngineProcess:
         return self._answer("timings", tell)
 
     def peak_bytes(self) -> dict[str, int]:
-        """Highest memory use so far: ``host`` (resident set), and ``device`` on a GPU."""
+        """Highest memory use so far: `host` (resident set), and `device` on a GPU."""
         self._pipe.send(("peak", None))
         return self._answer("peak")
 

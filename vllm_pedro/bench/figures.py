@@ -46,7 +46,7 @@ class Spread:
         return cls(statistics.median(found), min(found), max(found), len(found))
 
     def format(self, digits: int = 2) -> str:
-        """``median (low-high)``."""
+        """`median (low-high)`."""
         return f"{self.median:.{digits}f} ({self.low:.{digits}f}-{self.high:.{digits}f})"
 
 
@@ -61,7 +61,7 @@ def paired_ratios(mine: Mapping[int, float], other: Mapping[int, float]) -> Spre
 
 
 def measure(timings: Sequence[Timing]) -> dict[str, float]:
-    """The measures of one run: see :data:`MEASURES`.
+    """The measures of one run: see `MEASURES`.
 
     Throughput counts from the first request sent to the last token. Inter-token latencies are
     pooled over all requests; a run of one-token answers has none, and their keys are left out.
@@ -123,8 +123,8 @@ def jain_index(values: Iterable[float]) -> float:
 def fairness(tenants: Mapping[Any, Mapping[str, float]]) -> dict[str, float]:
     """How evenly tenants are served.
 
-    ``jain_tokens_per_s`` is Jain's index of what their users see; ``worst_over_best_ttft`` and
-    ``worst_over_best_itl`` are ratios of tenants' means.
+    `jain_tokens_per_s` is Jain's index of what their users see; `worst_over_best_ttft` and
+    `worst_over_best_itl` are ratios of tenants' means.
     """
     result = {"jain_tokens_per_s": jain_index(t["tokens_per_s"] for t in tenants.values())}
     for name in ("ttft", "itl"):
@@ -136,7 +136,7 @@ def fairness(tenants: Mapping[Any, Mapping[str, float]]) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """End-to-end latency as a line: ``ttft + (n - 1) * itl`` for n output tokens. Milliseconds."""
+    """End-to-end latency as a line: `ttft + (n - 1) * itl` for n output tokens. Milliseconds."""
 
     ttft: float
     itl: float
@@ -146,9 +146,9 @@ class Latency:
 
 
 def break_even(mine: Latency, other: Latency) -> int | None:
-    """The output length from which on ``mine`` is faster than ``other``; None if never.
+    """The output length from which on `mine` is faster than `other`; None if never.
 
-    1 means always. Where ``mine`` is slower per token it can only win short answers, and there is
+    1 means always. Where `mine` is slower per token it can only win short answers, and there is
     no length from which on it wins, so the answer is None too.
     """
     if mine.itl > other.itl:

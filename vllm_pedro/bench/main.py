@@ -1,4 +1,4 @@
-"""The command line of ``vllm-pedro bench``."""
+"""The command line of `vllm-pedro bench`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``vllm-pedro bench`` without a server: engines of one kind each, alive at once, taking turns."""
+"""`vllm-pedro bench` without a server: engines of one kind each, alive at once, taking turns."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Case:
     """One column of a comparison: an engine, and who asks.
 
     Attributes:
-        kind: ``plain``, ``base``, ``pedro``, ``static`` or ``lora``.
-        mode: ``compiled`` or ``eager``.
+        kind: `plain`, `base`, `pedro`, `static` or `lora`.
+        mode: `compiled` or `eager`.
         tenants: How many tenants ask; 0 for requests without an adapter.
     """
 
@@ -74,7 +74,7 @@ class Comparison:
     """A workload and the cases that run it in turns.
 
     Attributes:
-        family: What it is about; one of :data:`FAMILIES`.
+        family: What it is about; one of `FAMILIES`.
         x: Where it stands on its plot's axis: tenants, concurrency or prompt tokens.
         workload: Requests without tenants.
         mix: How tenants are assigned.
@@ -112,12 +112,12 @@ class Sizes:
         eager_tenants: LoRA and eager engines are measured up to so many tenants, because naive
             kernels take long.
         tenant_tokens: Prompt and output tokens of the requests of many tenants; None: the more
-            tenants the shorter, see ``_tenant_sweep``.
+            tenants the shorter, see `_tenant_sweep`.
         concurrency: Of the closed loops.
         prompts: Prompt lengths of the break-even.
         max_model_len: Longest sequence.
         trace: A trace file.
-        trace_requests, trace_speed, trace_shrink: See ``workloads.replay``.
+        trace_requests, trace_speed, trace_shrink: See `workloads.replay`.
     """
 
     rows: int = 16
@@ -151,8 +151,8 @@ def comparisons(
     """Everything to measure, in order.
 
     Args:
-        families: Of :data:`FAMILIES`.
-        engines: Of :data:`ENGINES`; those that run.
+        families: Of `FAMILIES`.
+        engines: Of `ENGINES`; those that run.
         sizes: How much.
         static: Measure static vectors ((IA)3) too.
     """

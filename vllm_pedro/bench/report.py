@@ -71,10 +71,10 @@ def runs_on_cpu(records: Iterable[Record]) -> bool:
 
 
 def write_report(records: Sequence[Record], folder: Path, plots: bool = True) -> list[Path]:
-    """Write ``report.md``, and PNGs beside it where there is something to plot.
+    """Write `report.md`, and PNGs beside it where there is something to plot.
 
     Args:
-        records: From ``results.read_results``.
+        records: From `results.read_results`.
         folder: Where to write; it is created.
         plots: Whether to draw.
 

@@ -1,8 +1,8 @@
-"""Results as JSON lines: one object a line, whose ``record`` says what it is.
+"""Results as JSON lines: one object a line, whose `record` says what it is.
 
-``run``: machine, versions, settings and load at the start. ``engine``: one engine's memory and
-start-up. ``measurement``: one repeat of one case of one workload. ``load``: how long adapters took
-to load. ``end``: load and time at the end. A file may hold several runs, one after the other.
+`run`: machine, versions, settings and load at the start. `engine`: one engine's memory and
+start-up. `measurement`: one repeat of one case of one workload. `load`: how long adapters took
+to load. `end`: load and time at the end. A file may hold several runs, one after the other.
 """
 
 from __future__ import annotations

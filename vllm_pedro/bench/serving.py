@@ -1,7 +1,7 @@
-"""Servers in turns, each sent the same requests by vLLM's own client, ``vllm bench serve``.
+"""Servers in turns, each sent the same requests by vLLM's own client, `vllm bench serve`.
 
-The client is used as it comes. Its ``timed_trace`` data set takes each request's lengths, content
-and arrival from a file, and its round robin over ``--lora-modules`` gives request i the i-th name,
+The client is used as it comes. Its `timed_trace` data set takes each request's lengths, content
+and arrival from a file, and its round robin over `--lora-modules` gives request i the i-th name,
 so that any assignment of tenants can be asked for. Nothing of it needs pandas or datasets.
 """
 
@@ -83,7 +83,7 @@ def workloads(args: argparse.Namespace) -> list[Workload]:
 
 
 def client_data(workload: Workload) -> tuple[str, int]:
-    """A workload as the client's ``timed_trace`` file, and how many tokens a hash stands for.
+    """A workload as the client's `timed_trace` file, and how many tokens a hash stands for.
 
     Prompts of their own have one hash each, as long as the longest prompt.
     """
@@ -105,14 +105,14 @@ def client_data(workload: Workload) -> tuple[str, int]:
 def client_arguments(
     workload: Workload, model: str, port: int, names: Sequence[str] | None, folder: Path
 ) -> list[str]:
-    """Arguments of ``vllm bench serve``.
+    """Arguments of `vllm bench serve`.
 
     Args:
         workload: What to send.
         model: The model's folder, whose tokenizer the client needs.
         port: The server's.
         names: The adapter's name for each request; None for a server without adapters.
-        folder: Where ``data.jsonl`` is and ``result.json`` will be.
+        folder: Where `data.jsonl` is and `result.json` will be.
     """
     _, size = client_data(workload)
     arguments = {
@@ -189,7 +189,7 @@ def slots_of(args: argparse.Namespace) -> int:
 def server_arguments(
     engine: EngineName, args: argparse.Namespace, adapters: Sequence[Path]
 ) -> list[str]:
-    """Arguments of ``vllm-pedro serve`` for a kind of server; the same but for the adapters."""
+    """Arguments of `vllm-pedro serve` for a kind of server; the same but for the adapters."""
     slots = slots_of(args)
     host_slots = max(slots, min(args.tenants, 256))
     words = ["--served-model-name", BASE_NAME]
@@ -319,7 +319,7 @@ def _ask(port: int, name: str) -> None:
 def run_client(
     workload: Workload, model: str, port: int, paths: Sequence[Path], folder: Path
 ) -> dict[str, Any]:
-    """Run ``vllm bench serve``; its detailed result.
+    """Run `vllm bench serve`; its detailed result.
 
     Raises:
         PedroError: The client failed.

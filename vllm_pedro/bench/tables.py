@@ -13,7 +13,7 @@ from .series import Record, Series, base_of, break_evens, lora_of, single_of
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table that can be read as it is; the first ``left`` columns are text."""
+    """A Markdown table that can be read as it is; the first `left` columns are text."""
     widths = [max(len(str(row[i])) for row in (headers, *rows)) for i in range(len(headers))]
 
     def line(cells: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from typing import Final, TextIO
 from ..errors import PedroError
 
 MIXES: Final = ("identical", "distinct", "uniform", "skewed", "one-hot")
-"""Who asks how often; see :func:`tenant_counts`."""
+"""Who asks how often; see `tenant_counts`."""
 
 MIX_RULES: Final = {
     "identical": "all requests belong to one tenant",
@@ -94,7 +94,7 @@ class Workload:
         return replace(self, requests=tuple(replace(r, tenant=t) for r, t in pairs))
 
     def prompt(self, index: int, vocabulary: int) -> list[int]:
-        """Token ids of a request's prompt, below ``vocabulary``, drawn at random."""
+        """Token ids of a request's prompt, below `vocabulary`, drawn at random."""
         key = f"{self.seed}/request/{index}"
         return random.Random(key).choices(range(vocabulary), k=self.requests[index].prompt_tokens)
 
@@ -105,7 +105,7 @@ class Workload:
 def fixed_lengths(
     count: int, prompt_tokens: int, output_tokens: int, name: str = "fixed"
 ) -> Workload:
-    """``count`` requests of the same lengths, all there from the start."""
+    """`count` requests of the same lengths, all there from the start."""
     for what, value in (
         ("count", count),
         ("prompt_tokens", prompt_tokens),
@@ -141,16 +141,16 @@ def paper_lengths(count: int, seed: int = 0, beam_width: int = 1) -> Workload:
 
 
 def _with_mean(draw: random.Random, count: int, mean: float) -> list[int]:
-    """Log-normal lengths of at least 1 whose sum is ``count * mean``, rounded."""
+    """Log-normal lengths of at least 1 whose sum is `count * mean`, rounded."""
     raw = [draw.lognormvariate(0.0, 0.35) for _ in range(count)]
     return apportion(raw, round(count * mean), least=1)
 
 
 def apportion(weights: Sequence[float], total: int, least: int = 0) -> list[int]:
-    """Whole numbers in proportion to ``weights`` that sum to ``total``: largest remainders.
+    """Whole numbers in proportion to `weights` that sum to `total`: largest remainders.
 
     Raises:
-        PedroError: ``total`` is too small to give each its ``least``.
+        PedroError: `total` is too small to give each its `least`.
     """
     spare = total - least * len(weights)
     if spare < 0:
@@ -172,10 +172,10 @@ def tenant_counts(mix: str, requests: int, tenants: int) -> list[int]:
 
     The mixes are Punica's (arXiv 2310.18547) and one more:
 
-    - ``identical``: all requests are the first tenant's;
-    - ``distinct``, ``uniform``: as equal as can be (they differ in order);
-    - ``skewed``: each tenant :data:`SKEW` times as popular as the next;
-    - ``one-hot``: the first has half of all, the others share the rest.
+    - `identical`: all requests are the first tenant's;
+    - `distinct`, `uniform`: as equal as can be (they differ in order);
+    - `skewed`: each tenant `SKEW` times as popular as the next;
+    - `one-hot`: the first has half of all, the others share the rest.
 
     With fewer requests than tenants, some tenants make none.
 
@@ -229,7 +229,7 @@ def arrive_by_rate(workload: Workload, rate: float, seed: int = 0) -> Workload:
 
 
 def closed_loop(workload: Workload, concurrency: int) -> Workload:
-    """Keep ``concurrency`` requests running: the next one comes when one has ended."""
+    """Keep `concurrency` requests running: the next one comes when one has ended."""
     if concurrency < 1:
         raise PedroError(f"concurrency must be at least 1, got {concurrency}")
     requests = tuple(replace(r, arrival=0.0) for r in workload.requests)
@@ -302,18 +302,18 @@ def replay(
 ) -> Workload:
     """A workload of a trace's first requests.
 
-    Traces name no tenants, so they are assigned by :func:`assign_tenants`, whatever the request
-    asks. The rule, and how many requests were left out, is in the workload's ``rule``.
+    Traces name no tenants, so they are assigned by `assign_tenants`, whatever the request
+    asks. The rule, and how many requests were left out, is in the workload's `rule`.
 
     Args:
-        rows: From :func:`read_trace`.
+        rows: From `read_trace`.
         name: Name of the workload.
         count: Take so many; default all.
         longest: Leave out requests of more tokens, prompt and answer together.
         speed: Play so many times as fast.
         shrink: Divide all lengths by this, so that long traces fit small models.
         tenants: Number of tenants.
-        mix: One of :data:`MIXES`.
+        mix: One of `MIXES`.
         seed: Of tenants and prompts.
 
     Raises:

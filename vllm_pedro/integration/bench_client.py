@@ -1,6 +1,6 @@
-"""vLLM's own benchmark client, as it is: ``python -m vllm_pedro.integration.bench_client ...``.
+"""vLLM's own benchmark client, as it is: `python -m vllm_pedro.integration.bench_client ...`.
 
-The same as ``vllm bench serve ...``, also where vLLM came as the CPU wheel, whose ``vllm`` command
+The same as `vllm bench serve ...`, also where vLLM came as the CPU wheel, whose `vllm` command
 does not start by itself.
 """
 
@@ -13,7 +13,7 @@ from .serve import name_the_distribution
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run ``vllm bench serve`` with these arguments in this process."""
+    """Run `vllm bench serve` with these arguments in this process."""
     name_the_distribution()
     from vllm.entrypoints.cli.main import main as vllm_main
 

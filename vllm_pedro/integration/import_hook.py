@@ -11,7 +11,7 @@ from types import ModuleType
 
 
 def when_imported(name: str, action: Callable[[], None]) -> None:
-    """Call ``action`` right after module ``name`` is executed; at once if it already was."""
+    """Call `action` right after module `name` is executed; at once if it already was."""
     if name in sys.modules:
         action()
     else:

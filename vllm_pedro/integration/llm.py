@@ -24,7 +24,7 @@ def start_llm(
     Args:
         model: The model's folder.
         adapters: Folders of the PEDRO adapters that are to be served together: PEDRO is on, with
-            as many slots, their highest rank and their target modules. None leaves PEDRO off.
+            as many in a step, their highest rank and their target modules. None leaves PEDRO off.
         verbose: Leave vLLM's log, warnings and progress bars on.
         **keywords: `LLM`'s, in place of the defaults here: eager, no statistics, seed 0.
 

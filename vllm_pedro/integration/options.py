@@ -14,36 +14,47 @@ the compile cache: a graph with PEDRO and one without must not share an entry.""
 
 ENABLE_KEYWORD = "enable_pedro"
 
+MAX_MEMORY = 32 << 30
+"""Most bytes for adapters: their places are int32, in units of 16 bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class PedroOptions:
     """Engine options, as keywords of `LLM` and `AsyncEngineArgs`.
 
     Attributes:
-        max_pedros: Adapters resident on the device at once. Bounds how many different adapters are
-            prefilled in one step, never how many tenants decode in one batch.
-        max_cpu_pedros: Adapters held in host memory; default four times `max_pedros`.
+        max_pedros: Most different adapters that are prefilled in one step; default no more than the
+            device's memory for adapters holds. It never bounds how many tenants decode in a batch.
+        max_cpu_pedros: Adapters held in host memory; default four times `max_pedros` or, without,
+            what the device's memory holds of the largest. On the CPU, whose memory is both, the
+            default is no limit but that of the memory.
         max_pedro_rank: Highest `r` an adapter may have.
         pedro_target_modules: Target modules the vector store has columns for; default all five.
             Fewer modules make the store smaller and decode read less.
+        pedro_memory_bytes: The device's memory for adapters; default see `default_memory`.
     """
 
-    max_pedros: int = 8
+    max_pedros: int | None = None
     max_cpu_pedros: int | None = None
     max_pedro_rank: int = 32
     pedro_target_modules: tuple[str, ...] = TARGET_MODULES
+    pedro_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_pedros", "max_cpu_pedros", "max_pedro_rank"):
+        for name in ("max_pedros", "max_cpu_pedros", "pedro_memory_bytes", "max_pedro_rank"):
             value = getattr(self, name)
-            if value is None and name == "max_cpu_pedros":
+            if value is None and name != "max_pedro_rank":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if self.max_cpu_pedros is not None and self.max_cpu_pedros < self.max_pedros:
+        if self.max_pedros and self.max_cpu_pedros and self.max_cpu_pedros < self.max_pedros:
             raise ValueError(
                 f"max_cpu_pedros ({self.max_cpu_pedros}) must be at least max_pedros "
-                f"({self.max_pedros}): an adapter on the device is held in host memory too"
+                f"({self.max_pedros}): the adapters of a step are held in host memory too"
+            )
+        if (self.pedro_memory_bytes or 0) > MAX_MEMORY:
+            raise ValueError(
+                f"pedro_memory_bytes must be at most {MAX_MEMORY}, got {self.pedro_memory_bytes}"
             )
         modules = self.pedro_target_modules
         if isinstance(modules, str) or not isinstance(modules, Sequence):
@@ -58,10 +69,26 @@ class PedroOptions:
             self, "pedro_target_modules", tuple(m for m in TARGET_MODULES if m in modules)
         )
 
-    @property
-    def host_capacity(self) -> int:
-        """`max_cpu_pedros` with its default filled in."""
-        return self.max_cpu_pedros or 4 * self.max_pedros
+    def host_capacity(self, largest: int) -> int:
+        """`max_cpu_pedros` with its default filled in, on a device with memory of its own.
+
+        Args:
+            largest: Bytes of the largest adapter.
+        """
+        held = max(1, (self.pedro_memory_bytes or 0) // largest)
+        return self.max_cpu_pedros or 4 * (self.max_pedros or held)
+
+    def default_memory(self, total: int, largest: int) -> int:
+        """`pedro_memory_bytes` where it is not given.
+
+        A twentieth of the device's memory, and at least what `max_pedros` of the largest adapters
+        need, or eight.
+
+        Args:
+            total: Bytes of the device's memory.
+            largest: Bytes of the largest adapter.
+        """
+        return min(MAX_MEMORY, max(total // 20, (self.max_pedros or 8) * largest))
 
     def to_config(self) -> dict[str, Any]:
         """JSON values for `additional_config["pedro"]`."""
@@ -70,6 +97,7 @@ class PedroOptions:
             "max_cpu_pedros": self.max_cpu_pedros,
             "max_pedro_rank": self.max_pedro_rank,
             "pedro_target_modules": list(self.pedro_target_modules),
+            "pedro_memory_bytes": self.pedro_memory_bytes,
         }
 
     @classmethod

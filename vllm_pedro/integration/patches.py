@@ -52,7 +52,7 @@ class Patch:
         """Wrap the function.
 
         Raises:
-            RuntimeError: See :func:`wrap`.
+            RuntimeError: See `wrap`.
         """
         owner: Any = importlib.import_module(self.module)
         *inside, name = self.target.partition(":")[2].split(".")
@@ -114,7 +114,7 @@ def become(instance: Any, mixin: type) -> None:
 
     Raises:
         RuntimeError: Python cannot change this instance's class. Where that is so, the class has to
-            be chosen before the instance exists (:func:`extend`).
+            be chosen before the instance exists (`extend`).
     """
     cls = type(instance)
     try:

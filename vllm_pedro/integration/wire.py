@@ -87,7 +87,7 @@ class StepReport:
 
     Attributes:
         failed: Request id -> why its adapter could not be loaded.
-        stats: Counts as :meth:`.PedroRuntime.take_stats` gives them.
+        stats: Counts as `PedroRuntime.take_stats` gives them.
     """
 
     failed: dict[str, str] = field(default_factory=dict)
@@ -172,20 +172,20 @@ async def restore(engine_client: Any, digest: str) -> None:
 
 
 async def replace(
-    engine_client: Any, name: str, path: str, digest: str, needs_all_states: bool
+    engine_client: Any, name: str, path: str, digest: str, needs_all_states: bool, nbytes: int
 ) -> int:
     """Give a name's new content to the requests that have not begun; how many those are."""
     return int(
         await engine_client.engine_core.call_utility_async(
-            "pedro_replace", name, path, digest, needs_all_states
+            "pedro_replace", name, path, digest, needs_all_states, nbytes
         )
     )
 
 
 def preprocess_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Patch of `EngineCore`: take a PEDRO request out of ``lora_request``.
+    """Patch of `EngineCore`: take a PEDRO request out of `lora_request`.
 
-    Else it counts towards ``max_loras``, the LoRA manager tries to load it, and its name and path
+    Else it counts towards `max_loras`, the LoRA manager tries to load it, and its name and path
     enter the block hashes. From here on a request's adapter is its spec alone.
     """
 
@@ -198,17 +198,19 @@ def preprocess_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def add_core_methods(engine_core: type) -> None:
-    """Add what :func:`replace` calls; vLLM counts the arguments, so they have to be named."""
+    """Add what `replace` calls; vLLM counts the arguments, so they have to be named."""
 
-    def pedro_replace(self: Any, name: str, path: str, digest: str, needs_all_states: bool) -> int:
-        """Called by a front end: see :meth:`.PedroSchedulerMixin.pedro_replace`."""
-        return int(self.scheduler.pedro_replace(name, path, digest, needs_all_states))
+    def pedro_replace(
+        self: Any, name: str, path: str, digest: str, needs_all_states: bool, nbytes: int
+    ) -> int:
+        """Called by a front end: see `PedroSchedulerMixin.pedro_replace`."""
+        return int(self.scheduler.pedro_replace(name, path, digest, needs_all_states, nbytes))
 
     engine_core.pedro_replace = pedro_replace  # type: ignore[attr-defined]
 
 
 def add_worker_methods(worker: type) -> None:
-    """Add what :func:`retire` and :func:`restore` call."""
+    """Add what `retire` and `restore` call."""
 
     def pedro_retire(self: Any, digest: str) -> dict[str, Any]:
         """Free an adapter's memory once no request needs it; the counts."""

@@ -18,7 +18,7 @@ def scale_sequences(output: Tensor, factor: Tensor, sequences: Tensor | None = N
     beside the product, which what follows keeps anyway. Here the product alone is kept: the
     gradient of factor j is the sum over tokens of gradient x product / factor, and a float divided
     by a factor that it was multiplied by comes back within two roundings. A factor below
-    :data:`SMALLEST_FACTOR` (which no training reaches) stands for that value where gradients are
+    `SMALLEST_FACTOR` (which no training reaches) stands for that value where gradients are
     computed, so that the division is always possible. In float16, whose products underflow far
     earlier, `output` is kept.
 

@@ -1,23 +1,25 @@
 """Operators on the serving path; one name each in reference, Triton, native code and tests.
 
-All take `counts`, two int32 on the CPU: how many prompts generate vectors in this step, and how
-many of its rows have an adapter. It is read on the host, so that a step with nothing to do launches
-nothing and waits for nothing; the kernels themselves skip rows that read the identity row.
+All take `counts`, three int32 on the CPU: how many prompts generate vectors in this step, how many
+of its rows have an adapter, and the highest rank of the adapters that generate. It is read on the
+host, so that a step with nothing to do launches nothing and waits for nothing; the kernels
+themselves skip rows that read the identity row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .layout import GeneratorLayout
+from .layout import BlobLayout
 from .library import Backends, backends
 
 __all__ = [
     "Backends",
-    "GeneratorLayout",
+    "BlobLayout",
     "backends",
     "generate_vectors",
     "scale_columns_",
@@ -31,19 +33,27 @@ _scale_columns = torch.ops.vllm_pedro.scale_columns_.default
 
 
 def generate_vectors(
-    hidden: Tensor, vectors: Tensor, generators: Tensor, prefills: Tensor, counts: Tensor
+    hidden: Tensor,
+    vectors: Tensor,
+    arena: Tensor,
+    prefills: Tensor,
+    layer: Tensor,
+    counts: Tensor,
 ) -> None:
     """Generate one layer's vectors of a step's prompts, in float32, and write them to the store.
 
     Args:
         hidden: `[tokens, d]`, the residual stream before the layer's input norm.
         vectors: `[rows, D]`, the layer's vector store, in the dtype of `hidden`; rows change.
-        generators: `[adapter slots, record]` float32, see `GeneratorLayout`.
-        prefills: `[max prefills, 4]` int32: first token, tokens, row of `vectors`, slot in
-            `generators`. Prompts of one adapter lie side by side.
-        counts: `[2]` int32 on the CPU; the first `counts[0]` prefills count.
+        arena: uint8, blobs of adapters, see `vllm_pedro.ops.layout`; begins at a multiple of 16.
+        prefills: `[max prefills, 4]` int32: first token, tokens, row of `vectors`, place of the
+            adapter's blob in `arena` in units of 16 bytes. Prompts of one adapter lie side by side.
+        layer: `[1]` int32 on the CPU, the layer's number. A tensor, so that the graphs of all
+            layers are one to a compiler.
+        counts: `[3]` int32 on the CPU; the first `counts[0]` prefills count, of adapters of rank
+            `counts[2]` at most.
     """
-    _generate_vectors(hidden, vectors, generators, prefills, counts)
+    _generate_vectors(hidden, vectors, arena, prefills, layer, counts)
 
 
 def scale_columns_(
@@ -58,7 +68,7 @@ def scale_columns_(
         vectors: `[rows, D]`, one layer's vector store, in the dtype of `x`.
         token_rows: `[>= tokens]` int64, the row of `vectors` that each token reads.
         ranges: Flat triples of column of `x`, column of `vectors`, width.
-        counts: `[2]` int32 on the CPU; nothing happens where `counts[1]` is 0.
+        counts: `[3]` int32 on the CPU; nothing happens where `counts[1]` is 0.
     """
     _scale_columns(x, vectors, token_rows, ranges, counts)
 
@@ -78,27 +88,29 @@ def scaled(x: Tensor, vectors: Tensor, token_rows: Tensor, columns: slice) -> Te
     return x * vectors[:, columns][token_rows[: x.shape[0]]]
 
 
-def warm_up(
-    hidden_size: int, width: int, record: int, dtype: torch.dtype, device: torch.device | str
-) -> None:
+def warm_up(hidden_size: int, width: int, dtype: torch.dtype, device: torch.device | str) -> None:
     """Call `generate_vectors` once, so that the first prompt does not wait for a compiler.
 
     Triton compiles a kernel at its first call, for the dtypes, alignments and sizes of its
-    arguments. Of a step's arguments only the tensors' lengths and the number of prompts vary, and
-    no kernel is compiled anew for those. With native kernels it is a cheap call, which on a GPU
-    loads them. Nothing of the caller's is touched, and the device is not waited for.
+    arguments. Of a step's arguments only the tensors' lengths, the number of prompts, their highest
+    rank and the layer vary, and no kernel is compiled anew for those. With native kernels it is a
+    cheap call, which on a GPU loads them. Nothing of the caller's is touched, and the device is not
+    waited for.
 
     Args:
         hidden_size: d.
         width: D, columns of the vector store.
-        record: Floats of one generator, see `GeneratorLayout`.
         dtype: Of the residual stream and the vector store.
         device: Where they are; with a GPU the current one.
     """
+    layout = BlobLayout(1, hidden_size, 1, width, "float32")
+    blob = np.zeros(layout.nbytes, np.uint8)
+    layout.begin(blob, [(0, width)], ["relu"], (1, 1), "last", False)
     generate_vectors(
         torch.zeros(2, hidden_size, dtype=dtype, device=device),
         torch.ones(2, width, dtype=dtype, device=device),
-        torch.zeros(1, record, dtype=torch.float32, device=device),
+        torch.from_numpy(blob).to(device),
         torch.tensor([[0, 2, 1, 0]], dtype=torch.int32, device=device),
-        torch.tensor([1, 1], dtype=torch.int32, device="cpu"),
+        torch.zeros(1, dtype=torch.int32),
+        torch.tensor([1, 1, 1], dtype=torch.int32),
     )

@@ -1,114 +1,286 @@
-"""How a generator's weights lie in memory, so that one tensor a layer holds all of them.
+"""How an adapter lies in memory: one blob of bytes, which kernels read as it is.
 
-An operator in a compiled graph then takes one argument for them, and an adapter is copied onto a
-device in one piece a layer. `csrc/layout.h` is the same in C++.
+A blob is packed once, when its adapter is read, in the adapter's own rank and dtype, and then only
+copied. It holds no addresses, so it may lie anywhere: at a multiple of 16 bytes in an arena, which
+blobs of any size share. `csrc/layout.h` is the same in C++.
+
+- Blob: 8 int32 (`BLOB_FIELDS`), then for each layer one int32, where its record begins, or 0 for a
+  layer without a generator, whose vectors are ones.
+- Record: 16 int32 (`RECORD_FIELDS`), 8 pairs of int32 (first column of the vector store, width;
+  ascending), the numerator's 33 coefficients and the denominator's 32 as float32, then
+  `b_down` `[r]` float32, `b_up` `[D']`, `W_down` `[r, d]` and `W_up` transposed `[r, D']` in the
+  adapter's dtype. D' counts the columns of the adapter's target modules alone; columns of the store
+  that no pair names are exactly one.
+
+Whatever has a place begins at a multiple of 16 bytes, and places are counted in 16 bytes: in a blob
+from its start, in a record from the record's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-HEADER = 8
-NUMERATOR = 33
-DENOMINATOR = 32
+from ..adapter import Array
+
+UNIT = 16
+"""Bytes in which places are counted."""
+
+MAGIC = 0x50454431
+"""First word of a blob; another one with every change of the format."""
+
+MAX_RANGES = 8
 MAX_ORDER = 32
 """Highest degree of a rational activation's polynomials."""
 
+BLOB_FIELDS = ("magic", "layers", "units")
+"""Of the blob's 8 words; the others are 0. Units are those of the whole blob."""
+BLOB_WORDS = 8
+
+RECORD_FIELDS = (
+    "dtype",
+    "activation",
+    "rank",
+    "numerator_degree",
+    "denominator_degree",
+    "pooling",
+    "input_norm",
+    "hidden_size",
+    "columns",
+    "ranges",
+    "down_bias",
+    "bias",
+    "down",
+    "up",
+)
+"""Of the record's first 16 words; the others are 0. `columns` is D', `ranges` the number of pairs,
+and the last four are places."""
+RECORD_WORDS = 16
+
+RANGES_AT = RECORD_WORDS
+NUMERATOR_AT = RANGES_AT + 2 * MAX_RANGES
+DENOMINATOR_AT = NUMERATOR_AT + 36
+WEIGHTS_AT = DENOMINATOR_AT + MAX_ORDER
+"""Words from a record's start; the numerator's are padded to a multiple of 16 bytes."""
+
+DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("gelu", "relu", "rational")
 POOLINGS = ("last", "mean", "max")
 
+_NUMPY = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
 
-@dataclass(frozen=True, slots=True)
-class GeneratorLayout:
-    """Places of one generator's tensors in a record of float32.
 
-    A record is: header [8] (activation, r, m, n, pooling, input norm, 0, 0), W_down [R, d], W_up
-    transposed [R, D], b_up [D], numerator [33], denominator [32], and zeros up to a multiple of 4.
+def aligned(nbytes: int, to: int = UNIT) -> int:
+    """The next multiple."""
+    return -(-nbytes // to) * to
+
+
+class BlobViews(NamedTuple):
+    """Parts of a blob whose layers are all alike, by name; bfloat16 as its bits, uint16.
 
     Attributes:
-        hidden_size: d.
-        width: D.
-        max_rank: R, at least 1.
+        header: `[layers, 16]` int32, see `RECORD_FIELDS`.
+        ranges: `[layers, 8, 2]` int32.
+        numerator: `[layers, 33]` float32.
+        denominator: `[layers, 32]` float32.
+        down_bias: `[layers, r]` float32.
+        bias: `[layers, D']`.
+        down: `[layers, r, d]`.
+        up: `[layers, r, D']`.
     """
 
+    header: Array
+    ranges: Array
+    numerator: Array
+    denominator: Array
+    down_bias: Array
+    bias: Array
+    down: Array
+    up: Array
+
+
+@dataclass(frozen=True)
+class BlobLayout:
+    """Where an adapter's values lie in its blob.
+
+    Attributes:
+        num_layers: Of the backbone.
+        hidden_size: d.
+        rank: r; 0 for static vectors.
+        columns: D', columns of the adapter's target modules.
+        dtype: One of `DTYPES`.
+    """
+
+    num_layers: int
     hidden_size: int
-    width: int
-    max_rank: int
+    rank: int
+    columns: int
+    dtype: str
 
-    @classmethod
-    def of(cls, generators: Tensor, hidden_size: int, width: int) -> GeneratorLayout:
-        """The layout of `[slots, record]`, whose rank follows from the record's size."""
-        fixed = HEADER + width + NUMERATOR + DENOMINATOR
-        return cls(hidden_size, width, (generators.shape[1] - fixed) // (hidden_size + width))
-
-    @property
-    def down(self) -> int:
-        """Where W_down begins."""
-        return HEADER
-
-    @property
-    def up(self) -> int:
-        """Where W_up begins."""
-        return self.down + self.max_rank * self.hidden_size
+    @cached_property
+    def _parts(self) -> tuple[int, int, int, int, int]:
+        """Where `b_down`, `b_up`, `W_down` and `W_up` begin in a record, and where it ends."""
+        size = 2 if self.dtype != "float32" else 4
+        down_bias = 4 * WEIGHTS_AT
+        bias = down_bias + aligned(4 * self.rank)
+        down = bias + aligned(size * self.columns)
+        up = down + aligned(size * self.rank * self.hidden_size)
+        return down_bias, bias, down, up, up + aligned(size * self.rank * self.columns)
 
     @property
-    def bias(self) -> int:
-        """Where b_up begins."""
-        return self.up + self.max_rank * self.width
+    def first_record(self) -> int:
+        """Where the first layer's record begins, in bytes."""
+        return aligned(4 * (BLOB_WORDS + self.num_layers))
 
     @property
-    def numerator(self) -> int:
-        """Where the numerator's coefficients begin."""
-        return self.bias + self.width
+    def record_bytes(self) -> int:
+        """Bytes of one layer's record."""
+        return self._parts[-1]
 
     @property
-    def denominator(self) -> int:
-        """Where the denominator's coefficients begin."""
-        return self.numerator + NUMERATOR
+    def nbytes(self) -> int:
+        """Bytes of the blob."""
+        return self.first_record + self.num_layers * self.record_bytes
 
-    @property
-    def record(self) -> int:
-        """Floats of one generator; records begin at multiples of 16 bytes."""
-        return -(-(self.denominator + DENOMINATOR) // 4) * 4
+    def views(self, blob: Array) -> BlobViews:
+        """The parts of a blob by name, without a copy."""
+        down_bias, bias, down, up, _ = self._parts
+        kind: Any = _NUMPY[self.dtype]
 
-    def views(self, generators: Tensor) -> GeneratorViews:
-        """The parts of `[slots, record]` by name, without a copy."""
-        slots, d, width, rank = len(generators), self.hidden_size, self.width, self.max_rank
-        return GeneratorViews(
-            header=generators[:, :HEADER],
-            down=generators[:, self.down : self.up].view(slots, rank, d),
-            up=generators[:, self.up : self.bias].view(slots, rank, width).transpose(1, 2),
-            bias=generators[:, self.bias : self.numerator],
-            numerator=generators[:, self.numerator : self.denominator],
-            denominator=generators[:, self.denominator : self.denominator + DENOMINATOR],
+        def view(at: int, dtype: Any, *shape: int) -> Array:
+            inside = [np.dtype(dtype).itemsize]
+            for extent in reversed(shape[1:]):
+                inside.insert(0, inside[0] * extent)
+            strides = (self.record_bytes, *inside)
+            return np.ndarray(
+                (self.num_layers, *shape), dtype, blob, self.first_record + at, strides
+            )
+
+        return BlobViews(
+            view(0, np.int32, RECORD_WORDS),
+            view(4 * RANGES_AT, np.int32, MAX_RANGES, 2),
+            view(4 * NUMERATOR_AT, np.float32, MAX_ORDER + 1),
+            view(4 * DENOMINATOR_AT, np.float32, MAX_ORDER),
+            view(down_bias, np.float32, self.rank),
+            view(bias, kind, self.columns),
+            view(down, kind, self.rank, self.hidden_size),
+            view(up, kind, self.rank, self.columns),
         )
 
-    def empty(self, slots: int, device: torch.device) -> Tensor:
-        """`[slots, record]` of generators that generate vectors of ones."""
-        generators = torch.zeros(slots, self.record, device=device)
-        generators[:, self.bias : self.numerator] = 1.0
-        return generators
+    def begin(
+        self,
+        blob: Array,
+        ranges: Iterable[tuple[int, int]],
+        activations: Iterable[str],
+        order: tuple[int, int],
+        pooling: str,
+        input_norm: bool,
+    ) -> BlobViews:
+        """Write all of a blob but its weights, with coefficients and a down bias of zeros.
+
+        Args:
+            blob: `[nbytes]` uint8; what is in it is overwritten.
+            ranges: First column of the store and width of each piece of the D' columns, ascending.
+            activations: Each layer's.
+            order: m and n of the rational activation.
+            pooling: One of `POOLINGS`.
+            input_norm: Whether hidden states are normalised before they are pooled.
+
+        Returns:
+            Where the weights go.
+        """
+        pieces = list(ranges)
+        places = [at // UNIT for at in self._parts[:-1]]
+        words = blob[: self.first_record].view(np.int32)
+        words[:] = 0
+        words[: len(BLOB_FIELDS)] = MAGIC, self.num_layers, self.nbytes // UNIT
+        records = np.arange(self.num_layers) * self.record_bytes + self.first_record
+        words[BLOB_WORDS : BLOB_WORDS + self.num_layers] = records // UNIT
+        views = self.views(blob)
+        for part in (*views[:4], views.down_bias):
+            part[...] = 0
+        fixed = [DTYPES.index(self.dtype), 0, self.rank, *order, POOLINGS.index(pooling)]
+        fixed += [int(input_norm), self.hidden_size, self.columns, len(pieces), *places]
+        views.header[:, : len(fixed)] = fixed
+        views.header[:, 1] = [ACTIVATIONS.index(name) for name in activations]
+        views.ranges[:, : len(pieces)] = pieces
+        return views
 
 
-@dataclass(frozen=True, slots=True)
-class GeneratorViews:
-    """Parts of `[slots, record]`.
+class Record(NamedTuple):
+    """One layer's generator as it lies in an arena; tensors are views of it.
 
     Attributes:
-        header: `[slots, 8]`.
-        down: `[slots, R, d]`.
-        up: `[slots, D, R]`, as adapters have it; not contiguous.
-        bias: `[slots, D]`.
-        numerator: `[slots, 33]`, of which m + 1 are used.
-        denominator: `[slots, 32]`, of which n are used.
+        activation: One of `ACTIVATIONS`.
+        pooling: One of `POOLINGS`.
+        input_norm: "rms" or None.
+        ranges: First column of the store and width of each piece of the D' columns.
+        numerator: `[m + 1]` float32.
+        denominator: `[n]` float32.
+        down_bias: `[r]` float32.
+        bias: `[D']`.
+        down: `[r, d]`.
+        up: `[r, D']`.
     """
 
-    header: Tensor
-    down: Tensor
-    up: Tensor
-    bias: Tensor
+    activation: str
+    pooling: str
+    input_norm: str | None
+    ranges: list[tuple[int, int]]
     numerator: Tensor
     denominator: Tensor
+    down_bias: Tensor
+    bias: Tensor
+    down: Tensor
+    up: Tensor
+
+
+def read_record(arena: Tensor, place: int, layer: int) -> Record | None:
+    """One layer's generator; None where the adapter has none.
+
+    Args:
+        arena: uint8, on any device.
+        place: Where the blob begins, in `UNIT`s.
+        layer: The layer.
+
+    Raises:
+        ValueError: No blob begins there.
+    """
+
+    def view(start: int, dtype: torch.dtype, *shape: int) -> Tensor:
+        size = dtype.itemsize
+        for extent in shape:
+            size *= extent
+        return arena[start : start + size].view(dtype).view(shape)
+
+    begin = place * UNIT
+    words = view(begin, torch.int32, BLOB_WORDS).tolist()
+    if words[0] != MAGIC or not 0 <= layer < words[1]:
+        raise ValueError(f"no blob with layer {layer} begins at byte {begin} of the arena")
+    offset = int(view(begin + 4 * (BLOB_WORDS + layer), torch.int32, 1))
+    if offset == 0:
+        return None
+    at = begin + offset * UNIT
+    header = view(at, torch.int32, NUMERATOR_AT).tolist()
+    kind, activation, r, m, n, pooling, norm, d, columns, ranges = header[:10]
+    down_bias, bias, down, up = (at + UNIT * place for place in header[10:14])
+    dtype = getattr(torch, DTYPES[kind])
+    pairs = header[RANGES_AT : RANGES_AT + 2 * ranges]
+    return Record(
+        ACTIVATIONS[activation],
+        POOLINGS[pooling],
+        "rms" if norm else None,
+        list(zip(pairs[::2], pairs[1::2], strict=True)),
+        view(at + 4 * NUMERATOR_AT, torch.float32, m + 1),
+        view(at + 4 * DENOMINATOR_AT, torch.float32, n),
+        view(down_bias, torch.float32, r),
+        view(bias, dtype, columns),
+        view(down, dtype, r, d),
+        view(up, dtype, r, columns),
+    )

@@ -20,7 +20,7 @@ from . import reference
 
 logger = logging.getLogger(__name__)
 
-INTERFACE_VERSION = 3
+INTERFACE_VERSION = 4
 """Schemas and layout this package was written for; `csrc/ops.cpp` has the same number."""
 
 NATIVE_LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
@@ -28,8 +28,8 @@ NATIVE_LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
 
 SCHEMAS = {
     "generate_vectors": (
-        "(Tensor hidden, Tensor(a!) vectors, Tensor generators, Tensor prefills, Tensor counts) "
-        "-> ()"
+        "(Tensor hidden, Tensor(a!) vectors, Tensor arena, Tensor prefills, Tensor layer, "
+        "Tensor counts) -> ()"
     ),
     "scale_columns_": (
         "(Tensor(a!) x, Tensor vectors, Tensor token_rows, int[] ranges, Tensor counts) -> ()"
@@ -127,7 +127,12 @@ backends = _register()
 
 @torch.library.register_fake("vllm_pedro::generate_vectors", lib=_library)
 def _(
-    hidden: Tensor, vectors: Tensor, generators: Tensor, prefills: Tensor, counts: Tensor
+    hidden: Tensor,
+    vectors: Tensor,
+    arena: Tensor,
+    prefills: Tensor,
+    layer: Tensor,
+    counts: Tensor,
 ) -> None:
     return None
 

@@ -13,36 +13,46 @@ from torch import Tensor
 
 from ..generator import generate_vectors as generate
 from ..generator import pool_prompt
-from .layout import ACTIVATIONS, POOLINGS, GeneratorLayout
+from .layout import read_record
 
 
 @torch.no_grad()
 def generate_vectors(
-    hidden: Tensor, vectors: Tensor, generators: Tensor, prefills: Tensor, counts: Tensor
+    hidden: Tensor,
+    vectors: Tensor,
+    arena: Tensor,
+    prefills: Tensor,
+    layer: Tensor,
+    counts: Tensor,
 ) -> None:
     """See `vllm_pedro.ops.generate_vectors`."""
     count = int(counts[0])
-    if count == 0:
-        return
-    views = GeneratorLayout.of(generators, hidden.shape[1], vectors.shape[1]).views(generators)
     # Prompts of one adapter lie side by side.
-    for slot, group in groupby(prefills[:count].tolist(), key=lambda prompt: prompt[3]):
+    for place, group in groupby(prefills[:count].tolist(), key=lambda prompt: prompt[3]):
         prompts = list(group)
-        kind, rank, m, n, pooling, norm = (int(x) for x in views.header[slot, :6].tolist())
+        rows = [row for _, _, row, _ in prompts]
+        vectors[rows] = 1.0
+        record = read_record(arena, place, int(layer))
+        if record is None:
+            continue
         states = [
-            pool_prompt(hidden[start : start + length], POOLINGS[pooling], "rms" if norm else None)
+            pool_prompt(hidden[start : start + length], record.pooling, record.input_norm)
             for start, length, _, _ in prompts
         ]
+        has_input = len(record.down) > 0
         generated = generate(
             torch.stack(states),
-            views.down[slot, :rank] if rank else None,
-            views.up[slot, :, :rank] if rank else None,
-            views.bias[slot],
-            ACTIVATIONS[kind],
-            views.numerator[slot, : m + 1],
-            views.denominator[slot, :n],
-        )
-        vectors[[row for _, _, row, _ in prompts]] = generated.to(vectors.dtype)
+            record.down if has_input else None,
+            record.up.t() if has_input else None,
+            record.bias,
+            record.activation,
+            record.numerator,
+            record.denominator,
+            record.down_bias,
+        ).to(vectors.dtype)
+        widths = [width for _, width in record.ranges]
+        for (column, width), part in zip(record.ranges, generated.split(widths, 1), strict=True):
+            vectors[rows, column : column + width] = part
 
 
 def scale_columns_(

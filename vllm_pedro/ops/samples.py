@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .layout import GeneratorLayout
+from .layout import ACTIVATIONS, POOLINGS, UNIT, BlobLayout, aligned
+from .layout import DTYPES as STORED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,69 +77,112 @@ def scale_sample(
         torch.randn(tokens, q + k + v, generator=random).to(dtype).to(device),
         vectors.to(device),
         torch.cat((rows, torch.zeros(3, dtype=torch.int64))).to(device),
-        torch.tensor([0, int((rows != 0).sum())], dtype=torch.int32),
+        torch.tensor([0, int((rows != 0).sum()), 0], dtype=torch.int32),
         ranges,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateSample:
-    """Inputs of `generate_vectors`."""
+    """Inputs of `generate_vectors`.
+
+    Attributes:
+        record_bytes: What one prompt's record takes at most.
+    """
 
     hidden: Tensor
     vectors: Tensor
-    generators: Tensor
+    arena: Tensor
     prefills: Tensor
+    layer: Tensor
     counts: Tensor
+    record_bytes: int
 
     def args(self) -> tuple[Tensor, ...]:
         """In the operator's order."""
-        return self.hidden, self.vectors, self.generators, self.prefills, self.counts
+        return self.hidden, self.vectors, self.arena, self.prefills, self.layer, self.counts
 
 
 # d, D, largest rank.
 SIZES = ((64, 160, 8), (37, 51, 5), (8, 600, 1))
 
+LENGTHS = (5, 1, 140, 3, 2, 9, 4)
+"""Tokens of one prompt for each of a sample's adapters."""
+
+LAYER = 1
+
 
 def generate_sample(
     size: tuple[int, int, int],
     dtype: torch.dtype,
-    lengths: tuple[int, ...] = (5, 1, 140, 3, 2, 9),
+    lengths: tuple[int, ...] = LENGTHS,
     device: torch.device | str = "cpu",
 ) -> GenerateSample:
-    """One prompt for each of six adapters, of which two are static and every pooling, activation
-    and input norm occurs; a base row of 4 tokens stands before the prompts."""
+    """One prompt for each of seven adapters: every pooling, activation, input norm and dtype.
+
+    Two are static, four have a part of the store's columns, some a down bias, and the last has no
+    generator in the layer. A base row of 4 tokens stands before the prompts;
+    the rows of the store that they write hold 7, the others 1.
+    """
     d, width, max_rank = size
-    layout = GeneratorLayout(d, width, max_rank)
     random = torch.Generator().manual_seed(d)
-    slots = 6
-    generators = layout.empty(slots, torch.device("cpu"))
-    views = layout.views(generators)
-    for slot in range(slots):
-        rank = (max_rank, 1, 0, max_rank, max_rank, 0)[slot]
-        m, n = ((6, 5), (1, 1), (3, 2))[slot % 3]
-        header = (slot % 3, rank, m, n, (slot // 2) % 3, slot % 2)
-        views.header[slot, :6] = torch.tensor(header, dtype=torch.float32)
-        views.down[slot, :rank] = torch.randn(rank, d, generator=random) * d**-0.5
-        views.up[slot, :, :rank] = torch.randn(width, rank, generator=random) * 0.3
-        views.bias[slot] = torch.randn(width, generator=random)
-        views.numerator[slot, : m + 1] = torch.randn(m + 1, generator=random) * 0.2
-        views.denominator[slot, :n] = torch.randn(n, generator=random) * 0.2
-    # Every pooling with every activation over the samples' lengths.
+    blobs, places, end = [], [], 3 * 256
+    for slot in range(7):
+        rank = (max_rank, 1, 0, max_rank, max_rank, 0, 1)[slot]
+        third = width // 3
+        ranges = ([(0, width)], [(1, third), (2 * third, width - 2 * third - 1)])[slot % 2]
+        ranges = [(third, 7)] if slot == 4 else ranges
+        columns = sum(w for _, w in ranges)
+        layout = BlobLayout(2, d, rank, columns, STORED[(0, 1, 1, 2, 1, 2, 0)[slot]])
+        order = ((6, 5), (1, 1), (3, 2))[slot % 3]
+        blob = np.full(layout.nbytes, 0xFF, np.uint8)
+        views = layout.begin(
+            blob,
+            ranges,
+            [ACTIVATIONS[slot % 3]] * 2,
+            order,
+            POOLINGS[(slot // 2) % 3],
+            slot % 2 == 1,
+        )
+        for values, scale in (
+            (views.down, d**-0.5),
+            (views.up, 0.3),
+            (views.bias, 1.0),
+            (views.down_bias, 0.5 if slot % 2 else 0.0),
+            (views.numerator[:, : order[0] + 1], 0.2),
+            (views.denominator[:, : order[1]], 0.2),
+        ):
+            drawn = torch.randn(values.shape, generator=random) * scale
+            if values.dtype == np.uint16:
+                values[...] = drawn.to(torch.bfloat16).view(torch.uint16).numpy()
+            else:
+                values[...] = drawn.numpy()
+        if slot == 6:
+            blob[: layout.first_record].view(np.int32)[8 + LAYER] = 0
+        places.append(end // UNIT)
+        blobs.append(blob)
+        end = aligned(end + layout.nbytes, 256)
+    arena = np.full(end, 0xFF, np.uint8)
+    for place, blob in zip(places, blobs, strict=True):
+        arena[place * UNIT : place * UNIT + len(blob)] = blob
     prompts, start = [], 4
     for i, length in enumerate(lengths):
-        prompts.append((start, length, i + 1, i % slots))
+        prompts.append((start, length, i + 1, places[i % 7]))
         start += length
     prompts.sort(key=lambda p: p[3])
     table = torch.zeros(len(lengths) + 2, 4, dtype=torch.int32)
     if prompts:
         table[: len(prompts)] = torch.tensor(prompts, dtype=torch.int32)
+    vectors = torch.full((len(lengths) + 2, width), 7.0, dtype=dtype)
+    vectors[[0, -1]] = 1.0
     return GenerateSample(
         torch.randn(start + 2, d, generator=random).to(dtype).to(device),
-        torch.ones(len(lengths) + 2, width, dtype=dtype, device=device),
-        generators.to(device),
+        vectors.to(device),
+        torch.from_numpy(arena).to(device),
         table.to(device),
-        torch.tensor([len(prompts), len(prompts)], dtype=torch.int32),
+        torch.tensor([LAYER], dtype=torch.int32),
+        torch.tensor([len(prompts), len(prompts), max_rank], dtype=torch.int32),
+        BlobLayout(1, d, max_rank, width, "float32").record_bytes,
     )
 
 
@@ -182,13 +227,11 @@ def check(implementation: Any, device: torch.device | str = "cpu", widths: Any =
                     count += 1
     for size in SIZES:
         for dtype in DTYPES:
-            for lengths in ((5, 1, 140, 3, 2, 9), (1,), ()):
+            for lengths in (LENGTHS, (1,), ()):
                 g = generate_sample(size, dtype, lengths, device)
                 case = f"d, D, R = {size}, lengths {lengths}, {dtype}"
                 exact_store = g.vectors.float()
-                reference.generate_vectors(
-                    g.hidden.float(), exact_store, g.generators, g.prefills, g.counts
-                )
+                reference.generate_vectors(g.hidden.float(), exact_store, *g.args()[2:])
                 implementation.generate_vectors(*g.args())
                 error = relative_error(g.vectors, exact_store)
                 assert error <= TOLERANCES[dtype], f"generate_vectors: {error:.1e}, {case}"

@@ -1,6 +1,6 @@
 """The operators in Triton, for GPUs on which the native library has no kernels.
 
-Importing this module imports Triton. Shapes and meaning are those of :mod:`vllm_pedro.ops`; the
+Importing this module imports Triton. Shapes and meaning are those of `vllm_pedro.ops`; the
 wrappers here assume checked arguments and launch on the current stream, without a host sync.
 """
 
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import HEADER, NUMERATOR, GeneratorLayout
+from .layout import BLOB_WORDS, DENOMINATOR_AT, NUMERATOR_AT, RANGES_AT, RECORD_FIELDS, UNIT
 
 BLOCK = 1024
 """Columns of one program of the elementwise kernels."""
@@ -22,7 +22,18 @@ SPLITS = 32
 """Most programs that share one prompt's mean or maximum. How many do depends on the step, so in the
 kernels it is no compile-time constant: each value would be compiled when it first comes up."""
 
-assert (HEADER, NUMERATOR) == (8, 33)  # written out in the kernels
+# Written out in the kernels, as are the indices of RECORD_FIELDS.
+assert (UNIT, BLOB_WORDS, RANGES_AT, NUMERATOR_AT, DENOMINATOR_AT) == (16, 8, 16, 32, 68)
+assert RECORD_FIELDS[:7] == (
+    "dtype",
+    "activation",
+    "rank",
+    "numerator_degree",
+    "denominator_degree",
+    "pooling",
+    "input_norm",
+)
+assert RECORD_FIELDS[8:] == ("columns", "ranges", "down_bias", "bias", "down", "up")
 
 
 @triton.jit
@@ -46,12 +57,43 @@ def _scale_kernel(
         tl.store(at, (x * by).to(x_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit
+def _record(arena_ptr, prefills_ptr, prompt, layer):
+    """Where a prompt's generator begins, as an address of bytes, and its rank; -1 for none."""
+    place = tl.load(prefills_ptr + prompt * 4 + 3).to(tl.int64)
+    blob = arena_ptr + place * 16
+    offset = tl.load(blob.to(tl.pointer_type(tl.int32)) + 8 + layer).to(tl.int64)
+    record = blob + offset * 16
+    rank = tl.load(record.to(tl.pointer_type(tl.int32)) + 2)
+    return record, tl.where(offset == 0, -1, rank)
+
+
+@triton.jit
+def _part(record, words, field: tl.constexpr):
+    """Where a part of a record begins, as an address of bytes."""
+    return record + tl.load(words + field).to(tl.int64) * 16
+
+
+@triton.jit
+def _weights(at, dtype, index, mask):
+    """Weights in any of the dtypes, as float32."""
+    if dtype == 0:
+        w = tl.load(at.to(tl.pointer_type(tl.float32)) + index, mask=mask, other=0.0)
+    elif dtype == 1:
+        w = tl.load(at.to(tl.pointer_type(tl.bfloat16)) + index, mask=mask, other=0.0)
+        w = w.to(tl.float32)
+    else:
+        w = tl.load(at.to(tl.pointer_type(tl.float16)) + index, mask=mask, other=0.0)
+        w = w.to(tl.float32)
+    return w
+
+
+@triton.jit(do_not_specialize=["layer", "splits"])
 def _pool_kernel(
-    partial_ptr, hidden_ptr, generators_ptr, prefills_ptr, hidden_stride, record, d, splits,
+    partial_ptr, hidden_ptr, arena_ptr, prefills_ptr, hidden_stride, d, layer, splits,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The pooled state of one share of one prompt's tokens, ``[prompts, splits, d]``.
+    """The pooled state of one share of one prompt's tokens, `[prompts, splits, d]`.
 
     With the pooling "last" the whole of it is in share 0.
     """
@@ -59,22 +101,21 @@ def _pool_kernel(
     share = tl.program_id(1)
     start = tl.load(prefills_ptr + prompt * 4).to(tl.int64)
     length = tl.load(prefills_ptr + prompt * 4 + 1)
-    slot = tl.load(prefills_ptr + prompt * 4 + 3).to(tl.int64)
-    header = generators_ptr + slot * record
-    rank = tl.load(header + 1)
-    pooling = tl.load(header + 4)
-    norm = tl.load(header + 5)
+    record, rank = _record(arena_ptr, prefills_ptr, prompt, layer)
+    words = record.to(tl.pointer_type(tl.int32))
+    pooling = tl.load(words + 5)
+    norm = tl.load(words + 6)
     each = tl.cdiv(length, splits)
     first = tl.where(pooling == 0, tl.where(share == 0, length - 1, length), share * each)
     end = tl.where(pooling == 0, length, tl.minimum(first + each, length))
-    end = tl.where(rank == 0, first, end)
+    end = tl.where(rank <= 0, first, end)
     j = tl.arange(0, BLOCK)
     inside = j < d
     pooled = tl.where(pooling == 2, tl.full((BLOCK,), float("-inf"), tl.float32), 0.0)
     for t in range(first, end):
         h = tl.load(hidden_ptr + (start + t) * hidden_stride + j, mask=inside, other=0.0)
         h = h.to(tl.float32)
-        if norm != 0.0:
+        if norm != 0:
             h *= 1.0 / tl.sqrt(tl.sum(h * h, axis=0) / d + 1e-6)
         greater = (h > pooled) | (h != h)  # NaN wins, as it does in torch
         pooled = tl.where(pooling == 2, tl.where(greater, h, pooled), pooled + h)
@@ -90,20 +131,19 @@ def _horner(coefficients, degree, x):
     return result
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["layer", "splits", "max_rank"])
 def _latent_kernel(
-    latent_ptr, partial_ptr, generators_ptr, prefills_ptr, record, d, max_rank, numerator, splits,
+    latent_ptr, partial_ptr, arena_ptr, prefills_ptr, d, layer, splits, max_rank,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``g(p @ W_down)[k]`` of one prompt."""
+    """`g(p @ W_down + b_down)[k]` of one prompt."""
     prompt = tl.program_id(0)
     k = tl.program_id(1)
     length = tl.load(prefills_ptr + prompt * 4 + 1)
-    slot = tl.load(prefills_ptr + prompt * 4 + 3).to(tl.int64)
-    generator = generators_ptr + slot * record
-    rank = tl.load(generator + 1)
+    record, rank = _record(arena_ptr, prefills_ptr, prompt, layer)
     if k < rank:
-        pooling = tl.load(generator + 4)
+        words = record.to(tl.pointer_type(tl.int32))
+        pooling = tl.load(words + 5)
         j = tl.arange(0, BLOCK)
         inside = j < d
         partial = partial_ptr + (prompt * splits).to(tl.int64) * d + j
@@ -114,70 +154,85 @@ def _latent_kernel(
             greater = (other > pooled) | (other != other)
             pooled = tl.where(pooling == 2, tl.where(greater, other, pooled), pooled + other)
         pooled = tl.where(pooling == 1, pooled / length, pooled)
-        w = tl.load(generator + 8 + k * d + j, mask=inside, other=0.0)
+        w = _weights(_part(record, words, 12), tl.load(words), k.to(tl.int64) * d + j, inside)
         x = tl.sum(w * pooled, axis=0)
-        kind = tl.load(generator)
-        if kind == 0.0:
+        x += tl.load(_part(record, words, 10).to(tl.pointer_type(tl.float32)) + k)
+        kind = tl.load(words + 1)
+        if kind == 0:
             y = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
-        elif kind == 1.0:
+        elif kind == 1:
             y = tl.where((x > 0.0) | (x != x), x, 0.0)
         else:
-            m = tl.load(generator + 2).to(tl.int32)
-            n = tl.load(generator + 3).to(tl.int32)
-            above = _horner(generator + numerator, m, x)
-            below = _horner(generator + numerator + 33, n - 1, x)
+            floats = record.to(tl.pointer_type(tl.float32))
+            above = _horner(floats + 32, tl.load(words + 3), x)
+            below = _horner(floats + 68, tl.load(words + 4) - 1, x)
             y = above / (1.0 + tl.abs(x * below))
         tl.store(latent_ptr + prompt * max_rank + k, y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "max_rank"])
 def _columns_kernel(
-    vectors_ptr, latent_ptr, generators_ptr, prefills_ptr, record, width, max_rank, up, bias,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A block of one prompt's ``latent @ W_up + b_up``, into its row of the store."""
+    vectors_ptr, latent_ptr, arena_ptr, prefills_ptr, width, layer, max_rank, BLOCK: tl.constexpr
+):
+    """A block of one prompt's vectors, into its row of the store."""
     prompt = tl.program_id(0)
     target = tl.load(prefills_ptr + prompt * 4 + 2).to(tl.int64)
-    slot = tl.load(prefills_ptr + prompt * 4 + 3).to(tl.int64)
-    generator = generators_ptr + slot * record
-    rank = tl.load(generator + 1).to(tl.int32)
+    record, rank = _record(arena_ptr, prefills_ptr, prompt, layer)
+    words = record.to(tl.pointer_type(tl.int32))
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = j < width
-    total = tl.zeros((BLOCK,), tl.float32)
-    for k in range(rank):
-        w = tl.load(generator + up + k * width + j, mask=inside, other=0.0)
-        total += tl.load(latent_ptr + prompt * max_rank + k) * w
-    total += tl.load(generator + bias + j, mask=inside, other=0.0)
-    tl.store(vectors_ptr + target * width + j, total.to(vectors_ptr.dtype.element_ty), mask=inside)
+    total = tl.full((BLOCK,), 1.0, tl.float32)
+    if rank >= 0:
+        source = tl.full((BLOCK,), -1, tl.int32)
+        before = 0
+        for i in range(tl.load(words + 9)):
+            first = tl.load(words + 16 + 2 * i)
+            size = tl.load(words + 17 + 2 * i)
+            source = tl.where((j >= first) & (j < first + size), j - first + before, source)
+            before += size
+        named = source >= 0
+        dtype = tl.load(words)
+        columns = tl.load(words + 8)
+        up = _part(record, words, 13)
+        made = tl.zeros((BLOCK,), tl.float32)
+        for k in range(rank):
+            w = _weights(up, dtype, k * columns.to(tl.int64) + source, named)
+            made += tl.load(latent_ptr + prompt * max_rank + k) * w
+        made += _weights(_part(record, words, 11), dtype, source, named)
+        total = tl.where(named, made, 1.0)
+    at = vectors_ptr + target * width + j
+    tl.store(at, total.to(vectors_ptr.dtype.element_ty), mask=j < width)
 
 
 def generate_vectors(
-    hidden: Tensor, vectors: Tensor, generators: Tensor, prefills: Tensor, counts: Tensor
+    hidden: Tensor,
+    vectors: Tensor,
+    arena: Tensor,
+    prefills: Tensor,
+    layer: Tensor,
+    counts: Tensor,
 ) -> None:
     """See `vllm_pedro.ops.generate_vectors`."""
-    count = int(counts[0])
+    count, max_rank = int(counts[0]), int(counts[2])
     if count == 0:
         return
-    d, width = hidden.shape[1], vectors.shape[1]
-    layout = GeneratorLayout.of(generators, d, width)
-    record = generators.shape[1]
+    d, width, index = hidden.shape[1], vectors.shape[1], int(layer)
     splits = max(1, min(SPLITS, 512 // count))
     block = triton.next_power_of_2(d)
     partial = hidden.new_empty(count, splits, d, dtype=torch.float32)
-    latent = hidden.new_empty(count, layout.max_rank, dtype=torch.float32)
+    latent = hidden.new_empty(count, max(1, max_rank), dtype=torch.float32)
     warps = 8 if block >= 4096 else 4
-    _pool_kernel[(count, splits)](
-        partial, hidden, generators, prefills, hidden.stride(0), record, d, splits,
-        BLOCK=block, num_warps=warps,
-    )  # fmt: skip
-    _latent_kernel[(count, layout.max_rank)](
-        latent, partial, generators, prefills, record, d, layout.max_rank, layout.numerator, splits,
-        BLOCK=block, num_warps=warps,
-    )  # fmt: skip
+    if max_rank:
+        _pool_kernel[(count, splits)](
+            partial, hidden, arena, prefills, hidden.stride(0), d, index, splits,
+            BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+        _latent_kernel[(count, max_rank)](
+            latent, partial, arena, prefills, d, index, splits, max_rank,
+            BLOCK=block, num_warps=warps,
+        )  # fmt: skip
     _columns_kernel[(count, triton.cdiv(width, BLOCK))](
-        vectors, latent, generators, prefills, record, width, layout.max_rank, layout.up,
-        layout.bias, BLOCK=BLOCK,
-    )  # fmt: skip
+        vectors, latent, arena, prefills, width, index, max_rank, BLOCK=BLOCK
+    )
 
 
 def scale_columns_(

@@ -1,22 +1,24 @@
-"""Adapters in memory: an LRU in host memory, and an LRU of device slots that prefills read."""
+"""Adapters in memory: blobs in host memory, and in the arena that prefills read."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..adapter import Array, StoredAdapter, read_adapter, widen
+from ..adapter import StoredAdapter, read_adapter
 from ..backbone import TARGET_MODULES, BackboneShape
 from ..config import PedroConfig
 from ..errors import AdapterError
-from ..ops.layout import ACTIVATIONS, HEADER, POOLINGS, GeneratorLayout
+from ..ops.layout import UNIT, BlobLayout, aligned
+from .arena import Span, Spans
+from .blobs import ALIGNMENT, blob_bytes, blob_layout, pack
 from .spec import RequestSpec
 from .stats import AdapterStats
 
@@ -31,11 +33,13 @@ class AdapterLimits:
         shape: The backbone's layer count and widths.
         max_rank: Highest `r` an adapter may have.
         modules: Target modules the vector store has columns for.
+        memory: Bytes that the device has for adapters; None where nothing is to be refused for it.
     """
 
     shape: BackboneShape
     max_rank: int
     modules: tuple[str, ...] = TARGET_MODULES
+    memory: int | None = None
 
     def check(self, rank: int, target_modules: Sequence[str], source: str) -> None:
         """Refuse an adapter that this engine has no room for.
@@ -55,9 +59,38 @@ class AdapterLimits:
                 f"{', '.join(self.modules)}: start it with pedro_target_modules that has them all"
             )
 
+    @property
+    def largest_blob(self) -> int:
+        """What an adapter takes of an arena at most: of the highest rank, with all modules."""
+        columns = sum(self.shape.widths[module] for module in self.modules)
+        layout = BlobLayout(
+            self.shape.num_layers, self.shape.hidden_size, self.max_rank, columns, "float32"
+        )
+        return aligned(layout.nbytes, ALIGNMENT)
+
     def check_config(self, config: PedroConfig, source: str) -> None:
         """`check` with an adapter's config."""
         self.check(config.r, config.target_modules, source)
+
+    def check_bytes(self, config: PedroConfig, dtype: str, source: str) -> int:
+        """What an adapter takes of the device's memory, if it fits there.
+
+        Args:
+            config: The adapter's.
+            dtype: Its `StoredAdapter.dtype`.
+            source: Its folder, for messages.
+
+        Raises:
+            AdapterError: Names the folder, the limit and the option that raises it.
+        """
+        needed = blob_bytes(config, dtype, self.shape)
+        if self.memory is not None and needed > self.memory // ALIGNMENT * ALIGNMENT:
+            raise AdapterError(
+                f"{source}: the adapter takes {needed} bytes, but this engine has {self.memory} "
+                f"for adapters: start it with pedro_memory_bytes={needed} "
+                f"(--pedro-memory-bytes {needed})"
+            )
+        return needed
 
 
 def short(digest: str) -> str:
@@ -65,123 +98,188 @@ def short(digest: str) -> str:
     return digest[:12]
 
 
-class HostCache:
-    """Adapters in host memory by content digest, least recently used out first.
+class AdapterReader:
+    """Reads adapters from their folders, and packs them.
 
-    Attributes:
-        stats: What happens is counted here.
+    Args:
+        limits: What the engine accepts.
+        columns: Where each target module's columns are in the vector store.
+        load: What reads a folder.
     """
 
     def __init__(
         self,
-        capacity: int,
         limits: AdapterLimits,
+        columns: dict[str, slice],
         load: Callable[..., StoredAdapter] = read_adapter,
     ) -> None:
-        self.capacity = capacity
         self.limits = limits
-        self.stats = AdapterStats()
+        self._columns = columns
         self._load = load
-        self._adapters: OrderedDict[str, StoredAdapter] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._adapters)
-
-    def __contains__(self, digest: str) -> bool:
-        return digest in self._adapters
-
-    def get(self, spec: RequestSpec) -> StoredAdapter:
-        """The adapter, from memory or from its folder.
+    def read(self, spec: RequestSpec) -> StoredAdapter:
+        """The adapter from its folder.
 
         Raises:
             AdapterError: The folder is gone, broken, or no longer has the content that the request
                 was admitted with.
         """
-        adapter = self._adapters.get(spec.digest)
-        if adapter is None:
+        return self._load(
+            spec.path,
+            self.limits.shape,
+            expected_digest=spec.digest,
+            check=lambda config: self.limits.check_config(config, spec.path),
+        )
+
+    def nbytes(self, adapter: StoredAdapter) -> int:
+        """Bytes of the adapter's blob."""
+        return blob_layout(adapter.config, adapter.dtype, self.limits.shape).nbytes
+
+    def pack(self, adapter: StoredAdapter, blob: Tensor) -> None:
+        """Write the adapter's blob into uint8 of its size or more, on the CPU."""
+        pack(adapter, self.limits.shape, self._columns, blob.numpy())
+
+
+class Blob(NamedTuple):
+    """An adapter in host memory.
+
+    Attributes:
+        path: The folder it came from.
+        rank: Its r.
+        data: `[nbytes]` uint8.
+    """
+
+    path: str
+    rank: int
+    data: Tensor
+
+
+def _log_loaded(spec: RequestSpec, seconds: float) -> None:
+    logger.info(
+        "PEDRO: loaded adapter %r (%s) from %s into host memory in %.1f ms",
+        spec.name,
+        short(spec.digest),
+        spec.path,
+        1e3 * seconds,
+    )
+
+
+class HostCache:
+    """Blobs in host memory by content digest, least recently used out first.
+
+    For devices with memory of their own: on the CPU the arena is host memory.
+
+    Args:
+        capacity: Most adapters.
+        reader: Where they come from.
+        pin: Whether a device copies them, without the host waiting for it.
+
+    Attributes:
+        stats: What happens is counted here.
+    """
+
+    def __init__(self, capacity: int, reader: AdapterReader, pin: bool = False) -> None:
+        self.capacity = capacity
+        self.reader = reader
+        self.stats = AdapterStats()
+        self._pin = pin
+        self._blobs: OrderedDict[str, Blob] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._blobs)
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._blobs
+
+    def get(self, spec: RequestSpec) -> Blob:
+        """The adapter, from memory or from its folder.
+
+        Raises:
+            AdapterError: See `AdapterReader.read`.
+        """
+        blob = self._blobs.get(spec.digest)
+        if blob is None:
             start = time.perf_counter()
-            adapter = self._load(
-                spec.path,
-                self.limits.shape,
-                expected_digest=spec.digest,
-                check=lambda config: self.limits.check_config(config, spec.path),
-            )
-            while len(self._adapters) >= self.capacity:
-                victim, evicted = self._adapters.popitem(last=False)
+            adapter = self.reader.read(spec)
+            while len(self._blobs) >= self.capacity:
+                victim, evicted = self._blobs.popitem(last=False)
                 self.stats.evictions["host"] += 1
                 logger.info("PEDRO: evicted %s (%s) from host memory", evicted.path, short(victim))
-            self._adapters[spec.digest] = adapter
+            data = torch.empty(self.reader.nbytes(adapter), dtype=torch.uint8, pin_memory=self._pin)
+            self.reader.pack(adapter, data)
+            blob = self._blobs[spec.digest] = Blob(adapter.path, adapter.config.r, data)
             seconds = time.perf_counter() - start
             self.stats.loaded("host", seconds)
-            logger.info(
-                "PEDRO: loaded adapter %r (%s) from %s into host memory in %.1f ms",
-                spec.name,
-                short(spec.digest),
-                spec.path,
-                1e3 * seconds,
-            )
+            _log_loaded(spec, seconds)
         else:
             self.stats.hits["host"] += 1
-        self._adapters.move_to_end(spec.digest)
-        return adapter
+        self._blobs.move_to_end(spec.digest)
+        return blob
 
     def discard(self, digest: str) -> bool:
         """Drop an adapter; whether it was there."""
-        adapter = self._adapters.pop(digest, None)
-        if adapter is None:
+        blob = self._blobs.pop(digest, None)
+        if blob is None:
             return False
         self.stats.removals["host"] += 1
-        logger.info("PEDRO: removed %s (%s) from host memory", adapter.path, short(digest))
+        logger.info("PEDRO: removed %s (%s) from host memory", blob.path, short(digest))
         return True
 
 
-class AdapterBank:
-    """Generator weights on the device: `max_pedros` slots, preallocated, least recently used out.
-
-    Weights are float32 whatever the model's dtype, as the generator is evaluated in float32. The up
-    projection has an entry for every column of the vector store; those of modules that an adapter
-    does not target are zero with bias one, so that they yield exactly one.
-
-    On CUDA an adapter is packed into pinned memory and copied on a stream of its own, while the
-    device works on earlier steps. The copy waits for the last step that read the slot it goes to,
-    and the step that reads it waits for the copy; the host waits for neither.
+@dataclass(slots=True)
+class _Resident:
+    """An adapter in the arena; the events are CUDA's.
 
     Attributes:
-        capacity: Number of slots.
-        generators: Per layer `[slots, record]` float32, see `GeneratorLayout`.
-        layout: Where each tensor lies in a record.
-        down, up, bias: Per layer, views of `generators`: `[slots, max_rank, d]`,
-            `[slots, D, max_rank]`, `[slots, D]`.
+        rank: Its r.
+        copied: The end of the copy, until a step has waited for it.
+        read: The end of the last step that reads it.
     """
+
+    rank: int
+    copied: Any = None
+    read: Any = None
+
+
+class AdapterBank:
+    """Adapters on the device: a budget of bytes that blobs of any size share, LRU.
+
+    On CUDA a blob is copied from pinned memory on a stream of its own, while the device works on
+    earlier steps. The copy waits for the steps that read what was there before, and the step that
+    reads it waits for the copy; the host waits for neither. On the CPU host memory is the device's,
+    so that an adapter is packed in its place in the arena, and there is no second copy.
+
+    Args:
+        nbytes: The budget.
+        reader: Where adapters come from.
+        device: Where the arena is.
+        host: Adapters in host memory; None where the arena lies there.
+        max_adapters: Most adapters, beside those that a step reads; for want of a `host`, which
+            has a limit of its own.
+
+    Attributes:
+        arena: `[nbytes]` uint8, see `vllm_pedro.ops.layout`. Pages are touched when they are used.
+    """
+
+    MOVED_BYTES = 1 << 20
+    """Bytes that are moved at a time where blobs are."""
 
     def __init__(
         self,
-        slots: int,
-        limits: AdapterLimits,
-        columns: dict[str, slice],
+        nbytes: int,
+        reader: AdapterReader,
         device: torch.device,
+        host: HostCache | None = None,
+        max_adapters: int | None = None,
     ) -> None:
-        self.limits = limits
-        self.columns = columns
+        self.reader = reader
+        self.host = host
+        self.max_adapters = max_adapters
         self.stats = AdapterStats()
-        shape = limits.shape
-        width = max(c.stop for c in columns.values())
-        self.layout = GeneratorLayout(shape.hidden_size, width, limits.max_rank)
-        # One allocation, so that an adapter's tensors of many layers are written as one.
-        every = self.layout.empty(shape.num_layers * slots, device)
-        every = every.view(shape.num_layers, slots, self.layout.record)
-        self.generators = list(every)
-        views = [self.layout.views(g) for g in self.generators]
-        self.down = [v.down for v in views]
-        self.up = [v.up for v in views]
-        self.bias = [v.bias for v in views]
-        self.capacity = slots
-        self._lru: OrderedDict[str, int] = OrderedDict()
-        self._free = list(range(slots - 1, -1, -1))
-        self._copies = _SideStream(slots, self.layout.record, shape.num_layers, device)
-        self._on_host = every.numpy() if device.type == "cpu" else None
-        # What was last written to a slot, or on CUDA to a staging buffer.
-        self._packed: dict[int, tuple[Any, ...]] = {}
+        self._spans = Spans(nbytes)
+        self.arena = torch.empty(self._spans.capacity, dtype=torch.uint8, device=device)
+        self._lru: OrderedDict[str, _Resident] = OrderedDict()
+        self._copies = _SideStream(device) if device.type == "cuda" else None
 
     def __len__(self) -> int:
         return len(self._lru)
@@ -190,167 +288,194 @@ class AdapterBank:
         return digest in self._lru
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all slots."""
-        return sum(t.numel() * t.element_size() for t in self.generators)
+    def stats(self) -> AdapterStats:
+        """Where what happens is counted, in host memory too."""
+        return self._stats
 
-    def make_resident(self, digest: str, get: Callable[[], StoredAdapter], keep: set[str]) -> int:
+    @stats.setter
+    def stats(self, stats: AdapterStats) -> None:
+        self._stats = stats
+        if self.host is not None:
+            self.host.stats = stats
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arena."""
+        return self._spans.capacity
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the adapters in the arena."""
+        return self._spans.used
+
+    @property
+    def resident(self) -> dict[str, int]:
+        """How many adapters are in each tier."""
+        return {"device": len(self), "host": len(self if self.host is None else self.host)}
+
+    def state_of(self, digest: str) -> str:
+        """Where an adapter is: "device", "host" or "disk"."""
+        if digest in self._lru:
+            return "device"
+        return "host" if self.host is not None and digest in self.host else "disk"
+
+    def place_of(self, digest: str) -> int:
+        """Where a resident adapter's blob begins, in units of `ops.layout`; others may move it."""
+        return self._spans[digest].begin // UNIT
+
+    def rank_of(self, digest: str) -> int:
+        """A resident adapter's r."""
+        return self._lru[digest].rank
+
+    def make_resident(self, spec: RequestSpec, keep: Collection[str]) -> None:
         """Bring an adapter onto the device.
 
         Args:
-            digest: The adapter's content digest.
-            get: Gives the adapter if it has to be copied.
+            spec: A request for it.
             keep: Digests that this step reads and that must not be evicted.
 
-        Returns:
-            The adapter's slot.
-
         Raises:
-            AdapterError: From `get`; the bank is as before.
-            RuntimeError: All slots are in `keep`; the scheduler admits at most `max_pedros`
-                different adapters a step, so this is a defect.
+            AdapterError: See `AdapterReader.read`; the bank is as before.
+            RuntimeError: What the step reads takes more than the budget. The scheduler admits no
+                such step, so this is a defect.
         """
-        slot = self._lru.get(digest)
-        if slot is None:
-            adapter = get()
+        digest = spec.digest
+        if digest in self._lru:
+            self.stats.hits["device"] += 1
+        elif self.host is not None:
+            blob = self.host.get(spec)
             start = time.perf_counter()
-            slot = self._take_slot(keep)
-            self._copy(slot, adapter)
-            self._lru[digest] = slot
+            span = self._take(digest, len(blob.data), keep)
+            self._lru[digest] = resident = _Resident(blob.rank)
+            target = self.arena[span.begin : span.begin + len(blob.data)]
+            if self._copies is None:
+                target.copy_(blob.data)
+            else:
+                resident.copied = self._copies.send(blob.data, target, span)
             self.stats.loaded("device", time.perf_counter() - start)
         else:
-            self.stats.hits["device"] += 1
+            start = time.perf_counter()
+            adapter = self.reader.read(spec)
+            read = time.perf_counter()
+            while self.max_adapters is not None and len(self._lru) >= self.max_adapters:
+                if not self._evict(keep):
+                    break
+            span = self._take(digest, self.reader.nbytes(adapter), keep)
+            self._lru[digest] = _Resident(adapter.config.r)
+            self.reader.pack(adapter, self.arena[span.begin : span.end])
+            self.stats.loaded("host", read - start)
+            self.stats.loaded("device", time.perf_counter() - read)
+            _log_loaded(spec, time.perf_counter() - start)
         self._lru.move_to_end(digest)
-        return slot
 
-    def discard(self, digest: str) -> bool:
-        """Free an adapter's slot; whether it was there."""
-        if not self._free_slot_of(digest):
+    def discard(self, digest: str) -> None:
+        """Free an adapter's memory, wherever it is."""
+        if digest in self._lru:
+            self._free(digest)
+            self.stats.removals["device"] += 1
+            if self.host is None:
+                self.stats.removals["host"] += 1
+                logger.info("PEDRO: removed %s from host memory", short(digest))
+        if self.host is not None:
+            self.host.discard(digest)
+
+    def before_reading(self, digests: Collection[str]) -> None:
+        """A step is about to read these adapters: let the device wait for their copies."""
+        if self._copies is not None:
+            for digest in digests:
+                resident = self._lru[digest]
+                if resident.copied is not None:
+                    torch.cuda.current_stream().wait_event(resident.copied)
+                    resident.copied = None
+
+    def after_reading(self, digests: Collection[str]) -> None:
+        """The step that reads them was launched: what takes their places waits for it."""
+        if self._copies is not None and digests:
+            event = torch.cuda.Event()
+            event.record()
+            for digest in digests:
+                if digest in self._lru:
+                    self._lru[digest].read = event
+
+    def _take(self, digest: str, nbytes: int, keep: Collection[str]) -> Span:
+        """A span for an adapter: a hole, made by evicting others, or else by moving all blobs."""
+        nbytes = aligned(nbytes, ALIGNMENT)
+        while True:
+            span = self._spans.allocate(digest, nbytes)
+            if span is not None:
+                return span
+            if not self._evict(keep):
+                break
+        self._compact()
+        span = self._spans.allocate(digest, nbytes)
+        if span is None:
+            raise RuntimeError(
+                f"one step's adapters take more than the {self.nbytes} bytes that the device has "
+                "for them"
+            )
+        return span
+
+    def _evict(self, keep: Collection[str]) -> bool:
+        victim = next((digest for digest in self._lru if digest not in keep), None)
+        if victim is None:
             return False
-        self.stats.removals["device"] += 1
+        self._free(victim)
+        self.stats.evictions["device"] += 1
+        if self.host is None:
+            self.stats.evictions["host"] += 1
+        logger.info("PEDRO: evicted %s from the device", short(victim))
         return True
 
-    def _free_slot_of(self, digest: str) -> bool:
-        slot = self._lru.pop(digest, None)
-        if slot is None:
-            return False
-        self._free.append(slot)
-        return True
+    def _free(self, digest: str) -> None:
+        span, resident = self._spans.free(digest), self._lru.pop(digest)
+        if self._copies is not None:
+            self._copies.freed(span, resident.read)
 
-    def _take_slot(self, keep: set[str]) -> int:
-        if not self._free:
-            victim = next((d for d in self._lru if d not in keep), None)
-            if victim is None:
-                raise RuntimeError(
-                    f"one step reads more than the {self.capacity} adapters that fit the device"
-                )
-            self._free_slot_of(victim)
-            self.stats.evictions["device"] += 1
-            logger.info("PEDRO: evicted %s from the device", short(victim))
-        return self._free.pop()
-
-    def before_reading(self, slots: Iterable[int]) -> None:
-        """A step is about to read these slots: let the device wait for copies into them."""
-        self._copies.before_reading(slots)
-
-    def after_reading(self, slots: Iterable[int]) -> None:
-        """The step that reads these slots was launched: later copies into them wait for it."""
-        self._copies.after_reading(slots)
-
-    def _copy(self, slot: int, adapter: StoredAdapter) -> None:
-        if self._on_host is not None:
-            # Straight into the slot: nothing reads it before the next step.
-            self._pack(slot, self._on_host[:, slot], adapter)
-            return
-        place, staging = self._copies.staging()
-        self._pack(place, staging.numpy(), adapter)
-        self._copies.send(staging, self.generators, slot)
-
-    def _pack(self, place: int, records: Array, adapter: StoredAdapter) -> None:
-        """Write an adapter to `records`, `[layers, record]` float32, over what was there before.
-
-        By NumPy: torch would start its threads for each of hundreds of copies of some kilobytes.
-        """
-        config, shape, at = adapter.config, self.limits.shape, self.layout
-        bias = records[:, at.bias : at.numerator]
-        what = (config.r, frozenset(config.target_modules), adapter.values.dtype)
-        # What has the same shape is overwritten by the same places. Most of a record may be zeros,
-        # when adapters have a lower rank and fewer modules than the layout.
-        if self._packed.pop(place, None) != what:
-            records.fill(0.0)
-            bias.fill(1.0)
-        records[:, at.numerator :] = 0.0
-        down = records[:, at.down : at.up].reshape(-1, at.max_rank, at.hidden_size)
-        up = records[:, at.up : at.bias].reshape(-1, at.max_rank, at.width)  # W_up transposed
-        for layers, weights in adapter.blocks():
-            start = 0
-            for module in config.target_modules:
-                here = slice(start, start + shape.widths[module])
-                columns = self.columns[module]
-                widen(weights.bias[:, here], bias[layers, columns])
-                if weights.up is not None:
-                    transposed = weights.up[:, here].transpose(0, 2, 1)
-                    widen(transposed, up[layers, : config.r, columns])
-                start = here.stop
-            if weights.down is not None:
-                widen(weights.down, down[layers, : config.r])
-            for values, place in (
-                (weights.numerator, at.numerator),
-                (weights.denominator, at.denominator),
-            ):
-                if values is not None:
-                    widen(values, records[layers, place : place + values.shape[1]])
-        records[:, :HEADER] = 0.0
-        records[:, 0] = [ACTIVATIONS.index(config.activation_of(i)) for i in range(len(records))]
-        records[:, 1:6] = (
-            config.r,
-            *config.rational_order,
-            POOLINGS.index(config.pooling),
-            config.input_norm is not None,
-        )
-        self._packed[place] = what
+    def _compact(self) -> None:
+        moves = self._spans.compact()
+        if self._copies is not None:
+            self._copies.begin_moving()
+        # By way of a buffer, as a blob's old and new places may overlap.
+        buffer = self.arena.new_empty(self.MOVED_BYTES)
+        for old, new in moves:
+            for at in range(0, old.end - old.begin, self.MOVED_BYTES):
+                size = min(self.MOVED_BYTES, old.end - old.begin - at)
+                buffer[:size].copy_(self.arena[old.begin + at : old.begin + at + size])
+                self.arena[new.begin + at : new.begin + at + size].copy_(buffer[:size])
+        if self._copies is not None:
+            self._copies.moved()
 
 
 class _SideStream:
-    """Copies of adapters into device slots, on CUDA beside the work of earlier steps."""
+    """Copies of blobs into the arena, on CUDA beside the work of earlier steps."""
 
-    STAGES = 2
-
-    def __init__(self, slots: int, record: int, layers: int, device: torch.device) -> None:
-        shape = (layers, record)
-        self._stream: Any = None
-        if device.type != "cuda":
-            return
+    def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
-        self._stages = [
-            (place, torch.empty(shape, pin_memory=True), torch.cuda.Event())
-            for place in range(self.STAGES)
-        ]
-        self._copied = [torch.cuda.Event() for _ in range(slots)]
-        self._read = [torch.cuda.Event() for _ in range(slots)]
+        # Spans that were given back, and the end of the last step that reads what was there.
+        self._freed: list[tuple[Span, Any]] = []
 
-    def staging(self) -> tuple[int, Tensor]:
-        """`[layers, record]` in pinned memory to pack an adapter into, and which of them it is."""
-        place, packed, sent = self._stages[0]
-        sent.synchronize()  # its last copy, two adapters ago
-        return place, packed
+    def freed(self, span: Span, read: Any) -> None:
+        """A span was given back."""
+        if read is not None:
+            self._freed.append((span, read))
 
-    def send(self, packed: Tensor, generators: Sequence[Tensor], slot: int) -> None:
-        """Copy an adapter into a slot."""
-        self._stream.wait_event(self._read[slot])
+    def send(self, blob: Tensor, target: Tensor, span: Span) -> Any:
+        """Copy a blob from pinned memory; the event of its end."""
+        self._freed = [(other, read) for other, read in self._freed if not read.query()]
+        for other, read in self._freed:
+            if other.begin < span.end and span.begin < other.end:
+                self._stream.wait_event(read)
         with torch.cuda.stream(self._stream):
-            for layer, target in enumerate(generators):
-                target[slot].copy_(packed[layer], non_blocking=True)
-            self._stages[0][2].record()
-            self._copied[slot].record()
-        self._stages.append(self._stages.pop(0))
+            target.copy_(blob, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        return copied
 
-    def before_reading(self, slots: Iterable[int]) -> None:
-        if self._stream is not None:
-            for slot in slots:
-                torch.cuda.current_stream().wait_event(self._copied[slot])
+    def begin_moving(self) -> None:
+        """Blobs are about to be moved, by the stream of the steps: it has read what was there."""
+        torch.cuda.current_stream().wait_stream(self._stream)
 
-    def after_reading(self, slots: Iterable[int]) -> None:
-        if self._stream is not None:
-            for slot in slots:
-                self._read[slot].record()
+    def moved(self) -> None:
+        """They were."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        self._freed.clear()

@@ -2,7 +2,7 @@
 
 A prompt whose vectors have to be generated needs its first P tokens in one step. vLLM's waiting
 loop stops at a request that gets no tokens, so such a prompt is passed over before that, and those
-behind it start. After :data:`PATIENCE` steps it is its turn: no other prompt starts before it, and
+behind it start. After `PATIENCE` steps it is its turn: no other prompt starts before it, and
 running rows leave it the tokens it needs, for one step.
 """
 
@@ -53,7 +53,7 @@ class Admission:
         """Nothing of the step is taken yet.
 
         Args:
-            waiting: The requests of :meth:`candidates` that still wait and could run.
+            waiting: The requests of `candidates` that still wait and could run.
         """
         self._tokens, self._inputs = self._max_tokens, self._max_inputs
         self.turn = max(waiting, key=lambda turn: self._passed_over[turn.request_id], default=None)

@@ -13,17 +13,19 @@ class PedroLayer(nn.Module):
 
     Args:
         vectors: `[rows, D]`, the layer's part of the vector store.
-        generators: `[adapter slots, record]` float32, the layer's generators.
+        layer: The layer's number.
+        arena: uint8, the adapters; shared by all layers.
         token_rows: `[max_tokens]` int64, the row that each token reads; shared by all layers.
         prefills: `[sequences, 4]` int32, the step's prefills; shared by all layers.
-        counts: `[2]` int32 on the CPU, the step's counts; shared by all layers.
+        counts: `[3]` int32 on the CPU, the step's counts; shared by all layers.
 
     Attributes:
         one: A scalar 1 in the model's dtype, which no compiler can fold away.
     """
 
     vectors: Tensor
-    generators: Tensor
+    layer: Tensor
+    arena: Tensor
     token_rows: Tensor
     prefills: Tensor
     counts: Tensor
@@ -32,7 +34,8 @@ class PedroLayer(nn.Module):
     def __init__(
         self,
         vectors: Tensor,
-        generators: Tensor,
+        layer: int,
+        arena: Tensor,
         token_rows: Tensor,
         prefills: Tensor,
         counts: Tensor,
@@ -40,7 +43,9 @@ class PedroLayer(nn.Module):
         super().__init__()
         for name, tensor in (
             ("vectors", vectors),
-            ("generators", generators),
+            # A tensor, because graphs with other numbers would be compiled one by one.
+            ("layer", torch.tensor([layer], dtype=torch.int32, device="cpu")),
+            ("arena", arena),
             ("token_rows", token_rows),
             ("prefills", prefills),
             ("counts", counts),
@@ -55,7 +60,9 @@ class PedroLayer(nn.Module):
             hidden: `[tokens, d]`, the residual stream before the layer's input norm, over the
                 whole flattened batch.
         """
-        ops.generate_vectors(hidden, self.vectors, self.generators, self.prefills, self.counts)
+        ops.generate_vectors(
+            hidden, self.vectors, self.arena, self.prefills, self.layer, self.counts
+        )
 
     def scale_(self, x: Tensor, ranges: tuple[int, ...]) -> None:
         """Multiply columns of a packed projection by each token's vectors, in place.

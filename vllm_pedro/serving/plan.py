@@ -39,11 +39,11 @@ class Prefill(NamedTuple):
 
 @dataclass(slots=True)
 class StepPlan:
-    """What one step does, for a batch of ``B`` requests.
+    """What one step does, for a batch of `B` requests.
 
     Attributes:
-        store_rows: ``[B]`` int64, the row of the vector store that each request reads.
-        lengths: ``[B]`` int64, its tokens in this step.
+        store_rows: `[B]` int64, the row of the vector store that each request reads.
+        lengths: `[B]` int64, its tokens in this step.
         prefills: The prompts that generate vectors.
     """
 
@@ -88,16 +88,16 @@ def plan_step(
     single requests unless some request is pending.
 
     Args:
-        request_ids: The batch in order, ``B`` requests.
-        store_rows: ``[B]``, the row of the vector store that each reads.
-        lengths: ``[B]``, how many of its tokens this step computes; at least 1.
-        computed: ``[B]``, how many of its tokens were computed before, or came from the prefix
+        request_ids: The batch in order, `B` requests.
+        store_rows: `[B]`, the row of the vector store that each reads.
+        lengths: `[B]`, how many of its tokens this step computes; at least 1.
+        computed: `[B]`, how many of its tokens were computed before, or came from the prefix
             cache. Read only for pending requests.
         pending: Requests whose vectors are not generated yet.
 
     Returns:
         The plan, with a prefill for each pending request of the batch: its pooled token is computed
-        in this step (``computed <= P - 1 < computed + length``).
+        in this step (`computed <= P - 1 < computed + length`).
 
     Raises:
         RuntimeError: A request would go on without its vectors. The scheduler keeps prompts whole

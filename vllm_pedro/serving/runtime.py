@@ -1,4 +1,4 @@
-"""The serving flow in one place: adapter -> slot -> plan -> vectors -> row -> scale.
+"""The serving flow in one place: adapter -> arena -> plan -> vectors -> row -> scale.
 
 `PedroRuntime.prepare_step` is the method to read first.
 """
@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..adapter import StoredAdapter
 from ..errors import PedroError
 from ..ops import warm_up
-from .adapters import AdapterBank, HostCache
+from .adapters import AdapterBank
 from .layer import PedroLayer
 from .plan import IDENTITY_ROW, Ints, Pending, StepPlan, plan_step
 from .rows import Assignment
@@ -28,8 +27,7 @@ class PedroRuntime:
     """One worker's PEDRO state: who runs with which adapter, and where their vectors are.
 
     Args:
-        host: Adapters in host memory.
-        bank: Adapters in device slots.
+        bank: Adapters on the device.
         store: The vector store. Which request reads which row is the scheduler's decision.
 
     Attributes:
@@ -38,21 +36,20 @@ class PedroRuntime:
 
     MAX_RETIRED = 65_536
 
-    def __init__(self, host: HostCache, bank: AdapterBank, store: VectorStore) -> None:
-        self.host = host
+    def __init__(self, bank: AdapterBank, store: VectorStore) -> None:
         self.bank = bank
         self.store = store
-        self.stats = host.stats = bank.stats = AdapterStats()
+        self.stats = bank.stats = AdapterStats()
         self.plan = StepPlan()
         self.failed: dict[str, str] = {}
         self.layers = [
-            PedroLayer(vectors, generators, store.token_rows, store.prefills, store.counts)
-            for vectors, generators in zip(store.vectors, bank.generators, strict=True)
+            PedroLayer(vectors, layer, bank.arena, store.token_rows, store.prefills, store.counts)
+            for layer, vectors in enumerate(store.vectors)
         ]
         self._specs: dict[str, RequestSpec] = {}
         self._rows: dict[str, int] = {}
         self._pending: dict[str, Pending] = {}
-        self._reading: list[int] = []
+        self._reading: set[str] = set()
         self._retired: OrderedDict[str, None] = OrderedDict()
 
     def warm_up(self) -> None:
@@ -60,11 +57,8 @@ class PedroRuntime:
 
         Those that scale are launched in vLLM's profiling run already.
         """
-        store, record = self.store, self.bank.layout.record
-        vectors = store.vectors[0]
-        warm_up(
-            self.bank.limits.shape.hidden_size, store.width, record, vectors.dtype, vectors.device
-        )
+        vectors, shape = self.store.vectors[0], self.bank.reader.limits.shape
+        warm_up(shape.hidden_size, self.store.width, vectors.dtype, vectors.device)
 
     # The life of a request.
 
@@ -126,7 +120,8 @@ class PedroRuntime:
         """What happened since it was last asked; empty if nothing did."""
         stats = self.stats.take()
         if stats:
-            stats["resident"] = {"device": len(self.bank), "host": len(self.host)}
+            stats["resident"] = self.bank.resident
+            stats["used_bytes"] = self.bank.used_bytes
         return stats
 
     # A step.
@@ -149,12 +144,12 @@ class PedroRuntime:
             self.plan = plan_step(request_ids, store_rows, lengths, computed, self._pending)
         else:
             self.plan = StepPlan()
-        self.store.load_plan(self.plan, self._load_adapters())
+        self.store.load_plan(self.plan, *self._load_adapters())
 
     def clear_step(self) -> None:
         """Dummy, profiling and capture runs: no vectors are read or generated."""
         self.plan = StepPlan()
-        self._reading = []
+        self._reading = set()
         self.store.load_dummy()
 
     def step_launched(self) -> None:
@@ -174,42 +169,37 @@ class PedroRuntime:
 
     # Inside.
 
-    def _load_adapters(self) -> list[tuple[int, int, int, int]]:
-        """Bring the step's adapters onto the device; its prompts, grouped by adapter."""
-        prefills = self.plan.prefills
-        if not prefills:
-            self._reading = []
-            return []
-        prompts = []
-        needed = {p.digest for p in prefills}
-        for prefill in prefills:
+    def _load_adapters(self) -> tuple[list[tuple[int, int, int, int]], int]:
+        """Bring the step's adapters onto the device.
+
+        Returns:
+            The step's prompts, grouped by adapter, and the adapters' highest rank.
+        """
+        bank, loaded = self.bank, []
+        needed = {prefill.digest for prefill in self.plan.prefills}
+        for prefill in self.plan.prefills:
             spec = self._specs[prefill.request_id]
-            if prefill.digest in self.bank:
-                state = "device"
-            else:
-                state = "host" if prefill.digest in self.host else "disk"
+            state = bank.state_of(prefill.digest)
             try:
-                slot = self.bank.make_resident(prefill.digest, self._getter(spec), keep=needed)
+                bank.make_resident(spec, keep=needed)
             except PedroError as error:
                 self._fail(prefill.request_id, spec, str(error))
                 continue
             self.stats.prefills[state] += 1
             self._pending.pop(prefill.request_id)
-            prompts.append((prefill.start, prefill.length, prefill.row, slot))
+            loaded.append(prefill)
+        self._reading = {prefill.digest for prefill in loaded}
+        bank.before_reading(self._reading)
+        # Only now: the last adapter may have moved the first.
+        prompts = [(p.start, p.length, p.row, bank.place_of(p.digest)) for p in loaded]
         prompts.sort(key=lambda prompt: prompt[3])
-        self._reading = sorted({prompt[3] for prompt in prompts})
-        self.bank.before_reading(self._reading)
-        return prompts
+        return prompts, max(map(bank.rank_of, self._reading), default=0)
 
     def _drop(self, digests: set[str]) -> None:
         """Free these adapters' memory, except what a request still needs."""
         if digests:
             for digest in digests - {spec.digest for spec in self._specs.values()}:
-                self.host.discard(digest)
                 self.bank.discard(digest)
-
-    def _getter(self, spec: RequestSpec) -> Callable[[], StoredAdapter]:
-        return lambda: self.host.get(spec)
 
     def _fail(self, request_id: str, spec: RequestSpec, reason: str) -> None:
         logger.error("request %s with adapter %r failed: %s", request_id, spec.name, reason)

@@ -15,15 +15,16 @@ class RequestSpec:
     Attributes:
         name: The adapter's name, for messages only. Never a key: two folders may share it.
         path: Absolute path of the adapter folder.
-        digest: Content digest of the folder (see :func:`vllm_pedro.adapter.adapter_digest`); the
+        digest: Content digest of the folder (see `vllm_pedro.adapter.adapter_digest`); the
             key of every pool.
         prompt_length: P, the number of leading tokens that are pooled; at least 1. Preemption,
             beams and appended tokens never change it.
-        prompt_digest: Digest of the first P tokens; the vectors depend on it and ``digest`` alone.
+        prompt_digest: Digest of the first P tokens; the vectors depend on it and `digest` alone.
         needs_all_states: Whether the pooling reads every prompt token (mean, max), so that
             generating the vectors takes no cache hit.
         is_pinned: Whether the request keeps this content when its name is given another: the beams
             of one search must all have one adapter's vectors.
+        nbytes: What the adapter takes of the device's memory for adapters.
     """
 
     name: str
@@ -33,6 +34,7 @@ class RequestSpec:
     prompt_digest: str
     needs_all_states: bool = False
     is_pinned: bool = False
+    nbytes: int = 0
 
     @property
     def vector_key(self) -> VectorKey:
@@ -45,7 +47,7 @@ class RequestSpec:
 
     @classmethod
     def from_wire(cls, value: dict[str, Any]) -> RequestSpec:
-        """Inverse of :meth:`to_wire`."""
+        """Inverse of `to_wire`."""
         return cls(**value)
 
 

@@ -59,11 +59,12 @@ class AdapterStats:
 def merge_stats(total: dict[str, Any], new: Mapping[str, Any]) -> None:
     """Add what `AdapterStats.take` gave to an earlier one.
 
-    `resident`, adapters by tier, is a state: the later one replaces the earlier one.
+    `resident`, adapters by tier, and `used_bytes` of the device are states: the later one replaces
+    the earlier one.
     """
     for name, values in new.items():
-        if name == "resident":
-            total[name] = dict(values)
+        if name in ("resident", "used_bytes"):
+            total[name] = values
         elif name == "seconds":
             for tier, seconds in values.items():
                 kept = total.setdefault(name, {}).setdefault(tier, [])

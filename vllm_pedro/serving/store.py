@@ -24,8 +24,9 @@ class VectorStore:
         vectors: Per layer `[num_sequences + 1, D]` in the model's dtype.
         token_rows: `[max_tokens]` int64, the row that each token of the step reads.
         prefills: `[num_sequences, 4]` int32, see `vllm_pedro.ops.generate_vectors`.
-        counts: `[2]` int32 on the CPU: how many prompts generate vectors in this step, and how many
-            requests read another row than the identity.
+        counts: `[3]` int32 on the CPU: how many prompts generate vectors in this step, how many
+            requests read another row than the identity, and the highest rank of the adapters that
+            generate.
     """
 
     STAGES = 3
@@ -59,7 +60,7 @@ class VectorStore:
         ]
         self.token_rows = torch.full((max_tokens,), IDENTITY_ROW, dtype=torch.int64, device=device)
         self.prefills = torch.zeros(num_sequences, 4, dtype=torch.int32, device=device)
-        self.counts = torch.zeros(2, dtype=torch.int32)
+        self.counts = torch.zeros(3, dtype=torch.int32)
         self._counts = self.counts.numpy()
         self._stages: list[_Stage] = []
         if device.type != "cpu":
@@ -81,7 +82,9 @@ class VectorStore:
         """Whether the step's operators have rows to scale; also in runs that may be captured."""
         return bool(self._counts[1])
 
-    def load_plan(self, plan: StepPlan, prefills: Sequence[tuple[int, int, int, int]] = ()) -> None:
+    def load_plan(
+        self, plan: StepPlan, prefills: Sequence[tuple[int, int, int, int]] = (), rank: int = 0
+    ) -> None:
         """Point every token of the step at its row, and all later tokens at the identity.
 
         Buffers are filled in place and, on a device, by copies that the host does not wait for.
@@ -89,6 +92,7 @@ class VectorStore:
         Args:
             plan: The step's plan.
             prefills: Rows for `prefills`.
+            rank: The highest of their adapters.
         """
         active, tokens = plan.num_with_adapter, plan.num_tokens
         if tokens > len(self.token_rows):
@@ -96,7 +100,7 @@ class VectorStore:
                 f"a step of {tokens} tokens exceeds the {len(self.token_rows)} that the "
                 "vector store was sized for"
             )
-        self._counts[0], self._counts[1] = len(prefills), active
+        self._counts[:] = len(prefills), active, rank
         tokens = tokens if active else 0
         extent = max(self._dirty, tokens)
         self._dirty = tokens

@@ -1,4 +1,4 @@
-"""``vllm serve``'s flags."""
+"""`vllm serve`'s flags."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_flags_are_in_the_help(parser):
     text = parser.format_help()
     assert "PedroConfig" in text
     flags = ["--enable-pedro", "--pedro-modules", "--max-pedros", "--max-cpu-pedros"]
-    flags += ["--max-pedro-rank", "--pedro-target-modules", "--pedro-root"]
+    flags += ["--pedro-memory-bytes", "--max-pedro-rank", "--pedro-target-modules", "--pedro-root"]
     whole = argparse.ArgumentParser.format_help(parser)
     for flag in flags:
         assert flag in text, "the short help names it"
@@ -84,6 +84,7 @@ def here(tmp_path, monkeypatch):
 def test_flags_reach_engine_and_front_end(parser, tmp_path, tiny, here):
     (tmp_path / "link").symlink_to(tmp_path)
     flags = ["--enable-pedro", "--pedro-modules", "a=a", "b=b", "--max-pedros", "3"]
+    flags += ["--pedro-memory-bytes", "1G"]
     flags += ["--pedro-target-modules", "v_proj", "q_proj", "--pedro-root", f"{tmp_path}/link"]
     flags += ["--lora-modules", "l=/l", "--pedro-modules", "c=c"]
     flags += ["--additional-config", '{"mine": 1}']
@@ -97,6 +98,7 @@ def test_flags_reach_engine_and_front_end(parser, tmp_path, tiny, here):
                 "max_cpu_pedros": None,
                 "max_pedro_rank": 32,
                 "pedro_target_modules": ["q_proj", "v_proj"],
+                "pedro_memory_bytes": 1 << 30,
             },
         }
         args = pickle.loads(pickle.dumps(args))
@@ -158,7 +160,7 @@ def test_the_rust_front_end_is_refused(parser, monkeypatch):
 @pytest.mark.parametrize(
     "flags",
     [["--max-pedros", "0"], ["--pedro-modules", "a"], ["--pedro-modules", "a=x", "a=y"],
-     ["--pedro-target-modules", "o_proj"]],
+     ["--pedro-target-modules", "o_proj"], ["--pedro-memory-bytes", "0"]],
 )  # fmt: skip
 def test_bad_values_are_usage_errors(parser, flags, capsys):
     with pytest.raises(SystemExit) as caught:

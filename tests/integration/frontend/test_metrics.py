@@ -17,7 +17,7 @@ from vllm_pedro.integration.frontend.metrics import PedroMetrics
 def metrics():
     unregister_vllm_metrics()
     config = SimpleNamespace(model_config=SimpleNamespace(served_model_name="base"))
-    yield PedroMetrics(config, [0])
+    yield PedroMetrics(config, [0], 4096)
     unregister_vllm_metrics()
 
 
@@ -34,6 +34,7 @@ STATS = {
     "prefills": {"disk": 1, "cached": 4},
     "seconds": {"host": [0.002, 0.2]},
     "resident": {"device": 5, "host": 6},
+    "used_bytes": 1024,
 }
 
 
@@ -46,6 +47,8 @@ def test_what_a_step_counted_is_published_and_hidden_from_other_loggers(metrics)
     metrics.record(None, None)
     assert value("adapters_resident", tier="device") == 5
     assert value("adapters_resident", tier="host") == 6
+    assert value("adapter_memory_bytes") == 4096
+    assert value("adapter_memory_used_bytes") == 1024
     assert value("adapter_hits_total", tier="device") == 2
     assert value("adapter_loads_total", tier="host") == 1
     assert value("adapter_evictions_total", tier="host") == 3

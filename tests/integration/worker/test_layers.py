@@ -14,7 +14,7 @@ from vllm_pedro.adapter import init_adapter
 from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
 from vllm_pedro.config import PedroConfig
 from vllm_pedro.integration.worker.layers import HookedModel, find_decoder_layers
-from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, HostCache
+from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, AdapterReader
 from vllm_pedro.serving.rows import Assignment
 from vllm_pedro.serving.runtime import PedroRuntime
 from vllm_pedro.serving.spec import RequestSpec
@@ -121,8 +121,8 @@ def serve(modules: tuple[str, ...], is_compiled: bool) -> tuple[Model, HookedMod
     adapter = stored(init_adapter(config, SHAPE, seed=1, scale=0.5))
     limits = AdapterLimits(SHAPE, 4, modules)
     store = VectorStore(SHAPE, modules, 4, 16, torch.float32, CPU)
-    bank = AdapterBank(2, limits, store.columns, CPU)
-    runtime = PedroRuntime(HostCache(4, limits, lambda *args, **keywords: adapter), bank, store)
+    reader = AdapterReader(limits, store.columns, lambda *args, **keywords: adapter)
+    runtime = PedroRuntime(AdapterBank(limits.largest_blob, reader, CPU), store)
     model = Model()
     runtime.admit("a", RequestSpec("x", "/x", "x", 3, "a"))
     return model, HookedModel(model, SHAPE, runtime, is_compiled)

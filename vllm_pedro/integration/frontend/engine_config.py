@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from ..options import options_of, tokens_for_any_prompt
+from ...backbone import BackboneShape
+from ...serving.adapters import AdapterLimits
+from ..options import CONFIG_KEY, PedroOptions, options_of, tokens_for_any_prompt
 
 logger = logging.getLogger("vllm.vllm_pedro")
 
@@ -22,6 +25,7 @@ def create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
             from ..scheduler import scheduler_path
 
             check_engine(config)
+            _fill_in_memory(config, options)
             scheduler = config.scheduler_config
             if scheduler.scheduler_cls is not None:
                 raise ValueError(
@@ -51,6 +55,28 @@ def default_budget(original: Callable[..., Any]) -> Callable[..., Any]:
             )
 
     return wrapped
+
+
+CPU_MEMORY = 4 << 30
+"""Most bytes of the default on the CPU, where a part of the memory may be of other processes."""
+
+
+def _fill_in_memory(config: Any, options: PedroOptions) -> None:
+    """Give `pedro_memory_bytes` its default, so that front ends, scheduler and workers agree."""
+    if options.pedro_memory_bytes is not None:
+        return
+    from vllm.platforms import current_platform
+
+    total = int(current_platform.get_device_total_memory())
+    if current_platform.is_cpu():
+        total = min(total, 20 * CPU_MEMORY)
+    shape = BackboneShape.from_hf_config(config.model_config.hf_config)
+    limits = AdapterLimits(shape, options.max_pedro_rank, options.pedro_target_modules)
+    memory = options.default_memory(total, limits.largest_blob)
+    config.additional_config = {
+        **config.additional_config,
+        CONFIG_KEY: replace(options, pedro_memory_bytes=memory).to_config(),
+    }
 
 
 def _advise_on_budget(config: Any) -> None:

@@ -1,7 +1,7 @@
-"""``vllm serve --enable-pedro ...``: flags that vLLM's command line learns.
+"""`vllm serve --enable-pedro ...`: flags that vLLM's command line learns.
 
 They travel in the parsed arguments, which reach every API server process before plugins load there:
-engine options in ``additional_config``, modules and root in ``lora_modules``.
+engine options in `additional_config`, modules and root in `lora_modules`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .folders import check_name
 
 @dataclass(frozen=True, slots=True)
 class PedroModulePath:
-    """One of ``--pedro-modules``.
+    """One of `--pedro-modules`.
 
     Attributes:
         name: Its model name.
         path: Its folder.
-        base_model_name: The name among those of the base model that ``/v1/models`` gives as parent.
+        base_model_name: The name among those of the base model that `/v1/models` gives as parent.
     """
 
     name: str
@@ -37,7 +37,7 @@ class PedroModulePath:
 
 
 class AdapterModules(list[Any]):
-    """The value of ``lora_modules``: LoRA's modules, and beside them what PEDRO was given."""
+    """The value of `lora_modules`: LoRA's modules, and beside them what PEDRO was given."""
 
     pedro: list[PedroModulePath]
     root: Path | None
@@ -57,7 +57,7 @@ _MODULE_KEYS = {"name", "path", "base_model_name"}
 
 
 def parse_modules(items: Iterable[str]) -> list[PedroModulePath]:
-    """Parse ``name=path``, a JSON object with these keys, or a JSON list of such objects.
+    """Parse `name=path`, a JSON object with these keys, or a JSON list of such objects.
 
     Raises:
         PedroError: Says which item is wrong and how.
@@ -131,13 +131,22 @@ def _positive(text: str) -> int:
     return value
 
 
+def _size(text: str) -> int:
+    from vllm.utils.argparse_utils import human_readable_int
+
+    value = human_readable_int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
 def add_flags(parser: Any) -> Any:
     """Add PEDRO's flags to vLLM's parser."""
     defaults = PedroOptions()
     group = parser.add_argument_group(
         "PedroConfig",
         "PEDRO adapters: --enable-pedro, --pedro-modules, --max-pedros, --max-cpu-pedros, "
-        "--max-pedro-rank, --pedro-target-modules, --pedro-root.",
+        "--pedro-memory-bytes, --max-pedro-rank, --pedro-target-modules, --pedro-root.",
     )
     group.add_argument(
         "--enable-pedro",
@@ -160,15 +169,24 @@ def add_flags(parser: Any) -> Any:
         default=argparse.SUPPRESS,
         type=_positive,
         metavar="N",
-        help="Adapters on the device at once. Bounds how many different adapters are prefilled in "
-        f"one step, not how many decode in one batch. (default: {defaults.max_pedros})",
+        help="Most different adapters prefilled in one step, not those that decode in one batch. "
+        "(default: as many as the device's memory for adapters holds)",
     )
     group.add_argument(
         "--max-cpu-pedros",
         default=argparse.SUPPRESS,
         type=_positive,
         metavar="N",
-        help="Adapters in host memory. (default: 4 * max-pedros)",
+        help="Adapters in host memory. (default: 4 * max-pedros, or four times what the device's "
+        "memory for adapters holds of the largest; on the CPU what that memory holds)",
+    )
+    group.add_argument(
+        "--pedro-memory-bytes",
+        default=argparse.SUPPRESS,
+        type=_size,
+        metavar="BYTES",
+        help="The device's memory for adapters, also as 512M or 4G. (default: a twentieth of the "
+        "device's memory, and enough for 8 adapters of the highest rank, or max-pedros)",
     )
     group.add_argument(
         "--max-pedro-rank",

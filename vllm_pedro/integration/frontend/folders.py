@@ -37,7 +37,7 @@ def check_name(name: str) -> None:
 
 
 def resolve_folder(path: str, root: Path | None) -> str:
-    """The folder that a run-time request means, with all links and ``..`` resolved.
+    """The folder that a run-time request means, with all links and `..` resolved.
 
     Args:
         path: As it came. With a root, a relative path starts there.

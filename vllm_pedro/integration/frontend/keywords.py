@@ -1,7 +1,7 @@
-"""``LLM(enable_pedro=True, max_pedros=...)``: keywords that vLLM's ``EngineArgs`` learns.
+"""`LLM(enable_pedro=True, max_pedros=...)`: keywords that vLLM's `EngineArgs` learns.
 
-Upstream: ``EngineArgs`` is a dataclass without a place for a plugin's fields, and plugins load in
-its ``__post_init__``, after the keywords are read; so this runs when ``vllm_pedro`` is imported.
+Upstream: `EngineArgs` is a dataclass without a place for a plugin's fields, and plugins load in
+its `__post_init__`, after the keywords are read; so this runs when `vllm_pedro` is imported.
 Can go when: vLLM lets plugins add engine arguments.
 """
 
@@ -14,11 +14,11 @@ from ..options import CONFIG_KEY, ENABLE_KEYWORD, OPTION_NAMES, PedroOptions
 from ..versions import check_vllm_version
 
 PLUGIN_NAME = "vllm_pedro"
-"""Name of the entry point in ``vllm.general_plugins``."""
+"""Name of the entry point in `vllm.general_plugins`."""
 
 
 def take_keywords(keywords: dict[str, Any]) -> PedroOptions | None:
-    """Remove PEDRO's keywords from ``keywords``; the options if they switch it on.
+    """Remove PEDRO's keywords from `keywords`; the options if they switch it on.
 
     Raises:
         ValueError: A bad value, or an option for an engine that PEDRO is not switched on for.
@@ -51,7 +51,7 @@ def _check_plugin_loads() -> None:
 
     Raises:
         RuntimeError: This vLLM is outside the supported window.
-        ValueError: ``VLLM_PLUGINS`` leaves this plugin out.
+        ValueError: `VLLM_PLUGINS` leaves this plugin out.
     """
     import vllm
     from vllm import envs

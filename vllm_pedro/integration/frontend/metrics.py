@@ -1,8 +1,8 @@
 """What operators see: counts on their way from the workers to vLLM's Prometheus registry.
 
-A worker counts (``serving/stats.py``), its step's output takes the counts to the scheduler, the
+A worker counts (`serving/stats.py`), its step's output takes the counts to the scheduler, the
 scheduler's statistics take them to the front end, and a stat logger beside vLLM's own publishes
-them there. Labels are ``model_name`` and ``engine``, as vLLM has them, and one of a fixed set;
+them there. Labels are `model_name` and `engine`, as vLLM has them, and one of a fixed set;
 never the name of an adapter.
 """
 
@@ -33,9 +33,15 @@ LOAD_SECONDS_BUCKETS = (
 
 
 class PedroMetrics:
-    """A stat logger of vLLM's front end; comes before its other ones."""
+    """A stat logger of vLLM's front end; comes before its other ones.
 
-    def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
+    Args:
+        vllm_config: vLLM's.
+        engine_indexes: The engines' numbers.
+        memory: Bytes that each device has for adapters.
+    """
+
+    def __init__(self, vllm_config: Any, engine_indexes: list[int], memory: int) -> None:
         from prometheus_client import Counter, Gauge, Histogram
 
         self.is_pedro_name: Callable[[str], bool] = lambda name: False
@@ -45,8 +51,20 @@ class PedroMetrics:
         names = ["model_name", "engine"]
         self._resident = Gauge(
             "vllm:pedro_adapters_resident",
-            "PEDRO adapters in device slots and in host memory.",
+            "PEDRO adapters on the device and in host memory.",
             [*names, "tier"],
+            multiprocess_mode="mostrecent",
+        )
+        self._memory = Gauge(
+            "vllm:pedro_adapter_memory_bytes",
+            "Bytes that the device has for PEDRO adapters.",
+            names,
+            multiprocess_mode="mostrecent",
+        )
+        self._used = Gauge(
+            "vllm:pedro_adapter_memory_used_bytes",
+            "Bytes that PEDRO adapters take of those.",
+            names,
             multiprocess_mode="mostrecent",
         )
         self._registered = Gauge(
@@ -91,6 +109,8 @@ class PedroMetrics:
         )
         for labels in self._labels.values():  # shown as zero from the start
             self._registered.labels(*labels)
+            self._memory.labels(*labels).set(memory)
+            self._used.labels(*labels)
             for tier in TIERS:
                 self._resident.labels(*labels, tier)
                 self._seconds.labels(*labels, tier)
@@ -117,10 +137,12 @@ class PedroMetrics:
                 del names[name]
 
     def observe(self, stats: dict[str, Any], engine_idx: int = 0) -> None:
-        """Publish counts as :meth:`PedroRuntime.take_stats` gives them."""
+        """Publish counts as `PedroRuntime.take_stats` gives them."""
         labels = self._labels[engine_idx]
         for tier, count in stats.get("resident", {}).items():
             self._resident.labels(*labels, tier).set(count)
+        if "used_bytes" in stats:
+            self._used.labels(*labels).set(stats["used_bytes"])
         for name, counter in self._counters.items():
             for value, count in stats.get(name, {}).items():
                 counter.labels(*labels, value).inc(count)
@@ -157,8 +179,12 @@ def init(original: Callable[..., None]) -> Callable[..., None]:
 
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
-        if options_of(vllm_config) is not None:
+        options = options_of(vllm_config)
+        if options is not None:
+            assert options.pedro_memory_bytes is not None
             # The first, since it takes the counts out of a field that others read.
-            self.stat_loggers.insert(0, PedroMetrics(vllm_config, self.engine_indexes))
+            self.stat_loggers.insert(
+                0, PedroMetrics(vllm_config, self.engine_indexes, options.pedro_memory_bytes)
+            )
 
     return __init__

@@ -47,11 +47,11 @@ class NameLocks:
 
 
 class PedroServingModelsMixin:
-    """What vLLM's ``OpenAIServingModels`` does differently when PEDRO is on.
+    """What vLLM's `OpenAIServingModels` does differently when PEDRO is on.
 
-    ``lora_requests`` stays vLLM's table of all adapters by name: LoRA's requests, a
-    :class:`PedroRequest` for a module whose content was not asked for yet, and a
-    :class:`ServedPedroRequest` once it was.
+    `lora_requests` stays vLLM's table of all adapters by name: LoRA's requests, a
+    `PedroRequest` for a module whose content was not asked for yet, and a
+    `ServedPedroRequest` once it was.
     """
 
     engine_client: Any
@@ -63,7 +63,7 @@ class PedroServingModelsMixin:
     base_model_paths: list[Any]
 
     def enable_pedro(self, modules: Any) -> None:
-        """Called once, after the original ``__init__``."""
+        """Called once, after the original `__init__`."""
         given = isinstance(modules, AdapterModules)
         self.pedro_root: Path | None = modules.root if given else None
         self._pedro_static: list[PedroModulePath] = modules.pedro if given else []
@@ -199,7 +199,7 @@ class PedroServingModelsMixin:
         return f"Success: LoRA adapter '{name}' removed successfully."
 
     async def resolve_lora(self, lora_name: str) -> Any:
-        """Find an adapter that nobody loaded: a folder of that name in ``--pedro-root``."""
+        """Find an adapter that nobody loaded: a folder of that name in `--pedro-root`."""
         found = await self._pedro_find(lora_name)
         if found is None and self.lora_resolvers:
             return await super().resolve_lora(lora_name)  # type: ignore[misc]
@@ -320,6 +320,7 @@ class PedroServingModelsMixin:
             base_model_name=self._pedro_base(base_model_name),
             digest=known.digest,
             needs_all_states=known.needs_all_states,
+            nbytes=known.nbytes,
         )
 
     def _pedro_base(self, name: str | None) -> str | None:
@@ -338,6 +339,7 @@ class PedroServingModelsMixin:
                     entry.lora_path,
                     entry.digest,
                     entry.needs_all_states,
+                    entry.nbytes,
                 )
             await self._pedro_release(old)
         self._pedro_count()

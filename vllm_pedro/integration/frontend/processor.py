@@ -24,18 +24,18 @@ from .registry import AdapterRegistry, KnownAdapter, pedro_request_of
 
 
 class RefusedRequestError(VLLMValidationError, PedroError):
-    """A request that cannot be served: a 4xx over HTTP, a ``ValueError`` offline."""
+    """A request that cannot be served: a 4xx over HTTP, a `ValueError` offline."""
 
     def __init__(self, message: str, *, parameter: str | None = None, value: Any = None) -> None:
         super().__init__(message, parameter=parameter, value=value)  # type: ignore[call-arg]
 
 
 PROMPT_LENGTH_KEY = "pedro_prompt_length"
-"""Key of ``extra_args`` (over HTTP: ``vllm_xargs``) that means what ``prompt_length`` does."""
+"""Key of `extra_args` (over HTTP: `vllm_xargs`) that means what `prompt_length` does."""
 
 
 def given_prompt_length(params: Any) -> int | None:
-    """P as a request's ``extra_args`` give it.
+    """P as a request's `extra_args` give it.
 
     Raises:
         RefusedRequestError: It is no positive integer.
@@ -77,17 +77,22 @@ def longest_prompt(vllm_config: Any) -> tuple[int, str]:
 
 
 class PedroInputProcessorMixin:
-    """What vLLM's ``InputProcessor`` does differently when PEDRO is on."""
+    """What vLLM's `InputProcessor` does differently when PEDRO is on."""
 
     vllm_config: Any
     renderer: Any
 
     def enable_pedro(self) -> None:
-        """Called once, after the original ``__init__``."""
+        """Called once, after the original `__init__`."""
         options = options_of(self.vllm_config)
         assert options is not None
         shape = BackboneShape.from_hf_config(self.vllm_config.model_config.hf_config)
-        limits = AdapterLimits(shape, options.max_pedro_rank, options.pedro_target_modules)
+        limits = AdapterLimits(
+            shape,
+            options.max_pedro_rank,
+            options.pedro_target_modules,
+            options.pedro_memory_bytes,
+        )
         self.pedro_registry = AdapterRegistry(limits)
         # The original's was bound before the class changed.
         self.process_inputs_async = make_async(
@@ -144,7 +149,7 @@ class PedroInputProcessorMixin:
     def _find_adapter(self, lora_request: Any) -> tuple[str, KnownAdapter]:
         if isinstance(lora_request, ServedPedroRequest):
             return lora_request.lora_path, KnownAdapter(
-                lora_request.digest, lora_request.needs_all_states, ()
+                lora_request.digest, lora_request.needs_all_states, lora_request.nbytes, ()
             )
         path = str(Path(lora_request.lora_path).expanduser().resolve())
         try:
@@ -204,6 +209,7 @@ class PedroInputProcessorMixin:
             digest_tokens(tokens[:length]),
             known.needs_all_states,
             lora_request.is_pinned,
+            known.nbytes,
         )
         wire.put_spec(request.sampling_params, spec)
         request.cache_salt = cache_salt(request.cache_salt, spec)

@@ -1,4 +1,4 @@
-"""Requests in the front end of ``AsyncLLM``: adapters that change while a request waits.
+"""Requests in the front end of `AsyncLLM`: adapters that change while a request waits.
 
 The content of an adapter is fixed when a request is admitted. It can be gone by the time the prompt
 is prefilled, if the folder was overwritten meanwhile; then a request that has not begun is admitted

@@ -25,11 +25,13 @@ class KnownAdapter:
     Attributes:
         digest: Content digest.
         needs_all_states: mean or max pooling: every prompt token has to be computed.
+        nbytes: What it takes of the device's memory for adapters.
         signature: What the files looked like, to notice that they changed.
     """
 
     digest: str
     needs_all_states: bool
+    nbytes: int
     signature: Signature
 
 
@@ -66,12 +68,13 @@ class AdapterRegistry:
             AdapterError: What is wrong with it.
         """
         signature = _signature(path)
-        config, digest = verify_adapter(
+        config, digest, dtype = verify_adapter(
             path,
             self.limits.shape,
             check=lambda config: self.limits.check_config(config, path),
         )
-        known = KnownAdapter(digest, config.pooling != "last", signature or ())
+        nbytes = self.limits.check_bytes(config, dtype, path)
+        known = KnownAdapter(digest, config.pooling != "last", nbytes, signature or ())
         with self._lock:
             self._known[path] = known
             self._known.move_to_end(path)

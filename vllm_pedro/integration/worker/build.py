@@ -10,7 +10,7 @@ from torch import nn
 
 from ...backbone import BackboneShape
 from ...ops import library
-from ...serving.adapters import AdapterBank, AdapterLimits, HostCache
+from ...serving.adapters import AdapterBank, AdapterLimits, AdapterReader, HostCache
 from ...serving.runtime import PedroRuntime
 from ...serving.store import VectorStore
 from .. import wire
@@ -54,16 +54,27 @@ def _build_runtime(runner: Any) -> PedroRuntime:
     store = VectorStore(
         shape, options.pedro_target_modules, sequences, max_tokens, model.dtype, device
     )
-    bank = AdapterBank(options.max_pedros, limits, store.columns, device)
-    host = HostCache(options.host_capacity, limits)
+    reader = AdapterReader(limits, store.columns)
+    memory = options.pedro_memory_bytes
+    assert memory is not None
+    if device.type == "cpu":
+        bank = AdapterBank(memory, reader, device, max_adapters=options.max_cpu_pedros)
+    else:
+        capacity = options.host_capacity(limits.largest_blob)
+        host = HostCache(capacity, reader, pin=device.type == "cuda")
+        bank = AdapterBank(memory, reader, device, host)
     logger.info(
-        "PEDRO: vectors of %d sequences take %.1f MiB, generators of %d adapters %.1f MiB",
+        "PEDRO: vectors of %d sequences take %.1f MiB; adapters have %.1f MiB, which hold %d of "
+        "r = %d with %s in float32, %.2f MiB each, and more of smaller ones",
         sequences,
         store.nbytes / 2**20,
-        options.max_pedros,
         bank.nbytes / 2**20,
+        bank.nbytes // limits.largest_blob,
+        limits.max_rank,
+        ", ".join(limits.modules),
+        limits.largest_blob / 2**20,
     )
-    runtime = PedroRuntime(host, bank, store)
+    runtime = PedroRuntime(bank, store)
     start = time.perf_counter()
     runtime.warm_up()
     backends = library.backends

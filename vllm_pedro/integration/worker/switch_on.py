@@ -10,7 +10,7 @@ from ..patches import become, extend
 
 
 def v1(original: Callable[..., None]) -> Callable[..., None]:
-    """Patch of V1's runners: the CPU's has a ``load_model`` of its own."""
+    """Patch of V1's runners: the CPU's has a `load_model` of its own."""
     from .runner_v1 import PedroRunnerV1Mixin
 
     return _load_as(PedroRunnerV1Mixin, original)
@@ -24,7 +24,7 @@ def v2(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def model_state(original: Callable[..., type]) -> Callable[..., type]:
-    """Patch of V2's ``model_states``: PEDRO's subclass of the model's ``ModelState``."""
+    """Patch of V2's `model_states`: PEDRO's subclass of the model's `ModelState`."""
     from .runner_v2 import PedroModelStateMixin
 
     def resolve_model_state_cls(vllm_config: Any, model: Any) -> type:

@@ -52,9 +52,11 @@ def test_options_that_cannot_be(words: list[str], message: str) -> None:
 
 
 def test_client_data_of_prompts_of_their_own() -> None:
-    text, size = client_data(fixed_lengths(5, 40, 3))
+    workload = fixed_lengths(5, 40, 3)
+    text = client_data(workload)
     rows = [json.loads(line) for line in text.splitlines()]
-    assert size == 40
+    words = client_arguments(workload, "/m", 1234, None, Path("/f"))
+    assert words[words.index("--timed-trace-chunk-hash-size") + 1] == "40"
     assert {len(r["hash_ids"]) for r in rows} == {1}
     assert len({r["hash_ids"][0] for r in rows}) == 5
     assert {(r["input_length"], r["output_length"]) for r in rows} == {(40, 3)}

@@ -13,7 +13,8 @@ from . import offline, serving
 from .arguments import add_engines, add_output, add_run, count, find_model, positive
 from .cases import default_engines
 from .offline import FAMILIES, QUICK, Comparison, Options, Sizes, comparisons
-from .report import check_plots, finish, write_report
+from .plots import check_plots
+from .report import finish, write_report
 from .results import Recorder, load_average, read_results, repeats_in_time, say
 from .workloads import MIXES
 

@@ -157,57 +157,54 @@ def comparisons(
         static: Measure static vectors ((IA)3) too.
     """
     rows = sizes.rows
-    make = {
+    simple = {
         "decode": lambda: _decode(sizes),
-        "prefill": lambda: [(0.0, fixed_lengths(rows, _fit(sizes, 4, 480), 4, "prefill-heavy"))],
-        "mixed": lambda: [(0.0, _mixed(sizes))],
-        "paper": lambda: [(0.0, closed_loop(paper_lengths(2 * rows), rows))],
-        "beam": lambda: [(0.0, paper_lengths(max(2, rows // 2), beam_width=3))],
+        "prefill": lambda: fixed_lengths(rows, _fit(sizes, 4, 480), 4, "prefill-heavy"),
+        "mixed": lambda: _mixed(sizes),
+        "paper": lambda: closed_loop(paper_lengths(2 * rows), rows),
+        "beam": lambda: paper_lengths(max(2, rows // 2), beam_width=3),
     }
     result: list[Comparison] = []
+
+    def add(
+        workload: Workload, cases: tuple[Case, ...], x: float = 0.0, mix: str = "distinct"
+    ) -> None:
+        result.append(Comparison(family, x, workload, mix, cases))
+
     for family in families:
-        if family in make:
+        if family in simple:
             tenants = [t for t in (1, rows) if t in sizes.tenants] or [max(1, sizes.tenants[0])]
-            for x, workload in make[family]():
-                cases = _cases(engines, tenants, static)
-                result.append(Comparison(family, x, workload, "distinct", cases))
+            add(simple[family](), _cases(engines, tenants, static))
         elif family == "overhead":
-            for x, workload in _decode(sizes):
-                named = replace(workload, name="overhead")
-                cases = tuple(
-                    case
-                    for mode in ("compiled", "eager")
-                    if f"base-{mode}" in engines and f"pedro-{mode}" in engines
-                    for case in (
-                        Case("plain", mode, 0),
-                        Case("base", mode, 0),
-                        Case("pedro", mode, 0),
-                        *(Case("pedro", mode, n) for n in (1, rows) if n in (1, *sizes.tenants)),
-                    )
+            cases = tuple(
+                case
+                for mode in ("compiled", "eager")
+                if f"base-{mode}" in engines and f"pedro-{mode}" in engines
+                for case in (
+                    Case("plain", mode, 0),
+                    Case("base", mode, 0),
+                    Case("pedro", mode, 0),
+                    *(Case("pedro", mode, n) for n in (1, rows) if n in (1, *sizes.tenants)),
                 )
-                result.append(Comparison(family, x, named, "distinct", cases))
+            )
+            add(replace(_decode(sizes), name="overhead"), cases)
         elif family == "tenants":
             result += _tenant_sweep(engines, sizes)
         elif family == "mixes":
             workload = closed_loop(fixed_lengths(2 * rows, 32, 16), rows)
             for mix in MIXES:
-                named = replace(
-                    workload, name=f"mix: {mix}", rule=f"{workload.rule}; {MIX_RULES[mix]}"
-                )
-                cases = _cases(engines, [1 if mix == "identical" else 2 * rows], False)
-                result.append(Comparison(family, 0.0, named, mix, cases))
+                rule = f"{workload.rule}; {MIX_RULES[mix]}"
+                cases = _cases(engines, [1 if mix == "identical" else 2 * rows])
+                add(replace(workload, name=f"mix: {mix}", rule=rule), cases, mix=mix)
         elif family == "concurrency":
             for level in sizes.concurrency:
-                workload = closed_loop(
-                    fixed_lengths(2 * level, sizes.prompt_tokens, 32, f"concurrency {level}"), level
-                )
-                cases = _cases(engines, [level], False)
-                result.append(Comparison(family, float(level), workload, "distinct", cases))
+                name = f"concurrency {level}"
+                workload = fixed_lengths(2 * level, sizes.prompt_tokens, 32, name)
+                add(closed_loop(workload, level), _cases(engines, [level]), float(level))
         elif family == "break-even":
             for length in sizes.prompts:
                 workload = closed_loop(fixed_lengths(2, length, 8, f"prompt of {length}"), 1)
-                cases = _cases(engines, [1], False)
-                result.append(Comparison(family, float(length), workload, "identical", cases))
+                add(workload, _cases(engines, [1]), float(length), "identical")
         elif family == "trace":
             result.append(_trace(engines, sizes))
         else:
@@ -219,9 +216,8 @@ def _fit(sizes: Sizes, output_tokens: int, prompt_tokens: int) -> int:
     return min(prompt_tokens, sizes.max_model_len - output_tokens)
 
 
-def _decode(sizes: Sizes) -> list[tuple[float, Workload]]:
-    workload = fixed_lengths(sizes.rows, sizes.prompt_tokens, sizes.output_tokens, "decode-heavy")
-    return [(0.0, workload)]
+def _decode(sizes: Sizes) -> Workload:
+    return fixed_lengths(sizes.rows, sizes.prompt_tokens, sizes.output_tokens, "decode-heavy")
 
 
 def _mixed(sizes: Sizes) -> Workload:
@@ -236,7 +232,9 @@ def _mixed(sizes: Sizes) -> Workload:
     return closed_loop(Workload("mixed", tuple(requests), rule), sizes.rows)
 
 
-def _cases(engines: Sequence[str], tenants: Sequence[int], static: bool) -> tuple[Case, ...]:
+def _cases(
+    engines: Sequence[str], tenants: Sequence[int], static: bool = False
+) -> tuple[Case, ...]:
     cases = []
     for engine in map(EngineName, engines):
         if engine.kind in ("plain", "base"):
@@ -261,7 +259,7 @@ def _tenant_sweep(engines: Sequence[str], sizes: Sizes) -> list[Comparison]:
         few = [
             e for e in engines if count <= sizes.eager_tenants or EngineName(e).mode == "compiled"
         ]
-        cases = _cases(few, [1, count] if count > 1 else [1], False)
+        cases = _cases(few, [1, count] if count > 1 else [1])
         result.append(Comparison("tenants", float(count), workload, "uniform", cases))
     return result
 
@@ -280,7 +278,7 @@ def _trace(engines: Sequence[str], sizes: Sizes) -> Comparison:
         tenants=tenants,
         mix="skewed",
     )
-    return Comparison("trace", 0.0, workload, "skewed", _cases(engines, [tenants], False))
+    return Comparison("trace", 0.0, workload, "skewed", _cases(engines, [tenants]))
 
 
 # The run -----------------------------------------------------------------------------------------

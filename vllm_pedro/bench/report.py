@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import PedroError
 from .figures import Spread
+from .plots import draw_all
 from .results import Recorder, by_run, is_settings
 from .series import Record, Series, collect
 from .tables import (
@@ -90,8 +91,6 @@ def write_report(records: Sequence[Record], folder: Path, plots: bool = True) ->
     folder.mkdir(parents=True, exist_ok=True)
     pictures: list[tuple[str, Path]] = []
     if plots:
-        from .plots import draw_all
-
         pictures = draw_all(all_series, folder)
     path = folder / "report.md"
     path.write_text(markdown(records, all_series, pictures))
@@ -150,16 +149,6 @@ def markdown(
         if text:
             parts += [title, text, note]
     return "\n\n".join(parts) + "\n"
-
-
-def check_plots() -> None:
-    """Say that matplotlib is missing before an hour of measuring, not after it."""
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise PedroError(
-            "plots need matplotlib: pip install 'vllm-pedro[bench]', or use --no-plots"
-        )
 
 
 def finish(recorder: Recorder, folder: Path, plots: bool, seconds: float) -> None:

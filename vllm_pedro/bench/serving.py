@@ -82,24 +82,19 @@ def workloads(args: argparse.Namespace) -> list[Workload]:
     return found
 
 
-def client_data(workload: Workload) -> tuple[str, int]:
-    """A workload as the client's `timed_trace` file, and how many tokens a hash stands for.
-
-    Prompts of their own have one hash each, as long as the longest prompt.
-    """
-    size = max(r.prompt_tokens for r in workload.requests)
-    lines = []
-    for index, request in enumerate(workload.requests):
-        # A number that no other request has.
-        hashes = [10**12 * (1 + workload.seed) + index]
-        row = {
+def client_data(workload: Workload) -> str:
+    """A workload as the client's `timed_trace` file; each prompt is one hash of its own."""
+    rows = (
+        {
             "timestamp": request.arrival,
             "input_length": request.prompt_tokens,
             "output_length": request.output_tokens,
-            "hash_ids": hashes,
+            # A number that no other request has.
+            "hash_ids": [10**12 * (1 + workload.seed) + index],
         }
-        lines.append(json.dumps(row) + "\n")
-    return "".join(lines), size
+        for index, request in enumerate(workload.requests)
+    )
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def client_arguments(
@@ -114,7 +109,6 @@ def client_arguments(
         names: The adapter's name for each request; None for a server without adapters.
         folder: Where `data.jsonl` is and `result.json` will be.
     """
-    _, size = client_data(workload)
     arguments = {
         "--backend": "vllm",
         "--host": HOST,
@@ -124,7 +118,8 @@ def client_arguments(
         "--served-model-name": BASE_NAME,
         "--dataset-name": "timed_trace",
         "--dataset-path": folder / "data.jsonl",
-        "--timed-trace-chunk-hash-size": size,
+        # A hash stands for so many tokens: as the longest prompt has.
+        "--timed-trace-chunk-hash-size": max(r.prompt_tokens for r in workload.requests),
         "--num-prompts": len(workload.requests),
         "--temperature": 0,
         "--percentile-metrics": "ttft,tpot,itl,e2el",
@@ -324,8 +319,7 @@ def run_client(
     Raises:
         PedroError: The client failed.
     """
-    data, _ = client_data(workload)
-    (folder / "data.jsonl").write_text(data)
+    (folder / "data.jsonl").write_text(client_data(workload))
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     names = None

@@ -28,14 +28,14 @@ def positive(text: str) -> float:
     return value
 
 
-def add_output(parser: argparse.ArgumentParser, folder: str) -> None:
-    """Where a report goes."""
+def add_output(parser: argparse.ArgumentParser, folder: str, what: str) -> None:
+    """Where a report, or `what` else a command writes, goes."""
     parser.add_argument(
         "--output",
         metavar="FOLDER",
         type=Path,
         default=Path(folder),
-        help="results.jsonl, report.md and plots go here (%(default)s)",
+        help=f"{what} go here (%(default)s)",
     )
     parser.add_argument("--no-plots", action="store_true", help="write no PNGs")
 
@@ -45,7 +45,7 @@ def add_run(parser: argparse.ArgumentParser, folder: str, minutes: float, repeat
     parser.add_argument(
         "--model", metavar="FOLDER", help="a model's folder; default: SmolLM2-135M, fetched"
     )
-    add_output(parser, folder)
+    add_output(parser, folder, "results.jsonl, report.md and plots")
     parser.add_argument(
         "--minutes",
         type=positive,

@@ -172,7 +172,7 @@ def report_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="results.jsonl of a run")
-    add_output(parser, "pedro-bench")
+    add_output(parser, "pedro-bench", "report.md and plots")
     parser.set_defaults(run=run_report)
     return parser
 

@@ -150,7 +150,7 @@ def operator_cases(
     # Ones, because the calls scale the same values again and again: nothing may become denormal.
     vectors = torch.ones(tokens + 1, d + 2 * kv + 2 * f, device=plan.device, dtype=dtype)
     slots = torch.arange(1, tokens + 1, device=plan.device)
-    step = torch.tensor([0, tokens], dtype=torch.int32)
+    step = torch.tensor([0, tokens, 0], dtype=torch.int32)
     qkv = torch.randn(tokens, d + 2 * kv, device=plan.device).to(dtype)
     gate_up = torch.randn(tokens, 2 * f, device=plan.device).to(dtype)
     ranges = (0, 0, d, d + kv, d + kv, kv)

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from .errors import PedroError, first_line
+from .files import is_int
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-from .files import is_int
 
-# The order in which vLLM packs the projections into qkv_proj and gate_up_proj.
 TARGET_MODULES: Final = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-
+"""The projections that an adapter may scale, in the order in which `PACKED` packs them."""
 
 PACKED: Final = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -109,7 +108,7 @@ class BackboneShape:
             value = getattr(config, name, None)
             if value is None:
                 value = default
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_int(value) or value < 1:
                 raise PedroError(
                     f"{type(config).__name__}: expected a positive int in '{name}', found "
                     f"{value!r}; PEDRO needs a decoder-only model whose layers are all alike"

@@ -6,10 +6,9 @@ Parsers are built without torch, so that `--help` is quick.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..backbone import TARGET_MODULES
 from ..config import ACTIVATIONS, POOLINGS, PedroConfig
@@ -166,30 +165,19 @@ def training_arguments(args: argparse.Namespace, others: Sequence[str]) -> Pedro
             argv += [f"--{name}", "true"]
     if args.held_out_fraction is not None:
         argv += ["--held_out_fraction", str(args.held_out_fraction)]
+
+    def refuse(message: str) -> NoReturn:
+        raise PedroError(message)
+
     parser = HfArgumentParser(PedroTrainingArguments, allow_abbrev=False)
+    parser.error = refuse  # in place of argparse's, which prints the usage and exits
     try:
-        with contextlib.redirect_stderr(_Captured()) as captured:
-            (result,) = parser.parse_args_into_dataclasses([*argv, *others])
-    except SystemExit:
-        said = captured.text.strip().rpartition("error: ")[2]
-        raise PedroError(said or "an option that TrainingArguments refuses") from None
+        (result,) = parser.parse_args_into_dataclasses([*argv, *others])
+    except PedroError:
+        raise
     except (ValueError, TypeError, ImportError) as error:
         raise PedroError(str(error)) from error
     return result
-
-
-class _Captured:
-    """A stream that keeps what argparse complains about."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> int:
-        self.text += text
-        return len(text)
-
-    def flush(self) -> None:
-        pass
 
 
 def add_parsers(commands: Any) -> None:

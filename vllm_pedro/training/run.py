@@ -27,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from ..config import PedroConfig
-from ..errors import PedroError
+from ..errors import PedroError, first_line
 from ..files import replace_file
 from ..model import PedroModel, get_pedro_model
 from .choices import DTYPES
@@ -117,8 +117,7 @@ def _naming(folder: str, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PedroError(f"{folder}: cannot load the {what}: {first}") from error
+        raise PedroError(f"{folder}: cannot load the {what}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

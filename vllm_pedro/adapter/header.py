@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from ..errors import AdapterError
-from ..files import parse_json_object
+from ..files import is_int, parse_json_object
 from .names import FILE_EXPECTED, LAYER_NAME
 
 MAX_HEADER_BYTES: Final = 16 << 20
@@ -137,7 +137,7 @@ def _step(run: Run, layer: Mapping[str, Place]) -> int | None:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return is_int(value) and value >= 0
 
 
 def _parse_entry(name: str, entry: Any, source: str) -> Entry:

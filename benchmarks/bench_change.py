@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -68,10 +67,6 @@ def imported_from(tree: Path) -> Iterator[None]:
         sys.path.remove(str(tree))
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--before", default="HEAD", metavar="REVISION", help="(%(default)s)")
@@ -90,6 +85,7 @@ def main() -> None:
     from vllm_pedro.bench.adapters import write_adapters
     from vllm_pedro.bench.cases import EngineSpec, Job
     from vllm_pedro.bench.engines import EngineProcess, available_threads
+    from vllm_pedro.bench.tables import table
     from vllm_pedro.bench.workloads import fixed_lengths
     from vllm_pedro.fetch import fetch_model
 
@@ -137,17 +133,18 @@ def main() -> None:
     print(f"{args.mode}, {args.dtype}, {args.batch} rows of {args.prompt_tokens} + ", end="")
     print(f"{args.output_tokens} tokens, {common[-1]} threads; before: {args.before}", end="")
     print(", without native operators" if args.without_native else "")
-    print(f"{'base over it (1 is as fast)':28}{'time per token':>24}{'first token':>24}")
-    for label, measures in found.items():
-        cells = [
-            spread([b[m] / a[m] for a, b in zip(measures, found["base"], strict=True)])
-            for m in ("itl_mean_ms", "ttft_mean_ms")
-        ]
-        print(f"{label:28}{cells[0]:>24}{cells[1]:>24}")
-    for which in ("no adapter", f"{args.batch} tenants"):
-        pairs = list(zip(found[f"before, {which}"], found[f"after, {which}"], strict=True))
-        cells = [spread([b[m] / a[m] for b, a in pairs]) for m in ("itl_mean_ms", "ttft_mean_ms")]
-        print(f"{'before / after, ' + which:28}{cells[0]:>24}{cells[1]:>24}")
+
+    def row(label: str, mine: str, other: str) -> list[str]:
+        pairs = list(zip(found[mine], found[other], strict=True))
+        ratios = ([b[m] / a[m] for a, b in pairs] for m in ("itl_mean_ms", "ttft_mean_ms"))
+        return [label, *(figures.Spread.of(values).format(3) for values in ratios)]
+
+    rows = [row(label, label, "base") for label in found]
+    rows += [
+        row(f"before / after, {which}", f"after, {which}", f"before, {which}")
+        for which in ("no adapter", f"{args.batch} tenants")
+    ]
+    print(table(("base over it (1 is as fast)", "time per token", "first token"), rows))
     if args.json:
         args.json.write_text(json.dumps({"settings": vars(args) | {"json": None}} | found) + "\n")
 

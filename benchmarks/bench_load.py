@@ -36,11 +36,10 @@ def measure(args: argparse.Namespace, paths: list[str]) -> dict[str, list[float]
     import torch
     from transformers import AutoConfig
 
-    from vllm_pedro import PedroRequest
     from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
     from vllm_pedro.bench.adapters import MODULES, PEDRO_RANK
     from vllm_pedro.integration import plugin
-    from vllm_pedro.integration.frontend.processor import AdapterRegistry, PedroInputProcessorMixin
+    from vllm_pedro.integration.frontend.registry import AdapterRegistry
     from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, AdapterReader, HostCache
     from vllm_pedro.serving.spec import RequestSpec
     from vllm_pedro.serving.store import VectorStore
@@ -53,8 +52,7 @@ def measure(args: argparse.Namespace, paths: list[str]) -> dict[str, list[float]
     )
     rank, modules = (32, TARGET_MODULES) if args.wide else (PEDRO_RANK, MODULES)
     limits, cpu = AdapterLimits(shape, rank, modules), torch.device("cpu")
-    front = PedroInputProcessorMixin()
-    front.pedro_registry = AdapterRegistry(limits)
+    registry = AdapterRegistry(limits)
     store = VectorStore(shape, modules, 1, 1, torch.bfloat16, cpu)
     reader = AdapterReader(limits, store.columns)
     host = HostCache(args.host_slots, reader)
@@ -69,9 +67,9 @@ def measure(args: argparse.Namespace, paths: list[str]) -> dict[str, list[float]
 
     specs = []
     for i, folder in enumerate(paths):
-        request = PedroRequest(f"tenant-{i}", i + 1, folder)
-        path, known = timed("front end", lambda request=request: front._find_adapter(request))
-        specs.append(RequestSpec(request.lora_name, path, known.digest, 16, "prompt"))
+        path = str(Path(folder).resolve())
+        known = timed("front end", lambda path=path: registry.lookup(path))
+        specs.append(RequestSpec(f"tenant-{i}", path, known.digest, 16, "prompt"))
     for spec in specs:
         timed("host", lambda spec=spec: host.get(spec))
         timed("device", lambda spec=spec: bank.make_resident(spec, {spec.digest}))
@@ -104,6 +102,8 @@ def main() -> None:
     from bench_change import sources_now, sources_of
 
     from vllm_pedro.bench.adapters import folder_bytes, write_adapters
+    from vllm_pedro.bench.figures import Spread
+    from vllm_pedro.bench.tables import table
     from vllm_pedro.fetch import fetch_model
 
     model = args.model or str(fetch_model(progress=False))
@@ -136,14 +136,11 @@ def main() -> None:
         f"(lowest and highest of {args.repeats})"
     )
     parts = (*PARTS, "all")
-    print(f"{'':12}" + "".join(f"{part:>20}" for part in parts))
-    for name, results in runs.items():
-        cells = []
-        for part in parts:
-            medians = [statistics.median(result[part]) for result in results]
-            middle = statistics.median(medians)
-            cells.append(f"{middle:.2f} ({min(medians):.2f}-{max(medians):.2f})")
-        print(f"{name:12}" + "".join(f"{cell:>20}" for cell in cells))
+    rows = [
+        [name, *(Spread.of(statistics.median(r[part]) for r in found).format() for part in parts)]
+        for name, found in runs.items()
+    ]
+    print(table(("", *parts), rows))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from vllm_pedro import PedroConfig, get_pedro_model
+from vllm_pedro.bench.adapters import MODULES
 from vllm_pedro.fetch import fetch_model
 from vllm_pedro.training.run import load_backbone
 
-TARGETS = ["q_proj", "v_proj", "up_proj"]
+TARGETS = list(MODULES)
 
 
 def make_batch(rows: int, tokens: int, vocabulary: int) -> dict[str, torch.Tensor]:
@@ -78,14 +79,9 @@ def main() -> None:
 
     model = pedro()
     budget, _ = model.get_nb_trainable_parameters()
-    config, shape = backbone.config, model.shape
+    shape = model.shape
     model.unload()
-    each = sum(
-        width + fan_in
-        for width, fan_in in zip(
-            shape.split_widths(TARGETS), [config.hidden_size] * len(TARGETS), strict=True
-        )
-    )
+    each = sum(width + shape.hidden_size for width in shape.split_widths(TARGETS))
     lora_r = max(1, round(budget / (each * shape.num_layers)))
 
     def lora() -> Any:

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from gpu_operators import MODELS
 
-from vllm_pedro import BackboneShape, PedroConfig, PedroModel, PedroRequest, save_adapter
-from vllm_pedro.adapter import init_adapter
-from vllm_pedro.bench.adapters import MODULES, write_adapters
+from vllm_pedro import BackboneShape, PedroConfig, PedroModel, PedroRequest
+from vllm_pedro.bench.adapters import MODULES, write_adapters, write_pedro
 from vllm_pedro.bench.servers import serve
 from vllm_pedro.demo import QUESTIONS
 from vllm_pedro.model.reference import NEAR_TIE_MARGIN, reference_logits, reference_score
@@ -63,14 +62,12 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
 
 def write_strong_adapters(model: Path, folder: Path, count: int, scale: float) -> list[Path]:
     """Adapters whose vectors are far enough from one to change what a random model says."""
-    from transformers import AutoConfig
-
-    shape = BackboneShape.from_hf_config(AutoConfig.from_pretrained(model))
+    shape = BackboneShape.from_pretrained(model)
     config = PedroConfig(input_norm="rms", target_modules=list(MODULES))
-    paths = [folder / f"strong-{number}" for number in range(count)]
-    for number, path in enumerate(paths):
-        save_adapter(path, config, init_adapter(config, shape, number + 1, scale=scale).tensors)
-    return paths
+    return [
+        write_pedro(folder / f"strong-{number}", shape, config, number + 1, scale)
+        for number in range(count)
+    ]
 
 
 def rows_of(command: list[str], deadline: float, **environment: str) -> Iterator[dict[str, Any]]:

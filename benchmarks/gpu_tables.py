@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from vllm_pedro.bench import report
+from vllm_pedro.bench import tables
 
 Row = dict[str, Any]
 
@@ -39,7 +39,7 @@ def latest(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 def table(headers: Iterable[str], lines: Iterable[Iterable[Any]]) -> str:
     """Markdown, of whatever values."""
-    return report.table(list(headers), [[show(value) for value in line] for line in lines]) + "\n"
+    return tables.table(list(headers), [[show(value) for value in line] for line in lines]) + "\n"
 
 
 def show(value: Any) -> str:

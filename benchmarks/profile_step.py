@@ -24,13 +24,9 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from vllm_pedro.bench.adapters import write_adapters
+from vllm_pedro.bench.adapters import MODULES, write_adapters
+from vllm_pedro.bench.figures import Spread
 from vllm_pedro.bench.workloads import fixed_lengths
-
-
-def make_adapters(model: str, count: int, folder: Path) -> list[Path]:
-    """Random adapters of the paper's size (r = 12 on q, v, up)."""
-    return write_adapters(model, folder / "adapters", "pedro", count)
 
 
 def prompts_of(batch: int, length: int, vocabulary: int) -> list[dict[str, list[int]]]:
@@ -92,14 +88,14 @@ def main() -> None:
     }
     before = load_average()
     with tempfile.TemporaryDirectory() as folder:
-        paths = make_adapters(args.model, args.batch, Path(folder))
+        paths = write_adapters(args.model, Path(folder, "adapters"), "pedro", args.batch)
         tenants = [PedroRequest(p.name, i + 1, str(p)) for i, p in enumerate(paths)]
         base = LLM(**settings)
         pedro = LLM(
             **settings,
             enable_pedro=True,
             max_pedros=args.batch,
-            pedro_target_modules=["q_proj", "v_proj", "up_proj"],
+            pedro_target_modules=list(MODULES),
         )
         vocabulary = base.llm_engine.model_config.get_vocab_size()
         prompts = prompts_of(args.batch, args.prompt_tokens, vocabulary)
@@ -134,8 +130,8 @@ def main() -> None:
     ratio = [b / p for b, p in zip(wall["base"], wall["PEDRO"], strict=True)]
     print(
         f"ms per step, unprofiled, median: base {statistics.median(wall['base']):.2f}, PEDRO "
-        f"{statistics.median(wall['PEDRO']):.2f}; base / PEDRO {statistics.median(ratio):.3f} "
-        f"({min(ratio):.3f}-{max(ratio):.3f}); {torch.get_num_threads()} threads, "
+        f"{statistics.median(wall['PEDRO']):.2f}; base / PEDRO {Spread.of(ratio).format(3)}; "
+        f"{torch.get_num_threads()} threads, "
         f"load average before {before}, after {load_average()}"
     )
     total = {name: sum(times.values()) / steps for name, times in own.items()}

@@ -34,8 +34,8 @@ from typing import Any
 import httpx
 import openai
 
-from vllm_pedro import BackboneShape, PedroConfig, PedroModel, save_adapter
-from vllm_pedro.adapter import init_adapter
+from vllm_pedro import BackboneShape, PedroConfig, PedroModel
+from vllm_pedro.bench.adapters import write_pedro
 from vllm_pedro.bench.servers import Server, serve
 from vllm_pedro.model.reference import NEAR_TIE_MARGIN, reference_score
 
@@ -98,16 +98,12 @@ class Report:
 
 def make_contents(model: Path, root: Path, plan: Plan) -> list[Path]:
     """Random adapters of all kinds, each in a folder below `root`."""
-    from transformers import AutoConfig
-
-    shape = BackboneShape.from_hf_config(AutoConfig.from_pretrained(model))
+    shape = BackboneShape.from_pretrained(model)
     folders = []
     for number in range(plan.contents):
         config = PedroConfig(**{"input_norm": "rms", **CONFIGS[number % len(CONFIGS)]})
-        adapter = init_adapter(config, shape, seed=plan.seed + number, scale=0.15)
         folder = root / f"content-{number}"
-        save_adapter(folder, config, adapter.tensors)
-        folders.append(folder)
+        folders.append(write_pedro(folder, shape, config, plan.seed + number, scale=0.15))
     return folders
 
 

@@ -16,7 +16,6 @@ import argparse
 import functools
 import itertools
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -31,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from public import fetch_task
 
 from vllm_pedro import PedroConfig, get_pedro_model
+from vllm_pedro.bench import tables
+from vllm_pedro.bench.figures import Spread
 from vllm_pedro.fetch import fetch_model
 from vllm_pedro.training.collator import CompletionCollator
 from vllm_pedro.training.data import Dataset, encode, load_dataset, read_rows
@@ -158,10 +159,7 @@ def table(config: dict[str, Any], results: list[dict[str, Any]]) -> str:
         if any(r["task"] == task["name"] and "dev_loss" in r for r in results):
             place = next(i for i, column in enumerate(columns) if column[0] is task)
             columns.insert(place + 1, (task, "dev_loss", 1, f"{task['name']}, dev loss"))
-    lines = [
-        "| method | parameters | " + " | ".join(column[3] for column in columns) + " |",
-        "| --- | --- |" + " --- |" * len(columns),
-    ]
+    rows = []
     for method in config["methods"]:
         mine = [r for r in results if r["method"] == method["name"]]
         count = f"{mine[0]['trainable_parameters']:,}" if mine else ""
@@ -172,14 +170,13 @@ def table(config: dict[str, Any], results: list[dict[str, Any]]) -> str:
             digits = 1 if scale == 100 else 3
             text = "-"
             if values:
-                text = f"{statistics.median(values):.{digits}f}"
-                if len(values) > 1:
-                    text += f" ({min(values):.{digits}f}-{max(values):.{digits}f})"
+                text = f"{values[0]:.{digits}f}"
+            if len(values) > 1:
+                text = Spread.of(values).format(digits)
             diverged = sum("diverged" in r for r in runs)
             cells.append(text + (f", {diverged} diverged" if diverged and scale == 100 else ""))
-        name = method.get("label", method["name"])
-        lines.append(f"| {name} | {count} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([method.get("label", method["name"]), count, *cells])
+    return tables.table(["method", "parameters", *(column[3] for column in columns)], rows)
 
 
 def plot(config: dict[str, Any], results: list[dict[str, Any]], path: Path) -> None:
@@ -208,10 +205,9 @@ def plot(config: dict[str, Any], results: list[dict[str, Any]], path: Path) -> N
                         if (r["method"], r["task"]) == (method["name"], task["name"]) and key in r
                     ]
                     if method["kind"] == kind and runs:
-                        values = [scale * r[key] for r in runs]
-                        middle = statistics.median(values)
-                        spread = (middle - min(values), max(values) - middle)
-                        points.append((runs[0]["trainable_parameters"], middle, *spread))
+                        spread = Spread.of(scale * r[key] for r in runs)
+                        ends = (spread.median - spread.low, spread.high - spread.median)
+                        points.append((runs[0]["trainable_parameters"], spread.median, *ends))
                 marker, line, grey = looks[kind]
                 x, y, below, above = zip(*sorted(points), strict=True)
                 axis.errorbar(

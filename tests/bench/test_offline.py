@@ -12,7 +12,7 @@ import pytest
 
 from vllm_pedro.adapter import load_adapter
 from vllm_pedro.backbone import BackboneShape
-from vllm_pedro.bench import offline
+from vllm_pedro.bench import offline, results
 from vllm_pedro.bench.adapters import CONTENTS, folder_bytes, write_adapters
 from vllm_pedro.bench.cases import EngineSpec, Job
 from vllm_pedro.bench.driver import Timing
@@ -130,7 +130,7 @@ def test_all_families_can_be_planned(tmp_path: Path) -> None:
         "TIMESTAMP,ContextTokens,GeneratedTokens\n"
         + "".join(f"2023-11-16 18:15:{i:02},100,10\n" for i in range(40))
     )
-    sizes = Sizes(rows=4, tenants=(1, 4, 32), trace=str(trace), trace_count=20)
+    sizes = Sizes(rows=4, tenants=(1, 4, 32), trace=str(trace), trace_requests=20)
     plan = comparisons(FAMILIES, CPU, sizes, static=True)
     assert {c.family for c in plan} == set(FAMILIES)
     names = [c.workload.name for c in plan]
@@ -149,7 +149,7 @@ def test_all_families_can_be_planned(tmp_path: Path) -> None:
 
 
 def test_many_tenants_are_left_to_compiled_engines() -> None:
-    sizes = Sizes(rows=4, tenants=(1, 8, 1000), lora_tenants=8)
+    sizes = Sizes(rows=4, tenants=(1, 8, 1000), eager_tenants=8)
     few, some, many = comparisons(["tenants"], CPU, sizes)
     assert [c.x for c in (few, some, many)] == [1, 8, 1000]
     assert len(many.workload.requests) == 1000
@@ -197,7 +197,7 @@ class FakeProcess:
     def run(self, job: Job, tell: Callable[[int], None] = lambda tokens: None) -> list[Timing]:
         name = job.workload.name
         tenants = len({r.tenant for r in job.workload.requests} - {None})
-        self.made.append((self.spec.name, name, tenants))
+        self.made.append((self.spec.engine.label, name, tenants))
         step = {"base": 1.0, "pedro": 1.25, "lora": 4.0}[self.spec.kind]
         tell(1)
         return [
@@ -278,9 +278,9 @@ def test_time_is_kept(
 ) -> None:
     """Each look at the clock takes a minute: after one repeat there is no room for another."""
     now = iter(range(0, 100_000, 60))
-    monkeypatch.setattr(offline.time, "monotonic", lambda: float(next(now)))
+    monkeypatch.setattr(results.time, "monotonic", lambda: float(next(now)))
     arguments = ["offline", "--model", model, "--engines", "base-eager", "--workloads", "decode"]
-    arguments += ["--minutes", "5", "--repeats", "9", "--no-plots", "--output", str(tmp_path / "o")]
+    arguments += ["--minutes", "3", "--repeats", "9", "--no-plots", "--output", str(tmp_path / "o")]
     assert bench(*arguments) == 0
     repeats = [r for r in read_results([tmp_path / "o" / "results.jsonl"]) if "repeat" in r]
     assert 1 <= len(repeats) < 9

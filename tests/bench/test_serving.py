@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from vllm_pedro.bench import main as bench_main
+from vllm_pedro.bench.cases import EngineName
 from vllm_pedro.bench.figures import measure
 from vllm_pedro.bench.serving import (
     client_arguments,
@@ -51,9 +52,11 @@ def test_options_that_cannot_be(words: list[str], message: str) -> None:
 
 
 def test_client_data_of_prompts_of_their_own() -> None:
-    text, size = client_data(fixed_lengths(5, 40, 3))
+    workload = fixed_lengths(5, 40, 3)
+    text = client_data(workload)
     rows = [json.loads(line) for line in text.splitlines()]
-    assert size == 40
+    words = client_arguments(workload, "/m", 1234, None, Path("/f"))
+    assert words[words.index("--timed-trace-chunk-hash-size") + 1] == "40"
     assert {len(r["hash_ids"]) for r in rows} == {1}
     assert len({r["hash_ids"][0] for r in rows}) == 5
     assert {(r["input_length"], r["output_length"]) for r in rows} == {(40, 3)}
@@ -77,7 +80,7 @@ def test_server_arguments_differ_in_the_adapters_only() -> None:
     args = options("--tenants", "4")
     paths = [Path(f"/a/{i}") for i in range(4)]
     words = {
-        name: server_arguments(name, args, paths if name[0] != "b" else [])
+        name: server_arguments(EngineName(name), args, paths if name[0] != "b" else [])
         for name in ("base-eager", "pedro-eager", "lora-eager", "base-compiled")
     }
     common = words["base-eager"]

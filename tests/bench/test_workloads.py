@@ -41,7 +41,7 @@ AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 def test_fixed_lengths() -> None:
     workload = fixed_lengths(3, 10, 4)
     assert workload.requests == (Request(10, 4),) * 3
-    assert workload.output_tokens == 12
+    assert sum(r.output_tokens for r in workload.requests) == 12
     assert workload.longest == 14
     assert workload.num_tenants == 0
 

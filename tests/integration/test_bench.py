@@ -118,8 +118,7 @@ def client_samples(workload, folder, names=None):
     from vllm.benchmarks.serve import add_cli_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    data, _ = client_data(workload)
-    (folder / "data.jsonl").write_text(data)
+    (folder / "data.jsonl").write_text(client_data(workload))
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
     args = parser.parse_args(client_arguments(workload, "/model", 80, names, folder))

@@ -14,7 +14,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import contextlib
 import gc
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +22,10 @@ from typing import Any
 import torch
 from runners import current_runner, stage_as_on_a_device
 
-from vllm_pedro import BackboneShape, PedroConfig, PedroModel, save_adapter
-from vllm_pedro.adapter import init_adapter, read_adapter
+from vllm_pedro import BackboneShape, PedroConfig, PedroModel
+from vllm_pedro.adapter import read_adapter
+from vllm_pedro.bench import adapters
+from vllm_pedro.bench.adapters import write_pedro
 from vllm_pedro.model.reference import NEAR_TIE_MARGIN, Reference, reference_score
 from vllm_pedro.serving.blobs import blob_bytes
 
@@ -112,46 +113,20 @@ def write_random_adapter(
     down_scale: float = 1.0,
     **config: Any,
 ) -> Path:
-    """Write a random adapter for a model. Same arguments, same content.
+    """A random adapter for a model; see `write_pedro`.
 
-    `down_scale` multiplies the down projection: as initialised it makes vectors that hardly
-    depend on the prompt, and a test of that dependence would prove nothing.
+    As initialised, the down projection makes vectors that hardly depend on the prompt, and a test
+    of that dependence would prove nothing.
     """
-    from transformers import AutoConfig
-
-    shape = BackboneShape.from_hf_config(AutoConfig.from_pretrained(model))
     config = {"r": 4, "input_norm": "rms", **config}
-    adapter = init_adapter(PedroConfig(**config), shape, seed=seed, scale=scale)
-    tensors = {
-        name: tensor * down_scale if name.endswith("down_proj.weight") else tensor
-        for name, tensor in adapter.tensors.items()
-    }
-    save_adapter(folder, adapter.config, tensors)
-    return folder
+    shape = BackboneShape.from_pretrained(model)
+    return write_pedro(folder, shape, PedroConfig(**config), seed, scale, down_scale)
 
 
 def write_lora(model: Path, folder: Path, seed: int = 0, scale: float = 0.3) -> Path:
     """A random LoRA adapter of rank 4 on q and v."""
-    from safetensors.torch import save_file
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model)
-    random, tensors = torch.Generator().manual_seed(seed), {}
-    widths = {
-        "q_proj": config.num_attention_heads * config.head_dim,
-        "v_proj": config.num_key_value_heads * config.head_dim,
-    }
-    for layer in range(config.num_hidden_layers):
-        for module, width in widths.items():
-            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
-            shapes = {"A": (4, config.hidden_size), "B": (width, 4)}
-            for side, shape in shapes.items():
-                tensors[f"{name}.lora_{side}.weight"] = torch.randn(shape, generator=random) * scale
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": sorted(widths)}
-    (folder / "adapter_config.json").write_text(json.dumps({**settings, "bias": "none"}))
-    return folder
+    shape = BackboneShape.from_pretrained(model)
+    return adapters.write_lora(folder, shape, seed, scale, 4, ("q_proj", "v_proj"))
 
 
 class Mismatch(AssertionError):

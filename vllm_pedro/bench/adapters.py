@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,6 +14,8 @@ from ..errors import PedroError
 
 if TYPE_CHECKING:
     import torch
+
+    from ..config import PedroConfig
 
 MODULES: Final = ("q_proj", "v_proj", "up_proj")
 """The paper's target modules; LoRA gets the same ones."""
@@ -48,25 +49,33 @@ def write_adapters(model: str, folder: Path, kind: str, count: int) -> list[Path
     """
     if kind not in KINDS:
         raise PedroError(f"unknown kind of adapter {kind!r}; known: {', '.join(KINDS)}")
+    import torch
+
     from ..adapter import WEIGHTS_NAME
-    from ..config import CONFIG_NAME
+    from ..config import CONFIG_NAME, PedroConfig
 
     shape = BackboneShape.from_pretrained(model)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths: list[Path] = []
-    for number in range(count):
-        path = folder / f"{kind}-{number:05d}"
-        path.mkdir()
-        paths.append(path)
-        if number < CONTENTS:
-            write = _write_lora if kind == "lora" else _write_pedro
-            write(path, shape, kind, number)
-            continue
-        source = paths[number % CONTENTS]
-        config: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text())
-        config["base_model_name_or_path"] = f"tenant-{number}"
-        (path / CONFIG_NAME).write_text(json.dumps(config))
-        _link(source / WEIGHTS_NAME, path / WEIGHTS_NAME)
+    paths = [folder / f"{kind}-{number:05d}" for number in range(count)]
+    for number, path in enumerate(paths):
+        tenant = f"tenant-{number}"
+        if number >= CONTENTS:
+            path.mkdir()
+            source = paths[number % CONTENTS]
+            fields: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text())
+            fields["base_model_name_or_path"] = tenant
+            (path / CONFIG_NAME).write_text(json.dumps(fields))
+            _link(source / WEIGHTS_NAME, path / WEIGHTS_NAME)
+        elif kind == "lora":
+            write_lora(path, shape, number, base_model=tenant, dtype=torch.bfloat16)
+        else:
+            config = PedroConfig(
+                r=0 if kind == "static" else PEDRO_RANK,
+                target_modules=list(MODULES),
+                input_norm=None if kind == "static" else "rms",
+                base_model_name_or_path=tenant,
+                inference_mode=True,
+            )
+            write_pedro(path, shape, config, number, dtype=torch.bfloat16)
     return paths
 
 
@@ -82,59 +91,84 @@ def folder_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.iterdir())
 
 
-def _write_pedro(path: Path, shape: BackboneShape, kind: str, number: int) -> None:
-    import torch
+def write_pedro(
+    folder: Path,
+    shape: BackboneShape,
+    config: PedroConfig,
+    seed: int,
+    scale: float = 0.01,
+    down_scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a random PEDRO adapter. Same arguments, same content.
 
+    Args:
+        folder: Where to; it is created.
+        shape: The backbone's.
+        config: The adapter's.
+        seed: Of its values.
+        scale: Of what makes its vectors differ from one. With the default they stay near one, and
+            a model's answers stay sane.
+        down_scale: Multiplies the down projection: as initialised it makes vectors that hardly
+            depend on the prompt.
+        dtype: Of its weights; None is float32.
+
+    Returns:
+        The folder.
+    """
     from ..adapter import init_adapter, save_adapter
-    from ..config import PedroConfig
 
-    config = PedroConfig(
-        r=0 if kind == "static" else PEDRO_RANK,
-        target_modules=list(MODULES),
-        input_norm=None if kind == "static" else "rms",
-        base_model_name_or_path=f"tenant-{number}",
-        inference_mode=True,
-    )
-    # Small weights: the vectors stay near one, and the model's answers stay sane.
-    adapter = init_adapter(config, shape, seed=number, scale=0.01)
-    tensors = {name: t.to(torch.bfloat16) for name, t in adapter.tensors.items()}
-    save_adapter(path, replace(adapter.config), tensors)
+    adapter = init_adapter(config, shape, seed=seed, scale=scale)
+    tensors = {
+        name: (tensor * down_scale if name.endswith("down_proj.weight") else tensor).to(dtype)
+        for name, tensor in adapter.tensors.items()
+    }
+    save_adapter(folder, adapter.config, tensors)
+    return folder
 
 
-def _write_lora(path: Path, shape: BackboneShape, kind: str, number: int) -> None:
+def write_lora(
+    folder: Path,
+    shape: BackboneShape,
+    seed: int,
+    scale: float = 0.01,
+    rank: int = LORA_RANK,
+    modules: Sequence[str] = MODULES,
+    base_model: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a random LoRA adapter of alpha `2 * rank`; see `write_pedro`."""
     import torch
     from safetensors.torch import save_file
 
     from ..adapter import WEIGHTS_NAME
     from ..config import CONFIG_NAME
 
-    random = torch.Generator().manual_seed(number)
-    save_file(dict(_lora_tensors(shape, random)), path / WEIGHTS_NAME)
+    random = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(shape.num_layers):
+        for module in modules:
+            name = f"base_model.model.model.layers.{layer}.{BLOCKS[module]}.{module}"
+            for side, size in (
+                ("A", (rank, shape.hidden_size)),
+                ("B", (shape.widths[module], rank)),
+            ):
+                weight = torch.randn(size, generator=random) * scale
+                tensors[f"{name}.lora_{side}.weight"] = weight.to(dtype)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / WEIGHTS_NAME)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": f"tenant-{number}",
-        "r": LORA_RANK,
-        "lora_alpha": 2 * LORA_RANK,
-        "target_modules": list(MODULES),
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": list(modules),
         "bias": "none",
         "inference_mode": True,
     }
-    (path / CONFIG_NAME).write_text(json.dumps(config))
-
-
-def _lora_tensors(
-    shape: BackboneShape, random: torch.Generator
-) -> Iterator[tuple[str, torch.Tensor]]:
-    import torch
-
-    for layer in range(shape.num_layers):
-        for module in MODULES:
-            name = f"base_model.model.model.layers.{layer}.{BLOCKS[module]}.{module}"
-            sizes = {"A": (LORA_RANK, shape.hidden_size), "B": (shape.widths[module], LORA_RANK)}
-            for side, size in sizes.items():
-                weight = torch.randn(size, generator=random) * 0.01
-                yield f"{name}.lora_{side}.weight", weight.to(torch.bfloat16)
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    return folder
 
 
 def model_label(model: str) -> str:

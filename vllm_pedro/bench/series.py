@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import PedroError
 from .cases import case_label
 from .figures import Latency, Spread, break_even, paired_ratios
+from .results import by_run
 
 Record = dict[str, Any]
 
@@ -58,10 +59,7 @@ def collect(records: Iterable[Record]) -> list[Series]:
     taken within a run.
     """
     series: dict[tuple[Any, ...], Series] = {}
-    run = 0
-    for record in records:
-        if record["record"] == "run":
-            run += 1
+    for run, record in by_run(records):
         if record["record"] != "measurement":
             continue
         keys = ("family", "x", "workload", "rule", "kind", "mode", "tenants")

@@ -23,7 +23,12 @@ GROUP_SECONDS: Final = 10.0  # for the processes that a server started, once it 
 TAIL: Final = 40  # lines of a server's log in an error
 
 # As a user's shell has it, whatever this process was set to.
-USUAL: Final = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_NO_USAGE_STATS": "1"}
+USUAL: Final = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 # Threads that wait must not spin where other work runs on the same cores.
 SHARED: Final = {"OMP_WAIT_POLICY": "passive", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

@@ -13,10 +13,9 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -25,13 +24,11 @@ from typing import Any, Final
 from ..errors import PedroError
 from . import figures
 from .adapters import LORA_RANK, MODULES, PEDRO_RANK, folder_bytes, model_label, write_adapters
-from .cases import LABELS
+from .cases import EngineName, default_engines, is_cpu
 from .driver import Timing
-from .offline import ENGINES, default_engines, is_cpu
 from .results import Recorder, load_average, say
 from .servers import HOST, serve
 from .workloads import (
-    MIXES,
     Workload,
     arrive_by_rate,
     assign_tenants,
@@ -42,42 +39,6 @@ from .workloads import (
 )
 
 BASE_NAME: Final = "backbone"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that only this benchmark has."""
-    from .arguments import count, positive
-
-    parser.add_argument("--servers", nargs="+", choices=ENGINES, metavar="NAME")
-    parser.add_argument("--tenants", type=count, default=8, metavar="N", help="(%(default)s)")
-    parser.add_argument("--mix", choices=MIXES, default="uniform", help="(%(default)s)")
-    parser.add_argument("--requests", type=count, default=64, metavar="N", help="(%(default)s)")
-    parser.add_argument("--prompt-tokens", type=count, default=128, metavar="N")
-    parser.add_argument("--output-tokens", type=count, default=32, metavar="N")
-    parser.add_argument(
-        "--concurrency",
-        nargs="*",
-        type=count,
-        default=[16],
-        metavar="N",
-        help="a closed loop of so many requests for each (%(default)s)",
-    )
-    parser.add_argument(
-        "--rate",
-        nargs="*",
-        type=positive,
-        default=[],
-        metavar="R",
-        help="Poisson arrivals of so many requests a second, for each",
-    )
-    parser.add_argument("--trace", metavar="FILE", help="replay this trace too")
-    parser.add_argument("--trace-speed", type=positive, default=1.0, metavar="X")
-    parser.add_argument("--trace-shrink", type=positive, default=1.0, metavar="X")
-    parser.add_argument("--max-model-len", type=count, default=1024, metavar="N")
-    parser.add_argument("--max-num-seqs", type=count, default=32, metavar="N")
-    parser.add_argument("--slots", type=count, metavar="N", help="(tenants + 1, at most 33)")
-    parser.add_argument("--kv-cache-mib", type=count, default=512, metavar="N")
-    parser.add_argument("--seed", type=int, default=0)
 
 
 # What is sent ------------------------------------------------------------------------------------
@@ -121,24 +82,19 @@ def workloads(args: argparse.Namespace) -> list[Workload]:
     return found
 
 
-def client_data(workload: Workload) -> tuple[str, int]:
-    """A workload as the client's `timed_trace` file, and how many tokens a hash stands for.
-
-    Prompts of their own have one hash each, as long as the longest prompt.
-    """
-    size = max(r.prompt_tokens for r in workload.requests)
-    lines = []
-    for index, request in enumerate(workload.requests):
-        # A number that no other request has.
-        hashes = [10**12 * (1 + workload.seed) + index]
-        row = {
+def client_data(workload: Workload) -> str:
+    """A workload as the client's `timed_trace` file; each prompt is one hash of its own."""
+    rows = (
+        {
             "timestamp": request.arrival,
             "input_length": request.prompt_tokens,
             "output_length": request.output_tokens,
-            "hash_ids": hashes,
+            # A number that no other request has.
+            "hash_ids": [10**12 * (1 + workload.seed) + index],
         }
-        lines.append(json.dumps(row) + "\n")
-    return "".join(lines), size
+        for index, request in enumerate(workload.requests)
+    )
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def client_arguments(
@@ -153,7 +109,6 @@ def client_arguments(
         names: The adapter's name for each request; None for a server without adapters.
         folder: Where `data.jsonl` is and `result.json` will be.
     """
-    _, size = client_data(workload)
     arguments = {
         "--backend": "vllm",
         "--host": HOST,
@@ -163,7 +118,8 @@ def client_arguments(
         "--served-model-name": BASE_NAME,
         "--dataset-name": "timed_trace",
         "--dataset-path": folder / "data.jsonl",
-        "--timed-trace-chunk-hash-size": size,
+        # A hash stands for so many tokens: as the longest prompt has.
+        "--timed-trace-chunk-hash-size": max(r.prompt_tokens for r in workload.requests),
         "--num-prompts": len(workload.requests),
         "--temperature": 0,
         "--percentile-metrics": "ttft,tpot,itl,e2el",
@@ -220,24 +176,30 @@ def measures_of(result: dict[str, Any]) -> dict[str, float]:
 # Servers -----------------------------------------------------------------------------------------
 
 
-def server_arguments(name: str, args: argparse.Namespace, adapters: Sequence[Path]) -> list[str]:
+def slots_of(args: argparse.Namespace) -> int:
+    """Adapters on the device at once."""
+    return int(args.slots or min(args.tenants, 32) + 1)
+
+
+def server_arguments(
+    engine: EngineName, args: argparse.Namespace, adapters: Sequence[Path]
+) -> list[str]:
     """Arguments of `vllm-pedro serve` for a kind of server; the same but for the adapters."""
-    kind, _, mode = name.partition("-")
-    slots = args.slots or min(args.tenants, 32) + 1
+    slots = slots_of(args)
     host_slots = max(slots, min(args.tenants, 256))
     words = ["--served-model-name", BASE_NAME]
     words += ["--dtype", args.dtype, "--max-model-len", str(args.max_model_len)]
     words += ["--max-num-seqs", str(args.max_num_seqs), "--no-enable-prefix-caching"]
     words += ["--max-num-batched-tokens", str(max(2048, args.max_model_len))]
     words += ["--kv-cache-memory-bytes", str(args.kv_cache_mib << 20), "--seed", "0"]
-    if mode == "eager":
+    if engine.mode == "eager":
         words.append("--enforce-eager")
     modules = [f"{path.name}={path}" for path in adapters]
-    if kind == "pedro":
+    if engine.kind == "pedro":
         words += ["--enable-pedro", "--max-pedros", str(slots)]
         words += ["--max-cpu-pedros", str(host_slots), "--max-pedro-rank", str(PEDRO_RANK)]
         words += ["--pedro-target-modules", *MODULES, "--pedro-modules", *modules]
-    elif kind == "lora":
+    elif engine.kind == "lora":
         words += ["--enable-lora", "--max-loras", str(slots), "--max-cpu-loras", str(host_slots)]
         words += ["--max-lora-rank", str(LORA_RANK), "--lora-modules", *modules]
     return words
@@ -246,75 +208,54 @@ def server_arguments(name: str, args: argparse.Namespace, adapters: Sequence[Pat
 # The run -----------------------------------------------------------------------------------------
 
 
-def run_serving(args: argparse.Namespace, argv: list[str]) -> int:
-    """`vllm-pedro bench serving`."""
-    from .arguments import find_model
-    from .report import check_plots, finish
-
-    started = time.monotonic()
-    plan = workloads(args)
-    if not args.no_plots:
-        check_plots()
-    model = find_model(args.model)
-    servers = args.servers or default_engines()
-    recorder = Recorder(args.output / "results.jsonl")
-    recorder.begin(argv, repeats=args.repeats, minutes=args.minutes)
-    try:
-        with tempfile.TemporaryDirectory(prefix="vllm-pedro-bench-") as name:
-            _run(args, plan, model, servers, recorder, Path(name), started)
-    finally:
-        recorder.end()
-    finish(recorder, args.output, not args.no_plots, time.monotonic() - started)
-    return 0
-
-
-def _run(
+def run(
     args: argparse.Namespace,
     plan: Sequence[Workload],
     model: str,
-    servers: Sequence[str],
     recorder: Recorder,
-    folder: Path,
-    started: float,
+    repeats: Iterable[int],
 ) -> None:
-    kinds = {name.partition("-")[0] for name in servers} - {"base"}
+    """Measure all servers, each started anew in each of the `repeats`; results go to the recorder.
+
+    Args:
+        args: Of `vllm-pedro bench serving`.
+        plan: From `workloads`.
+        model: The model's folder.
+        recorder: Where results go.
+        repeats: Numbers of the repeats.
+    """
+    servers = [EngineName(name) for name in args.servers or default_engines()]
     count = max((t for w in plan for r in w.requests if (t := r.tenant) is not None), default=0) + 1
-    adapters = {k: write_adapters(model, folder / k, k, count) for k in sorted(kinds)}
-    shown = {
-        "dtype": args.dtype,
-        "max_model_len": args.max_model_len,
-        "max_num_seqs": args.max_num_seqs,
-        "adapter slots": args.slots or min(args.tenants, 32) + 1,
-    }
-    recorder.add(
-        "engine", engine="all", settings=shown, model=model_label(model), cpu=is_cpu(), server=True
-    )
-    longest = 0.0
-    for repeat in range(args.repeats):
-        began = time.monotonic()
-        if repeat and began + longest - started > 60 * args.minutes:
-            say(f"the time is up after {repeat} of {args.repeats} repeats")
-            break
-        for name in servers if repeat % 2 == 0 else servers[::-1]:
-            say(f"repeat {repeat + 1} of {args.repeats}: starting the server: {name} ...")
-            paths = adapters.get(name.partition("-")[0], [])
-            _measure_server(args, plan, model, name, paths, recorder, folder, repeat)
-        longest = max(longest, time.monotonic() - began)
+    with tempfile.TemporaryDirectory(prefix="vllm-pedro-bench-") as name:
+        folder = Path(name)
+        kinds = {engine.kind for engine in servers} - {"base"}
+        adapters = {k: write_adapters(model, folder / k, k, count) for k in sorted(kinds)}
+        settings = {k: getattr(args, k) for k in ("dtype", "max_model_len", "max_num_seqs")}
+        recorder.add_settings(
+            settings | {"adapter slots": slots_of(args)},
+            model=model_label(model),
+            cpu=is_cpu(),
+            server=True,
+        )
+        for repeat in repeats:
+            for engine in servers if repeat % 2 == 0 else servers[::-1]:
+                say(f"repeat {repeat + 1} of {args.repeats}: starting the server: {engine} ...")
+                paths = adapters.get(engine.kind, [])
+                _measure_server(args, plan, model, engine, paths, recorder, folder, repeat)
 
 
 def _measure_server(
     args: argparse.Namespace,
     plan: Sequence[Workload],
     model: str,
-    name: str,
+    engine: EngineName,
     paths: Sequence[Path],
     recorder: Recorder,
     folder: Path,
     repeat: int,
 ) -> None:
-    kind, _, mode = name.partition("-")
-    log = folder / f"{name}-{repeat}.log"
-    flags = server_arguments(name, args, paths)
+    log = folder / f"{engine}-{repeat}.log"
+    flags = server_arguments(engine, args, paths)
     level = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
     with serve(model, flags, log, shares_cores=False, VLLM_LOGGING_LEVEL=level) as server:
         say(f"  it answers after {server.seconds:.0f} s; each tenant's first request ...")
@@ -333,8 +274,8 @@ def _measure_server(
                 x=0.0,
                 workload=workload.name,
                 rule=workload.rule,
-                kind=kind,
-                mode=mode,
+                kind=engine.kind,
+                mode=engine.mode,
                 tenants=served.num_tenants,
                 repeat=repeat,
                 measures=measures,
@@ -344,13 +285,13 @@ def _measure_server(
                 },
                 **({"fairness": figures.fairness(tenants)} if len(tenants) > 1 else {}),
             )
-            say(f"  {LABELS[kind]}, {mode}: {measures['output_tokens_per_s']:.1f} tokens/s")
+            say(f"  {engine.label}: {measures['output_tokens_per_s']:.1f} tokens/s")
         recorder.add(
             "engine",
-            engine=name,
+            engine=engine,
             start_s=server.seconds,
             peak_bytes={"host": server.peak_bytes()},
-            adapter_bytes={kind: folder_bytes(paths[0])} if paths else {},
+            adapter_bytes={engine.kind: folder_bytes(paths[0])} if paths else {},
         )
 
 
@@ -378,8 +319,7 @@ def run_client(
     Raises:
         PedroError: The client failed.
     """
-    data, _ = client_data(workload)
-    (folder / "data.jsonl").write_text(data)
+    (folder / "data.jsonl").write_text(client_data(workload))
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     names = None

@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from .cases import LABELS
+from .cases import LABELS, EngineName
 from .figures import Spread
+from .results import by_run, is_settings
 from .series import Record, Series, base_of, break_evens, lora_of, single_of
 
 
@@ -134,24 +135,21 @@ def engine_table(records: Iterable[Record]) -> str | None:
     start-up and the highest peak."""
     found: dict[tuple[int, str], list[Record]] = {}
     settings: dict[int, dict[str, Any]] = {}
-    run = 0
-    for record in records:
-        if record["record"] == "run":
-            run += 1
-        elif record["record"] == "engine" and record["engine"] == "all":
+    for run, record in by_run(records):
+        if is_settings(record):
             settings[run] = record["settings"]
         elif record["record"] == "engine":
             found.setdefault((run, record["engine"]), []).append(record)
     rows = []
-    for (run, name), starts in found.items():
+    for (number, name), starts in found.items():
         record = starts[-1]
-        lost = _blocks_lost(record, settings.get(run, {}))
+        lost = _blocks_lost(record, settings.get(number, {}))
         per_sequence = record.get("sequence_bytes")
         disk = record.get("adapter_bytes") or {}
         rows.append(
             (
-                str(run),
-                _engine_label(name),
+                str(number),
+                EngineName(name).label,
                 _number(_over(statistics.median, starts, "start_s"), 1),
                 _number(_over(statistics.median, starts, "engine_s"), 1),
                 _mib(_over(max, [r.get("peak_bytes", {}) for r in starts], "host"), 0),
@@ -197,11 +195,6 @@ def _blocks_lost(record: Record, settings: dict[str, Any]) -> float | None:
     return float((record.get("store_bytes", 0) + slots * record["slot_bytes"]) / block)
 
 
-def _engine_label(name: str) -> str:
-    kind, _, mode = name.partition("-")
-    return f"{LABELS.get(kind, kind)}, {mode}" if mode else name
-
-
 def _mib(count: float | None, digits: int = 2) -> str:
     return "" if count is None else f"{count / 2**20:,.{digits}f} MiB"
 
@@ -223,7 +216,7 @@ def load_table(records: Iterable[Record]) -> str | None:
         first, second = Spread.of(firsts), Spread.of(seconds)
         rows.append(
             (
-                _engine_label(engine),
+                EngineName(engine).label,
                 first.format(1),
                 second.format(1),
                 f"{first.median - second.median:.1f}",

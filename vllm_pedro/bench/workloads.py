@@ -80,10 +80,6 @@ class Workload:
         return len({r.tenant for r in self.requests if r.tenant is not None})
 
     @property
-    def output_tokens(self) -> int:
-        return sum(r.output_tokens for r in self.requests)
-
-    @property
     def longest(self) -> int:
         """Most tokens a sequence grows to."""
         return max(r.prompt_tokens + r.output_tokens for r in self.requests)

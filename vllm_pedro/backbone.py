@@ -69,6 +69,16 @@ def is_packed(model_type: str) -> bool:
     return any(a.is_packed for a in ARCHITECTURES.values() if a.model_type == model_type)
 
 
+def check_model_folder(model: str | os.PathLike[str]) -> None:
+    """Refuse what is no model's folder, before transformers takes it for a name on the hub.
+
+    Raises:
+        PedroError: there is no such folder, or no `config.json` in it.
+    """
+    if not Path(model, "config.json").is_file():
+        raise PedroError(f"{model}: expected a model's folder with a config.json")
+
+
 @dataclass(frozen=True)
 class BackboneShape:
     """What an adapter has to fit: the widths of the backbone's decoder layers.
@@ -134,8 +144,7 @@ class BackboneShape:
         """
         from transformers import AutoConfig
 
-        if not Path(model, "config.json").is_file():
-            raise PedroError(f"{model}: expected a model's folder with a config.json")
+        check_model_folder(model)
         try:
             config = AutoConfig.from_pretrained(model, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:

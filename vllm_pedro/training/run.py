@@ -26,6 +26,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
+from ..backbone import check_model_folder
 from ..config import PedroConfig
 from ..errors import PedroError, first_line
 from ..files import replace_file
@@ -105,8 +106,7 @@ def load_tokenizer(folder: str) -> Any:
     Raises:
         PedroError: the folder is not there, or holds no tokenizer.
     """
-    if not Path(folder, "config.json").is_file():
-        raise PedroError(f"{folder}: expected a model's folder with a config.json")
+    check_model_folder(folder)
     with _naming(folder, "tokenizer"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 

@@ -1,12 +1,13 @@
-"""`vllm-pedro init` and `inspect`, but for what `inspect` needs a model's states or plots for."""
+"""`vllm-pedro init` and `inspect`."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
-from commands import error_line
+from commands import Run, error_line
 
 from vllm_pedro import cli
 from vllm_pedro.adapter import load_adapter
@@ -162,3 +163,31 @@ def test_inspect_shows_what_runs_the_operators(capsys):
     assert "torch" in out
     assert cli.main(["inspect"]) != 0
     assert "needs an adapter folder, or --backends" in capsys.readouterr().err
+
+
+def test_inspect_layers_and_spread(
+    folder: Path, tiny_adapter: Path, dev_file: Path, tmp_path: Path, run: Run
+) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "picture.png"
+    status, out, _ = run(
+        *("inspect", tiny_adapter, "--model", folder, "--data", dev_file, "--limit", 6),
+        *("--layers", "--plot", picture),
+    )
+    assert status == 0
+    assert "vectors over 6 prompts" in out
+    assert "the prompt makes" in out
+    assert [line.split()[:2] for line in out.splitlines() if " relu " in line][-1] == ["1", "relu"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert run("inspect", tiny_adapter, "--plot", tmp_path / "alone.png")[0] == 0
+    assert "--data needs --model" in run("inspect", tiny_adapter, "--data", dev_file)[2]
+    assert "cannot write" in run("inspect", tiny_adapter, "--plot", tmp_path / "no" / "p.png")[2]
+
+
+def test_plot_without_matplotlib_says_what_to_install(
+    tiny_adapter: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, _, err = run("inspect", tiny_adapter, "--plot", tmp_path / "p.png")
+    assert status == 2
+    assert "vllm-pedro[plot]" in err

@@ -1,31 +1,16 @@
-"""`vllm-pedro train`, `eval` and `inspect`, from files to files."""
+"""`vllm-pedro train` and `eval`, from files to files."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import Run
 
-from vllm_pedro import cli
 from vllm_pedro.adapter import load_adapter
-
-Run = Any
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command; its exit status, what it printed and what it complained of."""
-
-    def call(*argv: object) -> tuple[int, str, str]:
-        status = cli.main([str(part) for part in argv])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 def training(folder: Path, train_file: Path, output: Path) -> list[object]:
@@ -160,34 +145,3 @@ def test_packed_training_is_padded_training(
         _, out, _ = run(*training(folder, train_file, tmp_path / name), *more)
         losses.append(json.loads(out)["train_loss"])
     assert abs(losses[0] - losses[1]) < 1e-3
-
-
-# ---- inspect
-
-
-def test_inspect_layers_and_spread(
-    folder: Path, tiny_adapter: Path, dev_file: Path, tmp_path: Path, run: Run
-) -> None:
-    pytest.importorskip("matplotlib")
-    picture = tmp_path / "picture.png"
-    status, out, _ = run(
-        *("inspect", tiny_adapter, "--model", folder, "--data", dev_file, "--limit", 6),
-        *("--layers", "--plot", picture),
-    )
-    assert status == 0
-    assert "vectors over 6 prompts" in out
-    assert "the prompt makes" in out
-    assert [line.split()[:2] for line in out.splitlines() if " relu " in line][-1] == ["1", "relu"]
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert run("inspect", tiny_adapter, "--plot", tmp_path / "alone.png")[0] == 0
-    assert "--data needs --model" in run("inspect", tiny_adapter, "--data", dev_file)[2]
-    assert "cannot write" in run("inspect", tiny_adapter, "--plot", tmp_path / "no" / "p.png")[2]
-
-
-def test_plot_without_matplotlib_says_what_to_install(
-    tiny_adapter: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    status, _, err = run("inspect", tiny_adapter, "--plot", tmp_path / "p.png")
-    assert status == 2
-    assert "vllm-pedro[plot]" in err

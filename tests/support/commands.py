@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+
+Run = Callable[..., tuple[int, str, str]]
+"""Runs a command; its exit status, what it printed, and what it wrote to stderr."""
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:

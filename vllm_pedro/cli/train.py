@@ -1,4 +1,4 @@
-"""The commands `vllm-pedro train`, `eval` and the parts of `inspect` that need a model or plots.
+"""The commands `vllm-pedro train` and `eval`.
 
 Parsers are built without torch, so that `--help` is quick.
 """
@@ -10,13 +10,11 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..backbone import TARGET_MODULES
-from ..config import ACTIVATIONS, POOLINGS, PedroConfig
 from ..errors import PedroError
 from ..training.choices import DTYPES, METRICS
+from .options import add_adapter_options, config_of
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
     from ..training.trainer import PedroTrainingArguments
 
 ENGINES = ("transformers", "vllm")
@@ -38,35 +36,6 @@ _SHOWN: dict[str, tuple[str, str]] = {
     "save-steps": ("N", "without --dev: save a checkpoint every N steps (500)"),
     "logging-steps": ("N", "(10)"),
 }
-
-
-def add_adapter_options(parser: argparse._ActionsContainer, input_norm: str) -> None:
-    """The options that make a `PedroConfig`."""
-    defaults = PedroConfig()
-    parser.add_argument(
-        "--r", type=int, default=defaults.r, help="inner width; 0: static vectors (%(default)s)"
-    )
-    parser.add_argument(
-        "--target-modules",
-        nargs="+",
-        metavar="NAME",
-        default=defaults.target_modules,
-        help=f"of {', '.join(TARGET_MODULES)} ({' '.join(defaults.target_modules)})",
-    )
-    parser.add_argument(
-        "--pooling", choices=POOLINGS, default=defaults.pooling, help="(%(default)s)"
-    )
-    parser.add_argument(
-        "--input-norm", choices=("none", "rms"), default=input_norm, help="(%(default)s)"
-    )
-    parser.add_argument(
-        "--activation",
-        nargs="+",
-        choices=ACTIVATIONS,
-        default=[defaults.activation],
-        metavar="NAME",
-        help=f"of {', '.join(ACTIVATIONS)}; one, or one for each layer ({defaults.activation})",
-    )
 
 
 def add_train_options(parser: argparse.ArgumentParser) -> None:
@@ -119,19 +88,6 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Every other option of transformers' TrainingArguments is taken too, e.g. "
         "--gradient-checkpointing true, --optim adamw_torch_fused."
-    )
-
-
-def config_of(args: argparse.Namespace, inference_mode: bool = False) -> PedroConfig:
-    """The config that `add_adapter_options` and `--model` ask for."""
-    return PedroConfig(
-        base_model_name_or_path=getattr(args, "base_model_name", None) or args.model,
-        r=args.r,
-        target_modules=args.target_modules,
-        pooling=args.pooling,
-        input_norm=None if args.input_norm == "none" else args.input_norm,
-        activation=args.activation[0] if len(args.activation) == 1 else args.activation,
-        inference_mode=inference_mode,
     )
 
 
@@ -238,48 +194,6 @@ def run_train(args: argparse.Namespace, others: Sequence[str], argv: Sequence[st
     summary: dict[str, Any] = {"adapter": args.output, **record}
     print(json.dumps(summary, ensure_ascii=False))
     return 0
-
-
-def add_inspect_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `vllm-pedro inspect` that look into what was learnt."""
-    parser.add_argument("--layers", action="store_true", help="show statistics of each layer")
-    parser.add_argument(
-        "--data",
-        metavar="FILE",
-        help="show how the vectors differ over the prompts of this file; needs --model",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", default=50, help="prompts (%(default)s)")
-    parser.add_argument(
-        "--plot",
-        metavar="FILE.png",
-        help="draw the activation functions, and with --data the vectors' spread",
-    )
-
-
-def inspect_more(adapter: Adapter, args: argparse.Namespace) -> None:
-    """What `inspect` prints and draws when asked for more than the files' contents.
-
-    Raises:
-        PedroError: options that do not go together, or unusable data.
-    """
-    if not (args.layers or args.data or args.plot):
-        return
-    if args.data is not None and args.model is None:
-        raise PedroError("--data needs --model: the vectors are made from the model's states")
-    from ..training import inspection
-
-    if args.layers:
-        print("\n" + inspection.describe_layers(adapter))
-    spread = None
-    if args.data is not None:
-        from ..training.run import load_prompts
-
-        model, prompts = load_prompts(args.model, args.adapter, args.data, args.limit)
-        spread = inspection.spread_over_prompts(inspection.vectors_of_prompts(model, prompts))
-        print("\n" + inspection.describe_spread(spread, len(prompts)))
-    if args.plot is not None:
-        inspection.plot(adapter, args.plot, spread)
-        print(f"\ndrawn: {args.plot}")
 
 
 def run_eval(args: argparse.Namespace) -> int:

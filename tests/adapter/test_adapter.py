@@ -34,8 +34,8 @@ from vllm_pedro.adapter import (
     save_adapter,
     tensor_name,
     verify_adapter,
-    widen,
 )
+from vllm_pedro.adapter.values import widen
 from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
 from vllm_pedro.config import ACTIVATIONS, PedroConfig
 from vllm_pedro.errors import AdapterError, PedroError

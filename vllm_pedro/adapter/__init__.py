@@ -21,7 +21,7 @@ from .reading import (
     read_adapter,
     verify_adapter,
 )
-from .values import Adapter, LayerTensors, StoredAdapter, widen
+from .values import Adapter, LayerTensors, StoredAdapter
 from .writing import init_adapter, save_adapter
 
 __all__ = [
@@ -37,5 +37,4 @@ __all__ = [
     "save_adapter",
     "tensor_name",
     "verify_adapter",
-    "widen",
 ]

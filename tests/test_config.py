@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -212,54 +211,6 @@ def test_missing_file(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").mkdir()
     with pytest.raises(AdapterError, match="found a folder"):
         PedroConfig.from_pretrained(tmp_path)
-
-
-def test_shape_with_grouped_queries_and_head_dim() -> None:
-    config = transformers.Qwen3Config(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
-    shape = BackboneShape.from_hf_config(config)
-    assert shape == BackboneShape(
-        3, 64, {"q_proj": 128, "k_proj": 32, "v_proj": 32, "gate_proj": 96, "up_proj": 96}
-    )
-    assert shape.split_widths(["up_proj", "q_proj"]) == [96, 128]
-
-
-def test_shape_without_head_dim_or_groups() -> None:
-    config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
-    )
-    config.head_dim = None
-    shape = BackboneShape.from_hf_config(config)
-    assert shape.split_widths(TARGET_MODULES) == [64, 64, 64, 96, 96]
-
-
-def test_shape_of_a_multimodal_config_is_its_texts() -> None:
-    config = transformers.Gemma3Config(
-        text_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 8,
-        }
-    )
-    assert BackboneShape.from_hf_config(config).split_widths(TARGET_MODULES) == [16, 8, 8, 48, 48]
-
-
-def test_shape_refuses_what_it_cannot_read() -> None:
-    with pytest.raises(PedroError, match=r"GPT2Config.*'intermediate_size'"):
-        BackboneShape.from_hf_config(transformers.GPT2Config())
-    with pytest.raises(PedroError, match="widths must name"):
-        BackboneShape(1, 8, {"q_proj": 8})
-    with pytest.raises(PedroError, match="num_layers must be a positive int, not 0"):
-        BackboneShape(0, 8, dict.fromkeys(TARGET_MODULES, 8))
 
 
 def test_import_is_light() -> None:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from .errors import PedroError, first_line
+from .files import is_int
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-from .files import is_int
 
-# The order in which vLLM packs the projections into qkv_proj and gate_up_proj.
 TARGET_MODULES: Final = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-
+"""The projections that an adapter may scale, in the order in which `PACKED` packs them."""
 
 PACKED: Final = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -70,6 +69,16 @@ def is_packed(model_type: str) -> bool:
     return any(a.is_packed for a in ARCHITECTURES.values() if a.model_type == model_type)
 
 
+def check_model_folder(model: str | os.PathLike[str]) -> None:
+    """Refuse what is no model's folder, before transformers takes it for a name on the hub.
+
+    Raises:
+        PedroError: there is no such folder, or no `config.json` in it.
+    """
+    if not Path(model, "config.json").is_file():
+        raise PedroError(f"{model}: expected a model's folder with a config.json")
+
+
 @dataclass(frozen=True)
 class BackboneShape:
     """What an adapter has to fit: the widths of the backbone's decoder layers.
@@ -109,7 +118,7 @@ class BackboneShape:
             value = getattr(config, name, None)
             if value is None:
                 value = default
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_int(value) or value < 1:
                 raise PedroError(
                     f"{type(config).__name__}: expected a positive int in '{name}', found "
                     f"{value!r}; PEDRO needs a decoder-only model whose layers are all alike"
@@ -135,8 +144,7 @@ class BackboneShape:
         """
         from transformers import AutoConfig
 
-        if not Path(model, "config.json").is_file():
-            raise PedroError(f"{model}: expected a model's folder with a config.json")
+        check_model_folder(model)
         try:
             config = AutoConfig.from_pretrained(model, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
-from .backbone import TARGET_MODULES, BackboneShape
+from .backbone import TARGET_MODULES as TARGET_MODULES
+from .backbone import BackboneShape as BackboneShape
 from .errors import AdapterError, PedroError
 from .files import is_int, open_regular, parse_json_object, replace_file, shorten
 
@@ -18,12 +19,15 @@ CONFIG_NAME: Final = "adapter_config.json"
 PEFT_TYPE: Final = "PEDRO"
 TASK_TYPE: Final = "CAUSAL_LM"
 POOLINGS: Final = ("last", "mean", "max")
+"""How hidden states become one vector; the places are their codes in `ops.layout`."""
 ACTIVATIONS: Final = ("rational", "gelu", "relu")
+"""The generators' activations; their codes are in `ops.layout`."""
 INPUT_NORMS: Final = (None, "rms")
-
-# A real config is below 1 KiB, or a few with one activation a layer.
-MAX_CONFIG_BYTES: Final = 1 << 20
+"""What is done to hidden states before they are pooled."""
 MAX_RATIONAL_DEGREE: Final = 32
+"""Highest degree of a rational activation's polynomials."""
+MAX_CONFIG_BYTES: Final = 1 << 20
+"""Longest config file that is read; a real one is below 1 KiB, or a few with many activations."""
 
 
 def read_config_bytes(path: str | os.PathLike[str]) -> bytes:

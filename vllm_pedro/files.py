@@ -8,7 +8,7 @@ import secrets
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from .errors import AdapterError
 
@@ -68,7 +68,11 @@ def parse_json_object(data: bytes, source: str) -> dict[str, Any]:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that readers see the old bytes or the new, never a part."""
+    """Write `data` to `path` so that readers see the old bytes or the new, never a part.
+
+    Raises:
+        OSError: it cannot be written; `path` is then as it was.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with open(temporary, "xb") as file:
@@ -87,5 +91,6 @@ def shorten(names: Sequence[object], limit: int = 5) -> str:
     return text if len(names) <= limit else f"{text} and {len(names) - limit} more"
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether a value is an int and not a bool, which Python counts among the ints."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -1,7 +1,9 @@
 """The vector generator: how a prompt's hidden states become scaling vectors.
 
-This is the only place with the maths of PEDRO (arXiv 2409.17834); training and serving both call
-it. For layer i, with h the residual stream at the layer's input and P the pooled length:
+This is the only place with the maths of PEDRO (arXiv 2409.17834) and of PARA (arXiv 2502.01033),
+its sibling with GELU for g; training and serving both call it. r = 0 leaves b_up alone, which is
+(IA)^3 (arXiv 2205.05638). For layer i, with h the residual stream at the layer's input and P the
+pooled length:
 
     p = Pooler(h[0:P]),   l = g(p @ W_down) @ W_up + b_up,   l_q, l_v, l_u = Split(l)
 
@@ -22,7 +24,9 @@ from .errors import PedroError
 from .rational import compute_dtype, fit_gelu_rational, rational
 
 RMS_EPS = 1e-6
+"""What `rms_normalize` adds to the mean square."""
 DOWN_PROJ_STD = 0.02
+"""Standard deviation of a fresh W_down."""
 
 
 def rms_normalize(hidden: Tensor) -> Tensor:

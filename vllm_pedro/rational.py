@@ -1,4 +1,15 @@
-"""The rational activation R(x) (PEDRO, arXiv 2409.17834), and its fit to GELU."""
+"""The rational activation R(x), and its fit to GELU.
+
+Sources:
+
+- PEDRO (arXiv 2409.17834): a rational function with learnable coefficients as the generators'
+  activation, one for each layer.
+- Molina et al., Padé Activation Units (arXiv 1907.06732): the form with an absolute value in the
+  denominator.
+- Lawson, Contributions to the theory of linear least maximum approximation (UCLA, 1961), and Rice
+  and Usow, The Lawson algorithm and extensions (Math. Comp. 22, 1968): minimax fits by reweighted
+  least squares.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +23,14 @@ from torch.nn import functional
 
 _Array = npt.NDArray[np.float64]
 
-# GELU is fitted on [-limit, limit]. So wide, because without an input norm the activations' inputs
-# reach tens at initialisation, and outside the interval a fit drifts away. Orders below (5, 4)
-# cannot follow GELU that far, and are fitted where inputs lie with an input norm.
 WIDE_FIT_LIMIT = 10.0
-NARROW_FIT_LIMIT = 3.0
+"""GELU is fitted on [-limit, limit]. So wide, because without an input norm the activation's inputs
+reach tens at initialisation, and outside the interval the fit drifts away."""
 
-# fit_gelu_rational((6, 5)), kept here so that importing costs no fit; a test fits again.
+NARROW_FIT_LIMIT = 3.0
+"""The limit for orders below (5, 4), which cannot follow GELU further; with an input norm the
+activation's inputs lie within it."""
+
 GELU_NUMERATOR = (
     0.0,
     0.5,
@@ -28,10 +40,15 @@ GELU_NUMERATOR = (
     0.000941805407456191,
     1.624519198124196e-05,
 )
+"""a_0 to a_6 of `fit_gelu_rational((6, 5))`, stored so that importing costs no fit; a test repeats
+the fit."""
+
 GELU_DENOMINATOR = (0.0, 0.24924577456229002, 0.0, 0.001883610814912383, 0.0)
+"""b_1 to b_5 of the same fit."""
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype to compute in: float64 for float64, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
@@ -53,6 +70,9 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
         x: any shape.
         numerator: `[m + 1]`, a_0 first.
         denominator: `[n]`, b_1 first; n >= 1.
+
+    Returns:
+        The shape and dtype of `x`.
     """
     return _horner(x, numerator) / (1.0 + (x * _horner(x, denominator)).abs())
 
@@ -64,9 +84,9 @@ def fit_gelu_rational(
     """Coefficients with which `rational` is close to GELU; deterministic.
 
     A least-squares fit in float64, reweighted by the errors (Lawson) until it is a minimax fit,
-    on [-10, 10], or [-3, 3] for orders below (5, 4). Two constraints keep it sane: a_0 = 0, so
-    that R(0) = GELU(0) = 0, and only even powers in the denominator, so that the inner sum has
-    one sign, and R no kink. Degrees beyond 10 over 8 stay 0: they would add nothing but
+    on [-10, 10], or [-3, 3] for orders below (5, 4). It has two constraints: a_0 = 0, so that
+    R(0) = GELU(0) = 0, and only even powers in the denominator, so that the inner sum has one
+    sign and R no kink. Degrees beyond 10 over 8 stay 0: they would add nothing but
     ill-conditioned terms.
 
     For the default order the largest error is 4.3e-3 on [-10, 10]. Outside, R grows like

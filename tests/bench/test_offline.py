@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vllm_pedro.adapter import adapter_digest, load_adapter
+from vllm_pedro.adapter import load_adapter
 from vllm_pedro.backbone import BackboneShape
 from vllm_pedro.bench import offline, results
 from vllm_pedro.bench.adapters import CONTENTS, folder_bytes, write_adapters
@@ -53,7 +53,7 @@ def test_adapters_fit_the_model_and_each_has_its_own_digest(
 
     shape = BackboneShape.from_hf_config(AutoConfig.from_pretrained(model))
     paths = write_adapters(model, tmp_path / "a", kind, CONTENTS + 3)
-    assert len({adapter_digest(p) for p in paths}) == CONTENTS + 3
+    assert len({load_adapter(p).digest for p in paths}) == CONTENTS + 3
     for path in (paths[0], paths[-1]):
         adapter = load_adapter(path, shape)
         assert adapter.config.target_modules == ["q_proj", "v_proj", "up_proj"]

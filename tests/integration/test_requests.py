@@ -268,7 +268,7 @@ def test_a_name_with_other_content_reaches_the_requests_that_wait(
     llm, tiny, write_adapter, tiny_oracle
 ):
     """Those that run go on as they began; of those behind them, all but a beam take the new one."""
-    from vllm_pedro.adapter import adapter_digest
+    from vllm_pedro.adapter import load_adapter
 
     old = write_adapter(tiny, seed=60, scale=0.2, down_scale=15.0)
     new = write_adapter(tiny, seed=61, scale=0.2, down_scale=15.0, pooling="mean")
@@ -291,7 +291,7 @@ def test_a_name_with_other_content_reaches_the_requests_that_wait(
     running = {r.request_id.partition("-")[0] for r in core.scheduler.running}
     begun = [f"r{i}" in running for i in range(10)]
     assert 6 <= sum(begun) <= 8
-    replaced = core.pedro_replace("mine", str(new), adapter_digest(new), True, 4096)
+    replaced = core.pedro_replace("mine", str(new), load_adapter(new).digest, True, 4096)
     assert replaced == 10 - sum(begun)
     while engine.has_unfinished_requests():
         for output in engine.step():

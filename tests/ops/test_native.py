@@ -65,8 +65,10 @@ def test_schemas_and_versions_are_those_of_the_sources(build):
 
 
 def test_the_layout_is_that_of_the_header(build):
+    from vllm_pedro import config
     from vllm_pedro.ops import layout
 
+    assert sorted(layout.ACTIVATION_CODES) == sorted(config.ACTIVATIONS)
     text = (build.CSRC / "layout.h").read_text()
     known = {}
     for name, value in re.findall(r"constexpr int\d\d_t (\w+) = (.*);", text):
@@ -75,7 +77,7 @@ def test_the_layout_is_that_of_the_header(build):
         "kUnit": layout.UNIT,
         "kMagic": layout.MAGIC,
         "kMaxRanges": layout.MAX_RANGES,
-        "kMaxOrder": layout.MAX_ORDER,
+        "kMaxOrder": config.MAX_RATIONAL_DEGREE,
         "kBlobWords": layout.BLOB_WORDS,
         "kRecordWords": layout.RECORD_WORDS,
         "kRangesAt": layout.RANGES_AT,
@@ -91,8 +93,8 @@ def test_the_layout_is_that_of_the_header(build):
         ("BlobField", "Blob", layout.BLOB_FIELDS),
         ("RecordField", "", layout.RECORD_FIELDS),
         ("Dtype", "", layout.DTYPES),
-        ("Activation", "", layout.ACTIVATIONS),
-        ("Pooling", "", layout.POOLINGS),
+        ("Activation", "", layout.ACTIVATION_CODES),
+        ("Pooling", "", config.POOLINGS),
     ):
         want = [(prefix + n.title().replace("_", ""), f"{i}") for i, n in enumerate(names)]
         assert enums[enum] == want

@@ -5,9 +5,9 @@ import torch
 
 from vllm_pedro.adapter import init_adapter, load_adapter, read_adapter, save_adapter
 from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
-from vllm_pedro.config import PedroConfig
+from vllm_pedro.config import ACTIVATIONS, POOLINGS, PedroConfig
 from vllm_pedro.errors import AdapterError
-from vllm_pedro.ops.layout import ACTIVATIONS, POOLINGS, read_record
+from vllm_pedro.ops.layout import read_record
 from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, AdapterReader, HostCache
 from vllm_pedro.serving.blobs import blob_bytes
 from vllm_pedro.serving.spec import RequestSpec

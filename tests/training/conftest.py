@@ -2,34 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from tiny_fixtures import dev_file, folder, one_thread, tiny_adapter, train_file
 
-import pytest
-import torch
-from tiny_task import make_folder, make_rows, write_rows
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small only lose by threads; and results must not depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with its tokenizer."""
-    return make_folder(tmp_path_factory.mktemp("tiny-text"))
-
-
-@pytest.fixture(scope="session")
-def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", make_rows(64))
-
-
-@pytest.fixture(scope="session")
-def dev_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "dev.jsonl", make_rows(24, seed=1))
+__all__ = ["dev_file", "folder", "one_thread", "tiny_adapter", "train_file"]

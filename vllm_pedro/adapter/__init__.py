@@ -1,23 +1,27 @@
 """Adapter folders: from files to validated tensors, and back.
 
-An adapter comes from its tenant, not from the operator, so nothing in it is believed: sizes are
-bounded before anything is read, nothing is ever unpickled, every tensor's name, shape, dtype and
-values are checked, and each complaint says which file, which tensor, what was expected and what
-was found.
+An adapter comes from a tenant and is not trusted: sizes are bounded before anything is read,
+nothing is ever unpickled, and every tensor's name, shape, dtype and values are checked. Each error
+names the file, the tensor, what was expected and what was found.
+
+One verb for each use:
+
+- `load_adapter`: an `Adapter` of float32 tensors, for training and tools.
+- `read_adapter`: a `StoredAdapter`, as wide as its file, for workers.
+- `verify_adapter`: the same checks and the digest, without keeping the weights, for front ends.
+- `inspect_adapter`: the config and the header of the weights alone, before anything is started.
 """
 
 from __future__ import annotations
 
 from .names import WEIGHTS_NAME, Array, tensor_name
 from .reading import (
-    adapter_digest,
     inspect_adapter,
     load_adapter,
     read_adapter,
     verify_adapter,
 )
-from .shapes import expected_tensors
-from .values import Adapter, LayerTensors, StoredAdapter, widen
+from .values import Adapter, LayerTensors, StoredAdapter
 from .writing import init_adapter, save_adapter
 
 __all__ = [
@@ -26,8 +30,6 @@ __all__ = [
     "Array",
     "LayerTensors",
     "StoredAdapter",
-    "adapter_digest",
-    "expected_tensors",
     "init_adapter",
     "inspect_adapter",
     "load_adapter",
@@ -35,5 +37,4 @@ __all__ = [
     "save_adapter",
     "tensor_name",
     "verify_adapter",
-    "widen",
 ]

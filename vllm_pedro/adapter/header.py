@@ -11,28 +11,38 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from ..errors import AdapterError
-from ..files import parse_json_object
+from ..files import is_int, parse_json_object
 from .names import FILE_EXPECTED, LAYER_NAME
 
-# An adapter of 128 layers has a header of about 100 KiB, and weights of 100 MiB.
 MAX_HEADER_BYTES: Final = 16 << 20
+"""Longest header that is read; an adapter of 128 layers has one of about 100 KiB."""
+
 MAX_WEIGHTS_BYTES: Final = 16 << 30
+"""Largest file that is read; an adapter of 128 layers has about 100 MiB."""
 
-# Headers up to this size are remembered once they were parsed. See `_parse_cached`.
 MAX_CACHED_HEADER_BYTES: Final = 1 << 18
+"""Headers up to this size are cached once they were parsed; see `_parse_cached`."""
 
-# safetensors' names of the dtypes an adapter may have, with their sizes in bytes.
 FLOAT_DTYPES: Final = {"F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+"""Size in bytes of the dtypes an adapter may have, by safetensors' names."""
 
 
 class Stored(NamedTuple):
-    """How values of a dtype are kept as they are in the file."""
+    """How values of a dtype are held in memory without conversion.
+
+    Attributes:
+        name: torch's name of the dtype.
+        dtype: NumPy's; uint16 for bfloat16, which NumPy lacks.
+        unsigned: NumPy's unsigned integer of this size.
+        signed: the signed one.
+        infinity: the bits of +inf; those of positive NaNs are larger integers.
+    """
 
     name: str
-    dtype: str  # NumPy's; it has no bfloat16, of which it gets the bits
-    unsigned: str  # the bits, read as whole numbers
+    dtype: str
+    unsigned: str
     signed: str
-    infinity: int  # the bits of +inf; those of NaN come after
+    infinity: int
 
 
 STORED: Final = {
@@ -50,14 +60,14 @@ class Entry(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a tensor's values are: the index of the first among all, and their shape."""
+    """A tensor's place: the index of its first value among all values, and its shape."""
 
     begin: int
     shape: tuple[int, ...]
 
 
 class Run(NamedTuple):
-    """Consecutive layers that are equally far from each other in the data."""
+    """Consecutive layers that are evenly spaced in the data."""
 
     first: int
     number: int
@@ -78,13 +88,13 @@ class Header:
 
     @functools.cached_property
     def stored(self) -> Stored | None:
-        """How the values can be kept as they are; None where they are widened one by one."""
+        """How to hold the values without conversion; None if they must be widened to float32."""
         dtypes = {entry.dtype for entry in self.entries.values()}
         return STORED.get(dtypes.pop()) if len(dtypes) == 1 else None
 
     @functools.cached_property
     def places(self) -> Mapping[str, Place]:
-        """In the order of the data."""
+        """Place of each tensor by its name, in the order of the data."""
         result, begin = {}, 0
         for name, entry in sorted(self.entries.items(), key=_position):
             result[name] = Place(begin, entry.shape)
@@ -93,9 +103,9 @@ class Header:
 
     @functools.cached_property
     def runs(self) -> list[Run]:
-        """The layers 0, 1, ... in as few runs as it takes, of tensors that are those expected.
+        """The layers 0, 1, ... in as few runs as possible, once `check_shapes` has passed.
 
-        Names are sorted as text, so 10 comes before 2, and thirty layers are five runs.
+        safetensors sorts names as text, 10 before 2, so thirty layers are five runs.
         """
         layers: dict[int, dict[str, Place]] = {}
         for name, place in self.places.items():
@@ -116,7 +126,7 @@ def _position(item: tuple[str, Entry]) -> tuple[int, int]:
 
 
 def _step(run: Run, layer: Mapping[str, Place]) -> int | None:
-    """How far a run's layers are from each other with this one at its end; None if it ends here."""
+    """The distance between a run's layers if this layer extends it; None if it does not."""
     if run.places.keys() != layer.keys():
         return None
     distances = {layer[suffix].begin - place.begin for suffix, place in run.places.items()}
@@ -127,7 +137,7 @@ def _step(run: Run, layer: Mapping[str, Place]) -> int | None:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return is_int(value) and value >= 0
 
 
 def _parse_entry(name: str, entry: Any, source: str) -> Entry:
@@ -170,7 +180,7 @@ def _parse_header(header: bytes, source: str) -> Header:
 
 @functools.lru_cache(maxsize=16)
 def _parse_cached(header: bytes) -> Header:
-    """`_parse_header` for tenants' adapters, which mostly have the same header, byte by byte."""
+    """`_parse_header`, cached: most tenants' adapters have identical headers."""
     return _parse_header(header, "")
 
 
@@ -188,8 +198,8 @@ def read_header(file: BinaryIO, source: str) -> tuple[bytes, Header]:
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > total - 8:
-        # torch.save writes a zip archive, and wrote a bare pickle before. Asked only here, because
-        # a header's length may begin with the same bytes.
+        # torch.save writes a zip archive, formerly a bare pickle. This is checked after the length,
+        # because a valid length can begin with the same bytes.
         if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
             raise AdapterError(
                 f"{source}: expected {FILE_EXPECTED}, found a pickled PyTorch file: these can run "
@@ -209,7 +219,7 @@ def read_header(file: BinaryIO, source: str) -> tuple[bytes, Header]:
         raise AdapterError(f"{source}: the file changed while it was read")
     parsed = None
     if length <= MAX_CACHED_HEADER_BYTES:
-        with contextlib.suppress(AdapterError):  # said below, with the file's name
+        with contextlib.suppress(AdapterError):  # raised below, with the file's name
             parsed = _parse_cached(header)
     if parsed is None:
         parsed = _parse_header(header, source)

@@ -8,13 +8,23 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-WEIGHTS_NAME: Final = "adapter_model.safetensors"
-TENSOR_PREFIX: Final = "base_model.model.model.layers."
-PICKLED_NAMES: Final = tuple(f"adapter_model.{ending}" for ending in ("bin", "pt", "pth", "pkl"))
-TORCH_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Array = np.ndarray[Any, np.dtype[Any]]
-LAYER_NAME = re.compile(re.escape(TENSOR_PREFIX) + r"(0|[1-9][0-9]{0,8})\.vector_generator\.(.+)")
+"""An array of any shape and dtype."""
+
+WEIGHTS_NAME: Final = "adapter_model.safetensors"
+"""The file with the weights."""
 FILE_EXPECTED: Final = "a safetensors file"
+"""What error messages call it."""
+PICKLED_NAMES: Final = tuple(f"adapter_model.{ending}" for ending in ("bin", "pt", "pth", "pkl"))
+"""Files that are refused, because unpickling them could run code."""
+TORCH_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes that adapters are saved in."""
+
+TENSOR_PREFIX: Final = "base_model.model.model.layers."
+"""Begins the names of all tensors, as PEFT's do."""
+LAYER_NAME = re.compile(re.escape(TENSOR_PREFIX) + r"(0|[1-9][0-9]{0,8})\.vector_generator\.(.+)")
+"""Matches a tensor's name; the groups are its layer and the suffix, one of those below."""
+
 DOWN: Final = "down_proj.weight"
 UP: Final = "up_proj.weight"
 BIAS: Final = "up_proj.bias"

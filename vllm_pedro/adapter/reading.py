@@ -18,16 +18,21 @@ from ..backbone import BackboneShape
 from ..config import CONFIG_NAME, PedroConfig, read_config_bytes
 from ..errors import AdapterError
 from ..files import open_regular, parse_json_object
-from .header import MAX_WEIGHTS_BYTES, Header, Stored, read_header
+from .header import Header, Stored, read_header
 from .names import FILE_EXPECTED, PICKLED_NAMES, WEIGHTS_NAME, Array
 from .shapes import check_shapes
 from .values import Adapter, StoredAdapter
 
-# Read, hashed and looked through so many bytes at a time, which a core keeps close.
 CHUNK_BYTES: Final = 1 << 18
+"""Weights are read, hashed and checked in pieces of this size, which fits a core's cache."""
 
 
 def check_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder, if there is one and it holds no pickled weights.
+
+    Raises:
+        AdapterError: there is no folder, or a pickled file is in it.
+    """
     text = os.fspath(path)
     try:
         is_folder = bool(text) and os.path.isdir(text)
@@ -52,7 +57,10 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def new_hash(config_bytes: bytes, weights_length: int) -> Any:
-    # The lengths keep bytes from moving between the two files under the same digest.
+    """A SHA-256 that has read the config and now takes the bytes of the weights' file.
+
+    The lengths are hashed too, so that no bytes can move from one file to the other.
+    """
     result = hashlib.sha256()
     result.update(len(config_bytes).to_bytes(8, "little"))
     result.update(config_bytes)
@@ -61,35 +69,9 @@ def new_hash(config_bytes: bytes, weights_length: int) -> Any:
 
 
 def digest_of(config_bytes: bytes, weights: bytes) -> str:
+    """An adapter's identity: SHA-256 (hex) over the bytes of its two files and their lengths."""
     result = new_hash(config_bytes, len(weights))
     result.update(weights)
-    return str(result.hexdigest())
-
-
-def adapter_digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 (hex) over the adapter's config and weights files: its identity.
-
-    The files are not validated.
-
-    Raises:
-        AdapterError: the folder or one of the files is missing, unreadable or too large.
-    """
-    folder = check_folder(path)
-    config_bytes = read_config_bytes(folder / CONFIG_NAME)
-    weights_path = folder / WEIGHTS_NAME
-    with open_regular(weights_path, FILE_EXPECTED) as file:
-        total = os.fstat(file.fileno()).st_size
-        if total > MAX_WEIGHTS_BYTES:
-            raise AdapterError(
-                f"{weights_path}: expected at most {MAX_WEIGHTS_BYTES} bytes, found {total} bytes"
-            )
-        result = new_hash(config_bytes, total)
-        length = 0
-        while chunk := file.read(1 << 20):
-            length += len(chunk)
-            result.update(chunk)
-    if length != total:
-        raise AdapterError(f"{weights_path}: the file changed while it was read")
     return str(result.hexdigest())
 
 
@@ -130,14 +112,14 @@ def load_adapter(
 ) -> Adapter:
     """Read and validate an adapter folder.
 
-    Each file is read once: the bytes that are hashed are the bytes that are parsed.
+    Each file is read once, so the digest is that of the very bytes that are parsed.
 
     Args:
         path: the adapter folder.
         shape: the backbone; None checks only that the adapter agrees with itself.
         expected_digest: the digest the adapter had when it was registered.
         check: called with the config before the weights are opened; raises for an adapter that is
-            not wanted, whose weights may be of any size.
+            not wanted, before its weights, which may be large, are read.
 
     Returns:
         The adapter, its tensors in float32 on the CPU.
@@ -157,7 +139,17 @@ def read_adapter(
     expected_digest: str | None = None,
     check: Callable[[PedroConfig], None] | None = None,
 ) -> StoredAdapter:
-    """`load_adapter` without making tensors: what a worker does between two steps."""
+    """`load_adapter` without widening or splitting the values, which a worker has no time for.
+
+    Args:
+        path: see `load_adapter`, as for the other arguments and the errors.
+        shape: see `load_adapter`.
+        expected_digest: see `load_adapter`.
+        check: see `load_adapter`.
+
+    Returns:
+        The adapter, its values in the dtype of its file.
+    """
     files = _read_files(path, shape, check, keep=True)
     if expected_digest is not None and files.digest != expected_digest:
         raise AdapterError(
@@ -176,7 +168,7 @@ def verify_adapter(
     shape: BackboneShape | None = None,
     check: Callable[[PedroConfig], None] | None = None,
 ) -> tuple[PedroConfig, str, str]:
-    """`load_adapter` for its errors alone; the weights pass by and are not kept.
+    """Find every error that `load_adapter` finds, in the memory of `CHUNK_BYTES`.
 
     Returns:
         The config, the digest and the `StoredAdapter.dtype` that the adapter would have.
@@ -184,13 +176,13 @@ def verify_adapter(
     files = _read_files(path, shape, check, keep=False)
     if files.is_finite and files.header.stored is not None:
         return files.config, files.digest, files.header.stored.name
-    # Says which tensor is wrong, or that those of an uncommon dtype are not.
+    # Read whole: to name the tensor that is not finite, or to check a dtype that is widened first.
     adapter = read_adapter(path, shape, check=check)
     return adapter.config, adapter.digest, adapter.dtype
 
 
 class _Files(NamedTuple):
-    """An adapter's files, of which everything was checked but the values, if not `is_finite`."""
+    """An adapter's files, checked; but if not `is_finite`, the values are still to be checked."""
 
     folder: Path
     config: PedroConfig
@@ -235,8 +227,8 @@ def _read_files(
 def is_finite_bits(data: Array, stored: Stored) -> bool:
     """Whether bytes of a dtype hold neither NaN nor Inf.
 
-    Both have all bits of the exponent set, so they are the largest of all, among whole numbers: as
-    signed ones if the sign is plus, else as unsigned ones. That takes no copy, and no arithmetic.
+    NaN and Inf have all bits of the exponent set, so read as integers they are the largest:
+    positive ones among signed integers, negative ones among unsigned. Comparing copies nothing.
     """
     sign = 1 << (8 * np.dtype(stored.unsigned).itemsize - 1)
     return bool(
@@ -246,10 +238,10 @@ def is_finite_bits(data: Array, stored: Stored) -> bool:
 
 
 def _widened_one_by_one(files: _Files) -> Array:
-    """All values in float32, of any dtype, by torch, with complaints about single tensors.
+    """All values in float32, from any dtype, tensor by tensor.
 
     Raises:
-        AdapterError: one holds NaN or Inf.
+        AdapterError: names the tensor that holds NaN or Inf.
     """
     source = str(files.folder / WEIGHTS_NAME)
     try:
@@ -271,6 +263,11 @@ def _finite_float32(name: str, tensor: Tensor, source: str) -> Tensor:
 
 
 def check_finite(name: str, tensor: Tensor, source: str, where: str = "") -> None:
+    """Refuse NaN and Inf.
+
+    Raises:
+        AdapterError: names the file and the tensor, with the counts of both.
+    """
     if not bool(torch.isfinite(tensor).all()):
         nan = int(torch.isnan(tensor).sum())
         inf = int(torch.isinf(tensor).sum())

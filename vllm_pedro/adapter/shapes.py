@@ -1,4 +1,4 @@
-"""Which tensors of which shapes an adapter has, and what is said where it has others."""
+"""Which tensors of which shapes an adapter must have, and the errors where it has others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .names import BIAS, DENOMINATOR, DOWN, LAYER_NAME, NUMERATOR, UP, tensor_na
 
 
 class _Size(NamedTuple):
-    """What the names and shapes of an adapter's tensors depend on, beside the config."""
+    """What the tensors' names and shapes depend on, besides the config."""
 
     num_layers: int
     hidden_size: int
@@ -35,7 +35,7 @@ def _expected(config: PedroConfig, size: _Size) -> Mapping[str, tuple[int, ...]]
     )
 
 
-# Kept, because a server's adapters are mostly of a few sizes, and its steps wait for this.
+# Cached, because a server's adapters are mostly of a few sizes, and its steps wait for it.
 @functools.lru_cache(maxsize=16)
 def _expected_of(
     r: int, kinds: str | tuple[str, ...], order: tuple[int, int], size: _Size
@@ -53,17 +53,8 @@ def _expected_of(
     return result
 
 
-def expected_tensors(config: PedroConfig, shape: BackboneShape) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor an adapter with this config has on this backbone.
-
-    Raises:
-        PedroError: the config lists activations for another number of layers.
-    """
-    return dict(_expected(config, _size(config, shape)))
-
-
 def _infer_size(config: PedroConfig, shapes: Mapping[str, tuple[int, ...]], source: str) -> _Size:
-    """The size that the tensors claim, from layer 0; what contradicts it is found later."""
+    """The size that layer 0's tensors have; `check_shapes` compares the other layers with it."""
     num_layers = len(_layers_found(shapes))
     if num_layers == 0:
         raise AdapterError(
@@ -72,7 +63,7 @@ def _infer_size(config: PedroConfig, shapes: Mapping[str, tuple[int, ...]], sour
         )
     bias = shapes.get(tensor_name(0, BIAS), ())
     down = shapes.get(tensor_name(0, DOWN), ())
-    # A shape of the wrong rank says nothing; 0 never matches, so it will be complained about.
+    # A shape with the wrong number of dimensions gives no size; 0 never matches and is refused.
     return _Size(
         num_layers,
         down[1] if len(down) == 2 else 0,
@@ -91,12 +82,22 @@ def check_shapes(
     shape: BackboneShape | None,
     source: str,
 ) -> None:
-    """Compare names and shapes with what the config and the backbone ask for."""
+    """Compare names and shapes with those that the config and the backbone ask for.
+
+    Args:
+        config: the adapter's.
+        shapes: shape of each tensor, by its on-disk name.
+        shape: the backbone; None checks only that the tensors agree with each other.
+        source: the file, for the message.
+
+    Raises:
+        AdapterError: a tensor is missing, unexpected or of another shape.
+    """
     size = _infer_size(config, shapes, source) if shape is None else _size(config, shape)
     with contextlib.suppress(PedroError):
         if shapes == _expected(config, size):
             return
-    # Something is wrong; from here on it is only looked for.
+    # The tensors are wrong. The rest finds the first difference for the message.
     layers = _layers_found(shapes)
     contiguous = layers == set(range(len(layers)))
     if shape is not None and layers and contiguous and len(layers) != shape.num_layers:

@@ -34,7 +34,7 @@ class Adapter:
     Attributes:
         config: its config.
         tensors: by full on-disk name; float32, on the CPU, finite.
-        digest: `adapter_digest` of the files it came from or would be saved as.
+        digest: SHA-256 (hex) over the files that it came from or would be saved as.
         path: the folder it came from, if any.
     """
 
@@ -76,10 +76,9 @@ def widen(values: Array, out: Array) -> None:
     """Write values of a `StoredAdapter` into float32, exactly.
 
     Args:
-        values: of any shape and strides.
-        out: float32, of the same shape, with a last dimension that is contiguous. It holds zeros,
-            ones or what was last written here from values of the same dtype: of a float32 the lower
-            half stays as it is where bfloat16 is the upper one.
+        values: float32, float16, or bfloat16 as uint16; of any shape and strides.
+        out: float32 of the same shape, its last dimension contiguous. For bfloat16 only the upper
+            16 bits are written, so the lower ones must be zero, as they are in zeros and ones.
     """
     if values.dtype == np.uint16:
         out.view("<u2")[..., 1::2] = values
@@ -91,14 +90,14 @@ def widen(values: Array, out: Array) -> None:
 class StoredAdapter:
     """A validated adapter in host memory, its values as wide as in its file.
 
-    What workers keep: of an adapter in 16 bits half of what an `Adapter` takes, and no tensor of it
-    is touched one by one.
+    This is what workers cache: with 16 bits a value it is half as large as an `Adapter`, and it is
+    read without any work per tensor.
 
     Attributes:
         config: its config.
-        values: all tensors' values one after the other, finite: float32, float16, or the bits of
+        values: `[n]`, the finite values of all tensors one after the other: float32, float16, or
             bfloat16 as uint16. Files of any other dtype, or of several, are widened to float32.
-        digest: `adapter_digest` of the files.
+        digest: SHA-256 (hex) over the files.
         path: the folder it came from.
     """
 
@@ -114,10 +113,10 @@ class StoredAdapter:
         return "bfloat16" if self.values.dtype == np.uint16 else self.values.dtype.name
 
     def blocks(self) -> Iterator[tuple[slice, LayerArrays]]:
-        """The layers, as many at a time as lie evenly in the file: which ones, and their tensors.
+        """The layers in groups that are evenly spaced in the file.
 
         Yields:
-            views of `values`, which `widen` makes float32 of.
+            A slice of layers, and their tensors as views of `values`; `widen` makes them float32.
         """
         for run in self._header.runs:
             yield (

@@ -22,6 +22,7 @@ from .values import Adapter
 
 
 def serialise(tensors: Mapping[str, Tensor]) -> bytes:
+    """The bytes of a safetensors file; the same tensors always give the same bytes."""
     # Copies, because safetensors refuses tensors that share memory. It sorts them by itself.
     ready = {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
@@ -48,7 +49,7 @@ def save_adapter(
         dtype: the dtype to store; None keeps each tensor's own.
 
     Returns:
-        The digest, as `adapter_digest` gives it.
+        The digest, SHA-256 (hex) over both files.
 
     Raises:
         PedroError: the config is not valid, or `dtype` is not float16, bfloat16, float32 or

@@ -1,4 +1,4 @@
-"""The commands `vllm-pedro init` and `inspect`."""
+"""The commands `vllm-pedro init` and `inspect`. Parsers are built without torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..backbone import BackboneShape
 from ..config import CONFIG_NAME, PedroConfig
 from ..errors import PedroError
-from . import train
+from .options import add_adapter_options, config_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ def add_parsers(commands: Any) -> None:
         action="store_true",
         help="show what runs PEDRO's operators here: native code, Triton or plain PyTorch",
     )
-    train.add_inspect_options(inspect)
+    add_inspect_options(inspect)
     inspect.set_defaults(run=run_inspect)
 
     init = commands.add_parser(
@@ -41,7 +41,7 @@ def add_parsers(commands: Any) -> None:
     )
     init.add_argument("--model", metavar="FOLDER", required=True, help="a model's folder")
     init.add_argument("--output", metavar="FOLDER", required=True, help="where to write it")
-    train.add_adapter_options(init, PedroConfig().input_norm or "none")
+    add_adapter_options(init, PedroConfig().input_norm or "none")
     init.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     init.add_argument(
         "--scale",
@@ -50,6 +50,22 @@ def add_parsers(commands: Any) -> None:
     )
     init.add_argument("--force", action="store_true", help="replace the adapter that is there")
     init.set_defaults(run=run_init)
+
+
+def add_inspect_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `vllm-pedro inspect` that look into what was learnt."""
+    parser.add_argument("--layers", action="store_true", help="show statistics of each layer")
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="show how the vectors differ over the prompts of this file; needs --model",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", default=50, help="prompts (%(default)s)")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE.png",
+        help="draw the activation functions, and with --data the vectors' spread",
+    )
 
 
 def run_inspect(args: argparse.Namespace) -> int:
@@ -66,8 +82,34 @@ def run_inspect(args: argparse.Namespace) -> int:
         shape = BackboneShape.from_pretrained(args.model)
     adapter = load_adapter(args.adapter, shape)
     print(describe(adapter))
-    train.inspect_more(adapter, args)
+    inspect_more(adapter, args)
     return 0
+
+
+def inspect_more(adapter: Adapter, args: argparse.Namespace) -> None:
+    """What `inspect` prints and draws when asked for more than the files' contents.
+
+    Raises:
+        PedroError: options that do not go together, or unusable data.
+    """
+    if not (args.layers or args.data or args.plot):
+        return
+    if args.data is not None and args.model is None:
+        raise PedroError("--data needs --model: the vectors are made from the model's states")
+    from ..training import inspection
+
+    if args.layers:
+        print("\n" + inspection.describe_layers(adapter))
+    spread = None
+    if args.data is not None:
+        from ..training.run import load_prompts
+
+        model, prompts = load_prompts(args.model, args.adapter, args.data, args.limit)
+        spread = inspection.spread_over_prompts(inspection.vectors_of_prompts(model, prompts))
+        print("\n" + inspection.describe_spread(spread, len(prompts)))
+    if args.plot is not None:
+        inspection.plot(adapter, args.plot, spread)
+        print(f"\ndrawn: {args.plot}")
 
 
 def describe_backends() -> str:
@@ -94,7 +136,7 @@ def run_init(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if (output / CONFIG_NAME).exists() and not args.force:
         raise PedroError(f"{output} holds an adapter already; --force replaces it")
-    config = train.config_of(args, inference_mode=True)
+    config = config_of(args, inference_mode=True)
     shape = BackboneShape.from_pretrained(args.model)
     adapter = init_adapter(config, shape, args.seed, args.scale)
     try:

@@ -1,4 +1,4 @@
-"""The commands `vllm-pedro train`, `eval` and the parts of `inspect` that need a model or plots.
+"""The commands `vllm-pedro train` and `eval`.
 
 Parsers are built without torch, so that `--help` is quick.
 """
@@ -6,18 +6,15 @@ Parsers are built without torch, so that `--help` is quick.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..backbone import TARGET_MODULES
-from ..config import ACTIVATIONS, POOLINGS, PedroConfig
 from ..errors import PedroError
 from ..training.choices import DTYPES, METRICS
+from .options import add_adapter_options, config_of
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
     from ..training.trainer import PedroTrainingArguments
 
 ENGINES = ("transformers", "vllm")
@@ -39,35 +36,6 @@ _SHOWN: dict[str, tuple[str, str]] = {
     "save-steps": ("N", "without --dev: save a checkpoint every N steps (500)"),
     "logging-steps": ("N", "(10)"),
 }
-
-
-def add_adapter_options(parser: argparse._ActionsContainer, input_norm: str) -> None:
-    """The options that make a `PedroConfig`."""
-    defaults = PedroConfig()
-    parser.add_argument(
-        "--r", type=int, default=defaults.r, help="inner width; 0: static vectors (%(default)s)"
-    )
-    parser.add_argument(
-        "--target-modules",
-        nargs="+",
-        metavar="NAME",
-        default=defaults.target_modules,
-        help=f"of {', '.join(TARGET_MODULES)} ({' '.join(defaults.target_modules)})",
-    )
-    parser.add_argument(
-        "--pooling", choices=POOLINGS, default=defaults.pooling, help="(%(default)s)"
-    )
-    parser.add_argument(
-        "--input-norm", choices=("none", "rms"), default=input_norm, help="(%(default)s)"
-    )
-    parser.add_argument(
-        "--activation",
-        nargs="+",
-        choices=ACTIVATIONS,
-        default=[defaults.activation],
-        metavar="NAME",
-        help=f"of {', '.join(ACTIVATIONS)}; one, or one for each layer ({defaults.activation})",
-    )
 
 
 def add_train_options(parser: argparse.ArgumentParser) -> None:
@@ -123,19 +91,6 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def config_of(args: argparse.Namespace, inference_mode: bool = False) -> PedroConfig:
-    """The config that `add_adapter_options` and `--model` ask for."""
-    return PedroConfig(
-        base_model_name_or_path=getattr(args, "base_model_name", None) or args.model,
-        r=args.r,
-        target_modules=args.target_modules,
-        pooling=args.pooling,
-        input_norm=None if args.input_norm == "none" else args.input_norm,
-        activation=args.activation[0] if len(args.activation) == 1 else args.activation,
-        inference_mode=inference_mode,
-    )
-
-
 def training_arguments(args: argparse.Namespace, others: Sequence[str]) -> PedroTrainingArguments:
     """TrainingArguments from the options that were given, and the defaults of this command.
 
@@ -166,30 +121,19 @@ def training_arguments(args: argparse.Namespace, others: Sequence[str]) -> Pedro
             argv += [f"--{name}", "true"]
     if args.held_out_fraction is not None:
         argv += ["--held_out_fraction", str(args.held_out_fraction)]
+
+    def refuse(message: str) -> NoReturn:
+        raise PedroError(message)
+
     parser = HfArgumentParser(PedroTrainingArguments, allow_abbrev=False)
+    parser.error = refuse  # in place of argparse's, which prints the usage and exits
     try:
-        with contextlib.redirect_stderr(_Captured()) as captured:
-            (result,) = parser.parse_args_into_dataclasses([*argv, *others])
-    except SystemExit:
-        said = captured.text.strip().rpartition("error: ")[2]
-        raise PedroError(said or "an option that TrainingArguments refuses") from None
+        (result,) = parser.parse_args_into_dataclasses([*argv, *others])
+    except PedroError:
+        raise
     except (ValueError, TypeError, ImportError) as error:
         raise PedroError(str(error)) from error
     return result
-
-
-class _Captured:
-    """A stream that keeps what argparse complains about."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> int:
-        self.text += text
-        return len(text)
-
-    def flush(self) -> None:
-        pass
 
 
 def add_parsers(commands: Any) -> None:
@@ -250,48 +194,6 @@ def run_train(args: argparse.Namespace, others: Sequence[str], argv: Sequence[st
     summary: dict[str, Any] = {"adapter": args.output, **record}
     print(json.dumps(summary, ensure_ascii=False))
     return 0
-
-
-def add_inspect_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `vllm-pedro inspect` that look into what was learnt."""
-    parser.add_argument("--layers", action="store_true", help="show statistics of each layer")
-    parser.add_argument(
-        "--data",
-        metavar="FILE",
-        help="show how the vectors differ over the prompts of this file; needs --model",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", default=50, help="prompts (%(default)s)")
-    parser.add_argument(
-        "--plot",
-        metavar="FILE.png",
-        help="draw the activation functions, and with --data the vectors' spread",
-    )
-
-
-def inspect_more(adapter: Adapter, args: argparse.Namespace) -> None:
-    """What `inspect` prints and draws when asked for more than the files' contents.
-
-    Raises:
-        PedroError: options that do not go together, or unusable data.
-    """
-    if not (args.layers or args.data or args.plot):
-        return
-    if args.data is not None and args.model is None:
-        raise PedroError("--data needs --model: the vectors are made from the model's states")
-    from ..training import inspection
-
-    if args.layers:
-        print("\n" + inspection.describe_layers(adapter))
-    spread = None
-    if args.data is not None:
-        from ..training.run import load_prompts
-
-        model, prompts = load_prompts(args.model, args.adapter, args.data, args.limit)
-        spread = inspection.spread_over_prompts(inspection.vectors_of_prompts(model, prompts))
-        print("\n" + inspection.describe_spread(spread, len(prompts)))
-    if args.plot is not None:
-        inspection.plot(adapter, args.plot, spread)
-        print(f"\ndrawn: {args.plot}")
 
 
 def run_eval(args: argparse.Namespace) -> int:

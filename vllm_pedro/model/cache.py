@@ -5,12 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass

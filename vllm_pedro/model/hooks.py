@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PedroError
 from ..generator import VectorGenerator
-from .scaling import scale_sequences
-
-if TYPE_CHECKING:
-    pass
 from .cache import PromptVectors, attach_vectors
 from .projections import Projections
 from .prompts import Packed
+from .scaling import scale_sequences
 
 PASS_KEY = "pedro_pass"
 

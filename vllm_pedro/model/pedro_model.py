@@ -16,13 +16,13 @@ from ..config import PedroConfig
 from ..errors import PedroError
 from ..files import shorten
 from ..generator import VectorGenerator
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 from .cache import PromptVectors
 from .hooks import PASS_KEY, LayerHooks, Pass
 from .projections import decoder_layers, find_projections
-from .prompts import Prompts, _packed_sequences, _tokens_before_labels
+from .prompts import Prompts, packed_sequences, tokens_before_labels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class _Switch:
@@ -375,7 +375,7 @@ class PedroModel(nn.Module):
         """What `forward` is told of its prompts; switches the cache off in `kwargs` if packed."""
         cache, sequences = kwargs.get("past_key_values"), None
         if attention_mask is None and cache is None:
-            sequences = _packed_sequences(kwargs.get("position_ids"))
+            sequences = packed_sequences(kwargs.get("position_ids"))
         if sequences is not None:
             if kwargs.get("use_cache"):
                 raise PedroError("packed sequences (position_ids that start again): no KV cache")
@@ -386,7 +386,7 @@ class PedroModel(nn.Module):
             real = None
             if isinstance(attention_mask, Tensor) and attention_mask.shape == labels.shape:
                 real = attention_mask.bool()
-            prompt_mask = _tokens_before_labels(labels, real, sequences)
+            prompt_mask = tokens_before_labels(labels, real, sequences)
         return self._prompts_of(prompt_lengths, prompt_mask, None, None, cache, sequences=sequences)
 
     # TRL replaces `forward` by one that takes the final hidden states from `self.base_model` and

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PedroError
 from ..files import shorten
-
-if TYPE_CHECKING:
-    pass
-
 
 IGNORED_LABEL: Final = -100  # what transformers' losses leave out
 
@@ -162,7 +158,7 @@ def _check_lengths(lengths: Tensor, available: Tensor) -> None:
         )
 
 
-def _packed_sequences(position_ids: Tensor | None) -> Tensor | None:
+def packed_sequences(position_ids: Tensor | None) -> Tensor | None:
     """Which packed sequence each token belongs to, `[B, S]`, numbered over all rows.
 
     The rule is that of transformers, which makes the attention mask from it: without an
@@ -180,7 +176,7 @@ def _packed_sequences(position_ids: Tensor | None) -> Tensor | None:
     return begins.flatten().cumsum(0).view_as(position_ids) - 1
 
 
-def _tokens_before_labels(labels: Tensor, real: Tensor | None, sequences: Tensor | None) -> Tensor:
+def tokens_before_labels(labels: Tensor, real: Tensor | None, sequences: Tensor | None) -> Tensor:
     """The tokens before the first label of each sequence, bool `[B, S]`.
 
     A sequence whose very first token has a label has no prompt by that rule. No model predicts
@@ -189,7 +185,7 @@ def _tokens_before_labels(labels: Tensor, real: Tensor | None, sequences: Tensor
     Args:
         labels: `[B, S]`, -100 where there is none.
         real: `[B, S]`, False at padding; None for no padding.
-        sequences: as `_packed_sequences` gives them; None where every row is one.
+        sequences: as `packed_sequences` gives them; None where every row is one.
     """
     rows, width = labels.shape
     if sequences is None:

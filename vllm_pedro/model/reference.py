@@ -1,12 +1,12 @@
 """What serving is compared with: plain transformers, float32, one sequence, no KV cache.
 
-Nothing here is fast. Every step runs the whole sequence again, with the pooled length fixed, so
-that neither a cache, nor batching, nor padding can hide a mistake.
+Nothing here is fast. The whole sequence is run at once, with the pooled length fixed, so that
+neither a cache, nor batching, nor padding can hide a mistake.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from ..errors import PedroError
 from . import PedroModel
 
-# Where the two best logits are closer than this, float32 arithmetic in another order may swap
-# them: a token that differs there is reported apart.
 NEAR_TIE_MARGIN = 1e-3
+"""Where the two best logits are closer than this, float32 arithmetic in another order may swap
+them, so a token that differs there is reported apart."""
 
 
 @dataclass
 class Reference:
-    """A sequence as the reference continues, or scores, it.
+    """A continuation as the reference scores it.
 
     Attributes:
         tokens: the continuation's token ids, N of them.
@@ -77,40 +77,6 @@ def reference_logits(
     finally:
         model.train(was_training)
     return logits[0].float()
-
-
-def reference_generate(
-    model: nn.Module,
-    token_ids: Sequence[int],
-    max_new_tokens: int,
-    prompt_length: int | None = None,
-    eos_token_ids: Collection[int] = (),
-) -> Reference:
-    """Continue one prompt greedily.
-
-    Args:
-        model: a `PedroModel`, or a bare backbone; float32.
-        token_ids: the tokens to continue.
-        max_new_tokens: how many to add at most.
-        prompt_length: pooled length P; None for all of `token_ids`. Less than that if their end
-            was generated before.
-        eos_token_ids: tokens after which to stop; such a token is part of the result.
-    """
-    pooled = len(token_ids) if prompt_length is None else prompt_length
-    sequence, result = list(token_ids), Reference()
-    for step in range(max_new_tokens):
-        logits = reference_logits(model, sequence, pooled)
-        if step == 0:
-            result.prompt_logprobs = _logprobs(logits[:-1], sequence[1:])
-        token = int(logits[-1].argmax())
-        result.tokens.append(token)
-        result.greedy.append(token)
-        result.margins.append(_margin(logits[-1]))
-        result.logprobs += _logprobs(logits[-1:], [token])
-        sequence.append(token)
-        if token in eos_token_ids:
-            break
-    return result
 
 
 def reference_score(

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Array
+from ..config import MAX_RATIONAL_DEGREE, POOLINGS
 
 UNIT = 16
 """Bytes in which places are counted."""
@@ -36,8 +37,7 @@ MAGIC = 0x50454431
 """First word of a blob; another one with every change of the format."""
 
 MAX_RANGES = 8
-MAX_ORDER = 32
-"""Highest degree of a rational activation's polynomials."""
+"""Most pieces of the columns of one adapter."""
 
 BLOB_FIELDS = ("magic", "layers", "units")
 """Of the blob's 8 words; the others are 0. Units are those of the whole blob."""
@@ -66,12 +66,14 @@ RECORD_WORDS = 16
 RANGES_AT = RECORD_WORDS
 NUMERATOR_AT = RANGES_AT + 2 * MAX_RANGES
 DENOMINATOR_AT = NUMERATOR_AT + 36
-WEIGHTS_AT = DENOMINATOR_AT + MAX_ORDER
+WEIGHTS_AT = DENOMINATOR_AT + MAX_RATIONAL_DEGREE
 """Words from a record's start; the numerator's are padded to a multiple of 16 bytes."""
 
 DTYPES = ("float32", "bfloat16", "float16")
-ACTIVATIONS = ("gelu", "relu", "rational")
-POOLINGS = ("last", "mean", "max")
+"""By their codes, as `ACTIVATION_CODES` and `config.POOLINGS` are too."""
+
+ACTIVATION_CODES = ("gelu", "relu", "rational")
+"""`config.ACTIVATIONS` in the order of the header; `tests/ops/test_native.py` compares them."""
 
 _NUMPY = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
 
@@ -165,8 +167,8 @@ class BlobLayout:
         return BlobViews(
             view(0, np.int32, RECORD_WORDS),
             view(4 * RANGES_AT, np.int32, MAX_RANGES, 2),
-            view(4 * NUMERATOR_AT, np.float32, MAX_ORDER + 1),
-            view(4 * DENOMINATOR_AT, np.float32, MAX_ORDER),
+            view(4 * NUMERATOR_AT, np.float32, MAX_RATIONAL_DEGREE + 1),
+            view(4 * DENOMINATOR_AT, np.float32, MAX_RATIONAL_DEGREE),
             view(down_bias, np.float32, self.rank),
             view(bias, kind, self.columns),
             view(down, kind, self.rank, self.hidden_size),
@@ -189,7 +191,7 @@ class BlobLayout:
             ranges: First column of the store and width of each piece of the D' columns, ascending.
             activations: Each layer's.
             order: m and n of the rational activation.
-            pooling: One of `POOLINGS`.
+            pooling: One of `config.POOLINGS`.
             input_norm: Whether hidden states are normalised before they are pooled.
 
         Returns:
@@ -208,7 +210,7 @@ class BlobLayout:
         fixed = [DTYPES.index(self.dtype), 0, self.rank, *order, POOLINGS.index(pooling)]
         fixed += [int(input_norm), self.hidden_size, self.columns, len(pieces), *places]
         views.header[:, : len(fixed)] = fixed
-        views.header[:, 1] = [ACTIVATIONS.index(name) for name in activations]
+        views.header[:, 1] = [ACTIVATION_CODES.index(name) for name in activations]
         views.ranges[:, : len(pieces)] = pieces
         return views
 
@@ -217,8 +219,8 @@ class Record(NamedTuple):
     """One layer's generator as it lies in an arena; tensors are views of it.
 
     Attributes:
-        activation: One of `ACTIVATIONS`.
-        pooling: One of `POOLINGS`.
+        activation: One of `config.ACTIVATIONS`.
+        pooling: One of `config.POOLINGS`.
         input_norm: "rms" or None.
         ranges: First column of the store and width of each piece of the D' columns.
         numerator: `[m + 1]` float32.
@@ -273,7 +275,7 @@ def read_record(arena: Tensor, place: int, layer: int) -> Record | None:
     dtype = getattr(torch, DTYPES[kind])
     pairs = header[RANGES_AT : RANGES_AT + 2 * ranges]
     return Record(
-        ACTIVATIONS[activation],
+        ACTIVATION_CODES[activation],
         POOLINGS[pooling],
         "rms" if norm else None,
         list(zip(pairs[::2], pairs[1::2], strict=True)),

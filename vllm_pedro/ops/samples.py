@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .layout import ACTIVATIONS, POOLINGS, UNIT, BlobLayout, aligned
+from ..config import POOLINGS
+from .layout import ACTIVATION_CODES, UNIT, BlobLayout, aligned
 from .layout import DTYPES as STORED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -139,7 +140,7 @@ def generate_sample(
         views = layout.begin(
             blob,
             ranges,
-            [ACTIVATIONS[slot % 3]] * 2,
+            [ACTIVATION_CODES[slot % 3]] * 2,
             order,
             POOLINGS[(slot // 2) % 3],
             slot % 2 == 1,

@@ -15,8 +15,8 @@ class RequestSpec:
     Attributes:
         name: The adapter's name, for messages only. Never a key: two folders may share it.
         path: Absolute path of the adapter folder.
-        digest: Content digest of the folder (see `vllm_pedro.adapter.adapter_digest`); the
-            key of every pool.
+        digest: Content digest of the folder (see `adapter.reading.digest_of`); the key of
+            every pool.
         prompt_length: P, the number of leading tokens that are pooled; at least 1. Preemption,
             beams and appended tokens never change it.
         prompt_digest: Digest of the first P tokens; the vectors depend on it and `digest` alone.

@@ -26,8 +26,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
+from ..backbone import check_model_folder
 from ..config import PedroConfig
-from ..errors import PedroError
+from ..errors import PedroError, first_line
 from ..files import replace_file
 from ..model import PedroModel, get_pedro_model
 from .choices import DTYPES
@@ -105,8 +106,7 @@ def load_tokenizer(folder: str) -> Any:
     Raises:
         PedroError: the folder is not there, or holds no tokenizer.
     """
-    if not Path(folder, "config.json").is_file():
-        raise PedroError(f"{folder}: expected a model's folder with a config.json")
+    check_model_folder(folder)
     with _naming(folder, "tokenizer"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
@@ -117,8 +117,7 @@ def _naming(folder: str, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PedroError(f"{folder}: cannot load the {what}: {first}") from error
+        raise PedroError(f"{folder}: cannot load the {what}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

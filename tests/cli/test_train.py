@@ -1,36 +1,16 @@
-"""`vllm-pedro train`, `eval` and `inspect`, from files to files."""
+"""`vllm-pedro train` and `eval`, from files to files."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import Run
 
-from vllm_pedro import cli
-from vllm_pedro.adapter import init_adapter, load_adapter, save_adapter
-from vllm_pedro.backbone import BackboneShape
-from vllm_pedro.config import PedroConfig
-from vllm_pedro.generator import generate_vectors, pool_prompt
-from vllm_pedro.training import inspection
-from vllm_pedro.training.run import load_prompts
-
-Run = Any
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command; its exit status, what it printed and what it complained of."""
-
-    def call(*argv: object) -> tuple[int, str, str]:
-        status = cli.main([str(part) for part in argv])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
+from vllm_pedro.adapter import load_adapter
 
 
 def training(folder: Path, train_file: Path, output: Path) -> list[object]:
@@ -165,74 +145,3 @@ def test_packed_training_is_padded_training(
         _, out, _ = run(*training(folder, train_file, tmp_path / name), *more)
         losses.append(json.loads(out)["train_loss"])
     assert abs(losses[0] - losses[1]) < 1e-3
-
-
-# ---- inspect
-
-
-@pytest.fixture
-def adapter(folder: Path, tmp_path: Path) -> Path:
-    from transformers import AutoConfig
-
-    shape = BackboneShape.from_hf_config(AutoConfig.from_pretrained(folder))
-    config = PedroConfig(r=4, input_norm="rms", activation=["rational", "relu"])
-    made = init_adapter(config, shape, seed=2, scale=0.2)
-    save_adapter(tmp_path / "made", config, made.tensors)
-    return tmp_path / "made"
-
-
-def test_inspect_layers_and_spread(
-    folder: Path, adapter: Path, dev_file: Path, tmp_path: Path, run: Run
-) -> None:
-    pytest.importorskip("matplotlib")
-    picture = tmp_path / "picture.png"
-    status, out, _ = run(
-        *("inspect", adapter, "--model", folder, "--data", dev_file, "--limit", 6),
-        *("--layers", "--plot", picture),
-    )
-    assert status == 0
-    assert "vectors over 6 prompts" in out
-    assert "the prompt makes" in out
-    assert [line.split()[:2] for line in out.splitlines() if " relu " in line][-1] == ["1", "relu"]
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert run("inspect", adapter, "--plot", tmp_path / "alone.png")[0] == 0
-    assert "--data needs --model" in run("inspect", adapter, "--data", dev_file)[2]
-    assert "cannot write" in run("inspect", adapter, "--plot", tmp_path / "no" / "p.png")[2]
-
-
-def test_plot_without_matplotlib_says_what_to_install(
-    adapter: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    status, _, err = run("inspect", adapter, "--plot", tmp_path / "p.png")
-    assert status == 2
-    assert "vllm-pedro[plot]" in err
-
-
-def test_vectors_of_prompts_are_the_generators(folder: Path, adapter: Path, dev_file: Path) -> None:
-    model, prompts = load_prompts(str(folder), str(adapter), str(dev_file), 4)
-    found = inspection.vectors_of_prompts(model, prompts)
-    # Layer 0 reads the embeddings, so its vectors can be made without the rest of the model.
-    embeddings = model.base_model.get_input_embeddings()
-    layer = load_adapter(adapter).layer(0)
-    for row, prompt in enumerate(prompts):
-        hidden = embeddings(torch.tensor(prompt))
-        pooled = pool_prompt(hidden, "last", "rms")
-        with torch.no_grad():
-            want = generate_vectors(
-                pooled, *layer[:3], "rational", layer.numerator, layer.denominator
-            )
-        assert torch.allclose(torch.cat([v[row] for v in found[0].values()]), want, atol=1e-6)
-
-
-def test_spread_tells_static_vectors_from_others() -> None:
-    row = torch.tensor([1.3, 0.7])
-    static = inspection.spread_over_prompts([{"q_proj": row.repeat(3, 1)}])
-    assert static[0].spread == 0.0
-    assert static[0].deviation == pytest.approx(0.3)
-    assert "collapsed to static vectors" in inspection.describe_spread(static, 3)
-    moving = inspection.spread_over_prompts([{"q_proj": torch.tensor([[1.3, 1.0], [0.7, 1.0]])}])
-    assert moving[0].prompt_share == pytest.approx(1.0)
-    assert "makes 100.0%" in inspection.describe_spread(moving, 2)
-    fresh = inspection.spread_over_prompts([{"q_proj": torch.ones(2, 2)}])
-    assert "changes nothing" in inspection.describe_spread(fresh, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import hypothesis
 import pytest
 from runners import use_v2
@@ -31,3 +33,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = [item for item in items if item.get_closest_marker("both_runners") is None]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # vLLM's `register_kernels` reads `vars()` of every attribute of every module, for each engine
+    # of the process. llvmlite's library, which n-gram speculation loads, answers any name with a
+    # function, `__dict__` too.
+    if (ffi := sys.modules.get("llvmlite.binding.ffi")) is not None:
+        ffi.lib._fntab["__dict__"] = {}

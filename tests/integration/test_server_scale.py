@@ -118,8 +118,9 @@ def test_mixes_of_a_thousand_tenants(server, smol_oracle, folders):
     distinct = len(answers)
     # Statistics go to one of the API servers; what /metrics shows is the sum of both.
     assert found["adapter_loads_total{tier=host}"] >= distinct
+    # Host memory is the device on a CPU, and `--max-pedros` limits a step, not what it holds.
     assert found["adapters_resident{tier=host}"] == 16
-    assert found["adapters_resident{tier=device}"] == 4
+    assert found["adapters_resident{tier=device}"] == 16
     assert found["adapter_evictions_total{tier=host}"] >= distinct - 16
     kinds = ("device", "host", "disk", "cached", "failed")
     assert sum(found[f"prefills_total{{state={kind}}}"] for kind in kinds) == 4 * REQUESTS

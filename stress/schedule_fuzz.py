@@ -27,10 +27,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # Engines for tests; pytest has this folder on its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
@@ -343,6 +344,8 @@ def draw_settings(
     # Adapters of the largest size that the device holds; None: all of them. By a generator of its
     # own, so that the other settings of a seed stay what they were.
     settings["memory"] = random.Random(f"{seed}:memory:{group}").choice([None, 1, 1.5, 3])
+    # Milliseconds that each adapter takes longer to be read.
+    settings["late"] = random.Random(f"{seed}:late:{group}").choice([0, 0, 4, 30])
     return settings
 
 
@@ -843,12 +846,13 @@ def run_group(
         # vLLM compiles a helper of its sampler even when eager: seconds, and again for new shapes.
         stance = "default" if compiled else "force_eager"
         operators = triton_operators if settings.get("operators") == "triton" else nullcontext
-        given = {k: v for k, v in settings.items() if k not in ("operators", "memory")}
+        given = {k: v for k, v in settings.items() if k not in ("operators", "memory", "late")}
         if settings["memory"] is not None:
             given["pedro_memory_bytes"] = int(settings["memory"] * shop.largest)
         with (
             torch.compiler.set_stance(stance),
             operators(),
+            late_adapters(settings["late"] / 1000),
             quick_engine(shop.model, **given) as llm,
         ):
             bench = Bench(llm, settings, shop, report)
@@ -870,6 +874,21 @@ def run_group(
                     if stop_at_failure:
                         return
                     break
+
+
+@contextmanager
+def late_adapters(seconds: float) -> Iterator[None]:
+    """Each adapter takes so much longer to be read."""
+    from vllm_pedro.serving.adapters import AdapterReader
+
+    original = AdapterReader.read
+
+    def read(self: AdapterReader, spec: Any) -> Any:
+        time.sleep(seconds)
+        return original(self, spec)
+
+    with mock.patch.object(AdapterReader, "read", read):
+        yield
 
 
 def run(

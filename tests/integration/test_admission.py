@@ -3,48 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from scenarios import greedy, tokens
+from scenarios import Queue, greedy, tokens
 
 from vllm_pedro.serving.admission import PATIENCE
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
 POLICIES = pytest.mark.parametrize("policy", ["fcfs", "priority"])
-
-
-class Queue:
-    """An engine driven step by step; requests come in at the steps that a test says."""
-
-    def __init__(self, llm, oracle):
-        self.engine, self.oracle = llm.llm_engine, oracle
-        self.step_number, self.first, self.outputs, self.adapters = 0, {}, {}, {}
-        self.order = iter(range(1 << 20))
-
-    def add(self, name, prompt, adapter=None, max_tokens=4, priority=0):
-        from vllm_pedro import PedroRequest
-
-        request = adapter and PedroRequest(adapter.name, 1, str(adapter))
-        self.engine.add_request(
-            name, {"prompt_token_ids": prompt}, greedy(max_tokens), lora_request=request,
-            arrival_time=float(next(self.order)), priority=priority,
-        )  # fmt: skip
-        self.adapters[name] = adapter
-
-    def step(self, count=1):
-        for _ in range(count):
-            self.step_number += 1
-            for output in self.engine.step():
-                self.outputs[output.request_id] = output
-                self.first.setdefault(output.request_id, self.step_number)
-
-    def finish(self):
-        """Run to the end; every answer is the reference's."""
-        while self.engine.has_unfinished_requests():
-            self.step()
-            assert self.step_number < 2000
-        for name, adapter in self.adapters.items():
-            self.oracle.check(self.outputs[name], adapter)
-        return self.first
 
 
 def queue_of_the_long_prompt(start, oracle, adapter, policy, **settings):
@@ -54,6 +19,8 @@ def queue_of_the_long_prompt(start, oracle, adapter, policy, **settings):
         enable_prefix_caching=False, **settings,
     ) as llm:  # fmt: skip
         queue = Queue(llm, oracle)
+        if adapter is not None:
+            queue.load(adapter)
         for i in range(4):
             queue.add(f"row {i}", tokens(10, i), max_tokens=60)
         queue.step(3)
@@ -62,7 +29,7 @@ def queue_of_the_long_prompt(start, oracle, adapter, policy, **settings):
         for i in range(6):
             queue.add(f"short {i}", tokens(5, 20 + i))
         first = queue.finish()
-    return {name: step - came for name, step in first.items() if not name.startswith("row")}
+    return {name: step - came for name, step in first.items() if name[:4] not in ("row ", "load")}
 
 
 @POLICIES
@@ -85,6 +52,7 @@ def test_a_tenant_without_a_slot_delays_nobody(
     names = ["last", "mean", "other", "max"]
     with tiny_engine(max_pedros=1, scheduling_policy=policy, **scheduling) as llm:
         queue = Queue(llm, tiny_oracle)
+        queue.load(*(tiny_adapters[name] for name in names))
         for i, name in enumerate(names):
             queue.add(name, tokens(20, i), tiny_adapters[name])
         queue.add("again", tokens(21), tiny_adapters["last"])

@@ -127,8 +127,11 @@ def with_a_shorter_prompt(patch):
 
 def without_adapter_limit_per_step(patch):
     from vllm_pedro.integration.scheduler import PedroSchedulerMixin
+    from vllm_pedro.serving.loading import Prefetches
 
     patch.setattr(PedroSchedulerMixin, "_pedro_has_room_for", lambda self, spec: True)
+    # Adapters are asked for one after another here, and so come into different steps.
+    patch.setattr(Prefetches, "is_due", lambda self, request_id, spec: True)
 
 
 def without_adapters_of_preempted_requests(patch):

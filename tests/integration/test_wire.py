@@ -53,30 +53,38 @@ def test_assignments_arrive_and_their_loss_is_noticed():
     assert wire.assignments_of(sent(output)) == {"a": Assignment(2, True, 1)}
 
 
+def test_prefetches_arrive():
+    output = SchedulerOutput.make_empty()
+    assert wire.prefetches_of(output) == []
+    spec = RequestSpec("a", "/a", "digest", 5, "prompt")
+    wire.put_prefetches(output, [spec])
+    assert wire.prefetches_of(sent(output)) == [spec]
+
+
 def test_a_report_arrives_and_its_loss_is_noticed():
-    step = SchedulerOutput.make_empty()
-    step.total_num_scheduled_tokens = 1
     output = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
     with pytest.raises(wire.WireError, match="without PEDRO's report"):
-        wire.report_of(step, output)
-    report = wire.StepReport({"a": "gone"}, {"hits": {"host": 1}})
+        wire.report_of(output)
+    report = wire.StepReport({"a": "gone"}, {"hits": {"host": 1}}, {"digest": True}, ["other"])
     wire.put_report(output, report)
-    assert wire.report_of(step, sent(output)) == report
-    assert wire.report_of(step, copy.copy(output)) == report
+    assert wire.report_of(sent(output)) == report
+    assert wire.report_of(copy.copy(output)) == report
 
 
 @pytest.mark.parametrize("name", ["_model_runner_output", "model_runner_output"])
 def test_an_asynchronous_output_takes_the_report_inside(name):
-    step = SimpleNamespace(total_num_scheduled_tokens=1)
     inner = ModelRunnerOutput(req_ids=[], req_id_to_index={})
     wire.put_report(SimpleNamespace(**{name: inner}), wire.StepReport({"a": "gone"}))
-    assert wire.report_of(step, inner).failed == {"a": "gone"}
+    assert wire.report_of(inner).failed == {"a": "gone"}
 
 
-def test_a_step_without_tokens_needs_no_report():
+def test_a_step_without_tokens_has_a_report_too():
     """vLLM answers it with one object that all such steps share."""
     output = ModelRunnerOutput(req_ids=[], req_id_to_index={})
-    assert wire.report_of(SchedulerOutput.make_empty(), output) == wire.StepReport()
+    report = wire.StepReport(loaded={"digest": True})
+    assert wire.report_of(wire.with_report(output, report)) == report
+    with pytest.raises(wire.WireError):
+        wire.report_of(output)
 
 
 def test_counts_are_taken_out_of_a_field_that_others_use():

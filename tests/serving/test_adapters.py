@@ -2,31 +2,15 @@ import random
 
 import pytest
 import torch
+from banks import CPU, LIMITS, SHAPE, reader, write
 
-from vllm_pedro.adapter import init_adapter, load_adapter, read_adapter, save_adapter
+from vllm_pedro.adapter import load_adapter, read_adapter
 from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
 from vllm_pedro.config import ACTIVATIONS, POOLINGS, PedroConfig
 from vllm_pedro.errors import AdapterError
 from vllm_pedro.ops.layout import read_record
-from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, AdapterReader, HostCache
+from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, HostCache
 from vllm_pedro.serving.blobs import blob_bytes
-from vllm_pedro.serving.spec import RequestSpec
-from vllm_pedro.serving.store import VectorStore
-
-SHAPE = BackboneShape(2, 8, {"q_proj": 8, "k_proj": 4, "v_proj": 4, "gate_proj": 16, "up_proj": 16})
-LIMITS = AdapterLimits(SHAPE, 4)
-CPU = torch.device("cpu")
-
-
-def write(folder, seed=0, shape=SHAPE, dtype=None, **config):
-    adapter = init_adapter(PedroConfig(**{"r": 4, **config}), shape, seed=seed, scale=0.1)
-    digest = save_adapter(folder, adapter.config, adapter.tensors, dtype)
-    return RequestSpec(folder.name, str(folder), digest, 5, "prompt")
-
-
-def reader(limits=LIMITS):
-    store = VectorStore(limits.shape, limits.modules, 2, 8, torch.float32, CPU)
-    return AdapterReader(limits, store.columns)
 
 
 def cache(capacity, limits=LIMITS):

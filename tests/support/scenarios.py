@@ -5,6 +5,47 @@ from __future__ import annotations
 BLOCK = 32  # the smallest that vLLM's CPU attention takes
 
 
+class Queue:
+    """An engine driven step by step; requests come in at the steps that a test says."""
+
+    def __init__(self, llm, oracle):
+        self.engine, self.oracle = llm.llm_engine, oracle
+        self.step_number, self.first, self.outputs, self.adapters = 0, {}, {}, {}
+        self.order = iter(range(1 << 20))
+
+    def add(self, name, prompt, adapter=None, max_tokens=4, priority=0):
+        from vllm_pedro import PedroRequest
+
+        request = adapter and PedroRequest(adapter.name, 1, str(adapter))
+        self.engine.add_request(
+            name, {"prompt_token_ids": prompt}, greedy(max_tokens), lora_request=request,
+            arrival_time=float(next(self.order)), priority=priority,
+        )  # fmt: skip
+        self.adapters[name] = adapter
+
+    def load(self, *adapters):
+        """Have them in memory, so that nothing waits for the disk."""
+        for i, adapter in enumerate(adapters):
+            self.add(f"load {i}", tokens(7, 90 + i), adapter, max_tokens=1)
+            self.finish()
+
+    def step(self, count=1):
+        for _ in range(count):
+            self.step_number += 1
+            for output in self.engine.step():
+                self.outputs[output.request_id] = output
+                self.first.setdefault(output.request_id, self.step_number)
+
+    def finish(self):
+        """Run to the end; every answer is the reference's."""
+        while self.engine.has_unfinished_requests():
+            self.step()
+            assert self.step_number < 2000
+        for name, adapter in self.adapters.items():
+            self.oracle.check(self.outputs[name], adapter)
+        return self.first
+
+
 def tokens(length, seed=0):
     return [(seed * 31 + 7 * i * i + 3 * i) % 128 for i in range(length)]
 

@@ -15,6 +15,7 @@ from vllm.v1.request import RequestStatus
 
 from ..serving.admission import Admission, Turn
 from ..serving.blobs import ALIGNMENT
+from ..serving.loading import Prefetches
 from ..serving.rows import Assignment, VectorRows
 from ..serving.spec import RequestSpec, cache_salt
 from ..serving.stats import merge_stats
@@ -45,11 +46,17 @@ class PedroSchedulerMixin:
             vllm_config.scheduler_config.max_num_batched_tokens,
             draft_places(vllm_config.speculative_config),
         )
+        # Half of what holds them, so that they do not put one another out.
+        self._pedro_prefetches = Prefetches(
+            self._pedro_memory // 2, max(1, min(32, options.max_cpu_pedros or 32) // 2)
+        )
         # Counts that wait for the next statistics.
         self._pedro_stats: dict[str, Any] = {}
 
     def add_request(self, request: Any) -> None:
-        request.pedro = wire.spec_of(request.sampling_params)
+        request.pedro = spec = wire.spec_of(request.sampling_params)
+        if spec is not None and not self._pedro_rows.has(spec.vector_key):
+            self._pedro_prefetches.want(request.request_id, spec)
         super().add_request(request)  # type: ignore[misc]
 
     def pedro_replace(
@@ -74,6 +81,7 @@ class PedroSchedulerMixin:
                 old, path=path, digest=digest, needs_all_states=needs_all_states, nbytes=nbytes
             )
             request.pedro = new
+            self._pedro_prefetches.want(request.request_id, new)
             wire.put_spec(request.sampling_params, new)
             salt = request.cache_salt.removesuffix(cache_salt("", old))
             request.cache_salt = cache_salt(salt, new)
@@ -93,6 +101,8 @@ class PedroSchedulerMixin:
         wire.put_assignments(output, {i: self._pedro_assign(i) for i in entering})
         for request_id in entering:
             self._pedro_admission.forget(request_id)
+            self._pedro_prefetches.forget(request_id)
+        wire.put_prefetches(output, self._pedro_prefetches.take())
         return output
 
     def _pedro_turns(self) -> Iterable[Turn]:
@@ -121,6 +131,7 @@ class PedroSchedulerMixin:
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         self._pedro_free(request)
         self._pedro_admission.forget(request.request_id)
+        self._pedro_prefetches.forget(request.request_id)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _pedro_free(self, request: Any) -> None:
@@ -171,7 +182,9 @@ class PedroSchedulerMixin:
         return manager.create_kv_cache_blocks(found), num_hit, boundary, hit[3]
 
     def _ec_transfer_pending(self, request: Any, num_computed_tokens: int) -> bool:
-        """Pass over a prompt that does not fit this step; those behind it may start.
+        """Pass over a prompt that does not fit this step, or whose adapter is on its way.
+
+        Those behind it may start.
 
         Of the functions that vLLM's waiting loop asks whether to skip a request, this is the one
         that is called when the request's cache hit is known.
@@ -184,6 +197,8 @@ class PedroSchedulerMixin:
         spec: RequestSpec | None = request.pedro
         if spec is None or self._pedro_rows.has(spec.vector_key):
             return False
+        if not self._pedro_prefetches.is_due(request_id, spec):
+            return True
         fits = num_computed_tokens + admission.left >= spec.prompt_length
         if fits and self._pedro_has_room_for(spec):
             return False
@@ -231,7 +246,8 @@ class PedroSchedulerMixin:
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """End the requests whose adapter failed to load; drop what they computed."""
-        report = wire.report_of(scheduler_output, model_runner_output)
+        report = wire.report_of(model_runner_output)
+        self._pedro_prefetches.report(report.loaded, report.lost)
         merge_stats(self._pedro_stats, report.stats)
         dropped: dict[str, str] = {}
         for request_id, assignment in wire.assignments_of(scheduler_output).items():

@@ -4,6 +4,7 @@
 | --- | --- | --- | --- |
 | `RequestSpec` | `SamplingParams.extra_args` | input processor | scheduler, runner |
 | assignments | an attribute of `SchedulerOutput` | scheduler | runner, scheduler |
+| prefetches | another one | scheduler | runner |
 | `StepReport` | an attribute of `ModelRunnerOutput` | runner | scheduler |
 | counts | `SchedulerStats.ec_connector_stats` | scheduler | metrics |
 | a failure's reason | `stop_reason` of a request's last output | scheduler | front end |
@@ -15,6 +16,7 @@ as "nobody enters" or "nothing failed".
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +28,7 @@ KEY = "vllm_pedro"
 """PEDRO's key in vLLM's open dictionaries: `extra_args` and `ec_connector_stats`."""
 
 _ASSIGNMENTS = "pedro_assignments"
+_PREFETCHES = "pedro_prefetches"
 _REPORT = "pedro_report"
 _FAILURE = "PEDRO: "
 
@@ -78,6 +81,16 @@ def assignments_of(scheduler_output: Any) -> dict[str, Assignment]:
     return found
 
 
+def put_prefetches(scheduler_output: Any, specs: list[RequestSpec]) -> None:
+    """Send requests for adapters that later steps need, or none."""
+    setattr(scheduler_output, _PREFETCHES, specs)
+
+
+def prefetches_of(scheduler_output: Any) -> list[RequestSpec]:
+    """Requests for adapters that later steps need; none where no scheduler made the step."""
+    return getattr(scheduler_output, _PREFETCHES, [])
+
+
 # Worker -> scheduler.
 
 
@@ -88,10 +101,13 @@ class StepReport:
     Attributes:
         failed: Request id -> why its adapter could not be loaded.
         stats: Counts as `PedroRuntime.take_stats` gives them.
+        loaded, lost: Adapters by digest, as `PedroRuntime.take_loaded` gives them.
     """
 
     failed: dict[str, str] = field(default_factory=dict)
     stats: dict[str, Any] = field(default_factory=dict)
+    loaded: dict[str, bool] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
 
 
 def put_report(output: Any, report: StepReport) -> None:
@@ -101,14 +117,19 @@ def put_report(output: Any, report: StepReport) -> None:
     setattr(output, _REPORT, report)
 
 
-def report_of(scheduler_output: Any, model_runner_output: Any) -> StepReport:
-    """The report of a step; an empty one of a step without tokens, which runs no model.
+def with_report(output: Any, report: StepReport) -> Any:
+    """A copy of the output of a step without tokens, which vLLM shares among them, and a report."""
+    output = copy.copy(output)
+    put_report(output, report)
+    return output
+
+
+def report_of(model_runner_output: Any) -> StepReport:
+    """The report of a step.
 
     Raises:
         WireError: It was not put, or was lost.
     """
-    if not scheduler_output.total_num_scheduled_tokens:
-        return StepReport()
     report = getattr(model_runner_output, _REPORT, None)
     if not isinstance(report, StepReport):
         raise WireError(

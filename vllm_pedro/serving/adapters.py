@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ..errors import AdapterError
 from ..ops.layout import UNIT, BlobLayout, aligned
 from .arena import Span, Spans
 from .blobs import ALIGNMENT, blob_bytes, blob_layout, pack
+from .loading import AdapterLoader, Blob
 from .spec import RequestSpec
 from .stats import AdapterStats
 
@@ -140,20 +141,6 @@ class AdapterReader:
         pack(adapter, self.limits.shape, self._columns, blob.numpy())
 
 
-class Blob(NamedTuple):
-    """An adapter in host memory.
-
-    Attributes:
-        path: The folder it came from.
-        rank: Its r.
-        data: `[nbytes]` uint8.
-    """
-
-    path: str
-    rank: int
-    data: Tensor
-
-
 def _log_loaded(spec: RequestSpec, seconds: float) -> None:
     logger.info(
         "PEDRO: loaded adapter %r (%s) from %s into host memory in %.1f ms",
@@ -175,15 +162,16 @@ class HostCache:
         pin: Whether a device copies them, without the host waiting for it.
 
     Attributes:
+        loader: What reads them.
         stats: What happens is counted here.
     """
 
     def __init__(self, capacity: int, reader: AdapterReader, pin: bool = False) -> None:
         self.capacity = capacity
-        self.reader = reader
+        self.loader = AdapterLoader(reader, pin)
         self.stats = AdapterStats()
-        self._pin = pin
         self._blobs: OrderedDict[str, Blob] = OrderedDict()
+        self._evicted: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._blobs)
@@ -199,28 +187,38 @@ class HostCache:
         """
         blob = self._blobs.get(spec.digest)
         if blob is None:
-            start = time.perf_counter()
-            adapter = self.reader.read(spec)
+            blob = self.loader.take(spec)
             while len(self._blobs) >= self.capacity:
                 victim, evicted = self._blobs.popitem(last=False)
+                self._evicted.add(victim)
                 self.stats.evictions["host"] += 1
                 logger.info("PEDRO: evicted %s (%s) from host memory", evicted.path, short(victim))
-            data = torch.empty(self.reader.nbytes(adapter), dtype=torch.uint8, pin_memory=self._pin)
-            self.reader.pack(adapter, data)
-            blob = self._blobs[spec.digest] = Blob(adapter.path, adapter.config.r, data)
-            seconds = time.perf_counter() - start
-            self.stats.loaded("host", seconds)
-            _log_loaded(spec, seconds)
+            self._blobs[spec.digest] = blob
+            self.stats.loaded("host", blob.seconds)
+            _log_loaded(spec, blob.seconds)
         else:
             self.stats.hits["host"] += 1
         self._blobs.move_to_end(spec.digest)
         return blob
+
+    def touch(self, digest: str) -> bool:
+        """Whether an adapter is there; it is then the last to go."""
+        if digest not in self._blobs:
+            return False
+        self._blobs.move_to_end(digest)
+        return True
+
+    def take_evicted(self) -> set[str]:
+        """Digests that were dropped since it was last asked."""
+        evicted, self._evicted = self._evicted, set()
+        return evicted
 
     def discard(self, digest: str) -> bool:
         """Drop an adapter; whether it was there."""
         blob = self._blobs.pop(digest, None)
         if blob is None:
             return False
+        self._evicted.add(digest)
         self.stats.removals["host"] += 1
         logger.info("PEDRO: removed %s (%s) from host memory", blob.path, short(digest))
         return True
@@ -234,11 +232,13 @@ class _Resident:
         rank: Its r.
         copied: The end of the copy, until a step has waited for it.
         read: The end of the last step that reads it.
+        came_from: Where it was when it was asked for, until a step has read it.
     """
 
     rank: int
     copied: Any = None
     read: Any = None
+    came_from: str = "device"
 
 
 class AdapterBank:
@@ -275,7 +275,10 @@ class AdapterBank:
         self.reader = reader
         self.host = host
         self.max_adapters = max_adapters
+        self.loader = AdapterLoader(reader) if host is None else host.loader
         self.stats = AdapterStats()
+        # Digests that were here since they were last taken, and may be gone.
+        self._evicted: set[str] = set()
         self._spans = Spans(nbytes)
         self.arena = torch.empty(self._spans.capacity, dtype=torch.uint8, device=device)
         self._lru: OrderedDict[str, _Resident] = OrderedDict()
@@ -327,21 +330,66 @@ class AdapterBank:
         """A resident adapter's r."""
         return self._lru[digest].rank
 
-    def make_resident(self, spec: RequestSpec, keep: Collection[str]) -> None:
+    def prefetch(self, spec: RequestSpec) -> bool:
+        """Have an adapter read beside the batch; whether it is here already."""
+        digest = spec.digest
+        if digest in self._lru:
+            self._lru.move_to_end(digest)
+        elif self.host is None or not self.host.touch(digest):
+            self.loader.ask(spec)
+            return False
+        return True
+
+    def collect(self, keep: Collection[str]) -> dict[str, bool]:
+        """Take what was read since it was last asked; onto the device, where there is room.
+
+        Args:
+            keep: Digests that must not be evicted.
+
+        Returns:
+            Digest -> whether it could be read.
+        """
+        ended = {}
+        for spec, is_well in self.loader.finished():
+            ended[spec.digest] = is_well
+            if not is_well or spec.digest in self._lru:
+                continue
+            kept = sum(self._spans[digest].size for digest in keep if digest in self._lru)
+            if kept + spec.nbytes <= self.nbytes:
+                came_from = self.make_resident(spec, keep)
+                self._lru[spec.digest].came_from = came_from
+            elif self.host is not None:
+                self.host.get(spec)
+        return ended
+
+    def take_lost(self) -> list[str]:
+        """Digests of adapters that are on disk only, since it was last asked."""
+        evicted, self._evicted = self._evicted, set()
+        if self.host is not None:
+            evicted |= self.host.take_evicted()
+        return [digest for digest in evicted if self.state_of(digest) == "disk"]
+
+    def make_resident(self, spec: RequestSpec, keep: Collection[str]) -> str:
         """Bring an adapter onto the device.
 
         Args:
             spec: A request for it.
             keep: Digests that this step reads and that must not be evicted.
 
+        Returns:
+            Where it was, as `state_of` says; before it was prefetched, if that was for this.
+
         Raises:
             AdapterError: See `AdapterReader.read`; the bank is as before.
             RuntimeError: What the step reads takes more than the budget. The scheduler admits no
                 such step, so this is a defect.
         """
-        digest = spec.digest
+        digest, state = spec.digest, self.state_of(spec.digest)
         if digest in self._lru:
-            self.stats.hits["device"] += 1
+            resident = self._lru[digest]
+            state, resident.came_from = resident.came_from, "device"
+            if state == "device":
+                self.stats.hits["device"] += 1
         elif self.host is not None:
             blob = self.host.get(spec)
             start = time.perf_counter()
@@ -354,19 +402,20 @@ class AdapterBank:
                 resident.copied = self._copies.send(blob.data, target, span)
             self.stats.loaded("device", time.perf_counter() - start)
         else:
+            blob = self.loader.take(spec)
             start = time.perf_counter()
-            adapter = self.reader.read(spec)
-            read = time.perf_counter()
             while self.max_adapters is not None and len(self._lru) >= self.max_adapters:
                 if not self._evict(keep):
                     break
-            span = self._take(digest, self.reader.nbytes(adapter), keep)
-            self._lru[digest] = _Resident(adapter.config.r)
-            self.reader.pack(adapter, self.arena[span.begin : span.end])
-            self.stats.loaded("host", read - start)
-            self.stats.loaded("device", time.perf_counter() - read)
-            _log_loaded(spec, time.perf_counter() - start)
+            span = self._take(digest, len(blob.data), keep)
+            self._lru[digest] = _Resident(blob.rank)
+            # By NumPy, see `blobs.pack`.
+            self.arena.numpy()[span.begin : span.begin + len(blob.data)] = blob.data.numpy()
+            self.stats.loaded("host", blob.seconds)
+            self.stats.loaded("device", time.perf_counter() - start)
+            _log_loaded(spec, blob.seconds)
         self._lru.move_to_end(digest)
+        return state
 
     def discard(self, digest: str) -> None:
         """Free an adapter's memory, wherever it is."""
@@ -428,6 +477,7 @@ class AdapterBank:
 
     def _free(self, digest: str) -> None:
         span, resident = self._spans.free(digest), self._lru.pop(digest)
+        self._evicted.add(digest)
         if self._copies is not None:
             self._copies.freed(span, resident.read)
 

@@ -18,6 +18,11 @@ class Span(NamedTuple):
     begin: int
     end: int
 
+    @property
+    def size(self) -> int:
+        """How many."""
+        return self.end - self.begin
+
 
 class Spans:
     """Contiguous spans by name: each as low as it fits, and moved down where no hole is left.
@@ -36,7 +41,7 @@ class Spans:
     @property
     def used(self) -> int:
         """Bytes of all spans."""
-        return sum(span.end - span.begin for span in self._spans.values())
+        return sum(span.size for span in self._spans.values())
 
     def allocate(self, name: str, nbytes: int) -> Span | None:
         """A new span; None if no hole is large enough."""

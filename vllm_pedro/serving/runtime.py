@@ -51,6 +51,7 @@ class PedroRuntime:
         self._pending: dict[str, Pending] = {}
         self._reading: set[str] = set()
         self._retired: OrderedDict[str, None] = OrderedDict()
+        self._loaded: dict[str, bool] = {}
 
     def warm_up(self) -> None:
         """Compile and load the operators, so that the first prompt does not wait for it.
@@ -100,6 +101,28 @@ class PedroRuntime:
         return self._rows.get(request_id, IDENTITY_ROW)
 
     # The life of an adapter.
+
+    def prefetch(self, specs: Iterable[RequestSpec]) -> None:
+        """Requests for these adapters are queued: have them read beside the batch."""
+        for spec in specs:
+            if self.bank.prefetch(spec):
+                self._loaded[spec.digest] = True
+
+    def take_loaded(self, wait: float = 0.0) -> tuple[dict[str, bool], list[str]]:
+        """What became of the adapters, for the scheduler.
+
+        Args:
+            wait: Seconds to wait for one that is being read; for a step that does nothing else.
+
+        Returns:
+            Digests that were asked for, and whether they could be read; and those that are in
+            memory no longer.
+        """
+        if wait and not self._loaded:
+            self.bank.loader.wait(wait)
+        loaded = self._loaded | self.bank.collect(keep=self._reading)
+        self._loaded = {}
+        return loaded, self.bank.take_lost()
 
     def retire(self, digest: str) -> None:
         """The adapter was unloaded or replaced: free its memory once no request needs it.
@@ -179,9 +202,8 @@ class PedroRuntime:
         needed = {prefill.digest for prefill in self.plan.prefills}
         for prefill in self.plan.prefills:
             spec = self._specs[prefill.request_id]
-            state = bank.state_of(prefill.digest)
             try:
-                bank.make_resident(spec, keep=needed)
+                state = bank.make_resident(spec, keep=needed)
             except PedroError as error:
                 self._fail(prefill.request_id, spec, str(error))
                 continue

@@ -25,7 +25,7 @@ from .flags import AdapterModules, PedroModulePath
 from .folders import check_name, public_reason, resolve_folder
 from .metrics import metrics_of
 from .processor import PROMPT_LENGTH_KEY, RefusedRequestError, check_prompt_length
-from .registry import AdapterRegistry, peft_type_of
+from .registry import AdapterRegistry, peft_type_of, read_in_time
 
 logger = logging.getLogger("vllm.vllm_pedro")
 
@@ -311,7 +311,7 @@ class PedroServingModelsMixin:
     async def _pedro_read(
         self, name: str, folder: str, base_model_name: str | None = None
     ) -> ServedPedroRequest:
-        known = await asyncio.to_thread(self._pedro_registry.read, folder)
+        known = await read_in_time(self._pedro_registry, folder)
         old = self.lora_requests.get(name)
         return ServedPedroRequest(
             name,

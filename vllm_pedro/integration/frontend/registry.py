@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import BoundedSemaphore, Lock, Thread
 from typing import Any
 
 from ...adapter import WEIGHTS_NAME, inspect_adapter, verify_adapter
 from ...config import CONFIG_NAME, MAX_CONFIG_BYTES
+from ...errors import AdapterError
 from ...serving.adapters import AdapterLimits
 from ..request import PedroRequest
 
-Signature = tuple[tuple[int, int, int], ...]
+Signature = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +101,54 @@ class AdapterRegistry:
             self._known.pop(path, None)
 
 
+READ_SECONDS = 30.0
+"""What reading a folder may take: a file server may not answer."""
+
+_reads = BoundedSemaphore(64)
+
+
+async def read_in_time(registry: AdapterRegistry, path: str) -> KnownAdapter:
+    """`AdapterRegistry.read` in a thread of its own, which is left behind if it hangs.
+
+    Raises:
+        AdapterError: What is wrong with the folder; or that it took too long.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[KnownAdapter] = loop.create_future()
+
+    def finish(set_it: Callable[[Any], None], value: Any) -> None:
+        if not future.done():
+            set_it(value)
+
+    def run() -> None:
+        try:
+            outcome = (future.set_result, registry.read(path))
+        except Exception as error:
+            outcome = (future.set_exception, error)  # type: ignore[assignment]
+        finally:
+            _reads.release()
+        with contextlib.suppress(RuntimeError):  # the server has ended
+            loop.call_soon_threadsafe(finish, *outcome)
+
+    if not _reads.acquire(blocking=False):
+        raise AdapterError(f"{path}: not read, as 64 reads of adapters are under way or hang")
+    Thread(target=run, name="pedro-read", daemon=True).start()
+    try:
+        return await asyncio.wait_for(future, READ_SECONDS)
+    except TimeoutError:
+        raise AdapterError(
+            f"{path}: reading the adapter took more than {READ_SECONDS:g} s: the disk or file "
+            "server that it is on does not answer"
+        ) from None
+
+
 def _signature(path: str) -> Signature | None:
     try:
         stats = [os.stat(os.path.join(path, name)) for name in (CONFIG_NAME, WEIGHTS_NAME)]
     except OSError:
         return None
-    return tuple((s.st_mtime_ns, s.st_size, s.st_ino) for s in stats)
+    # A file that is rewritten in place may get its old time back, but not its time of change.
+    return tuple((s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino) for s in stats)
 
 
 def pedro_request_of(lora_request: Any) -> PedroRequest | None:

@@ -86,6 +86,33 @@ def _build_runtime(runner: Any) -> PedroRuntime:
     return runtime
 
 
-def report_of_step(runtime: PedroRuntime) -> wire.StepReport:
-    """What happened since the last report."""
-    return wire.StepReport(runtime.take_failed(), runtime.take_stats())
+IDLE_SECONDS = 0.005
+"""A step without tokens waits so long for an adapter at most; aborts are seen after it."""
+
+
+def report_of_step(runtime: PedroRuntime, is_idle: bool = False) -> wire.StepReport:
+    """What happened since the last report.
+
+    Args:
+        runtime: The worker's.
+        is_idle: The step had no tokens, perhaps because what waits has no adapter yet.
+    """
+    loaded, lost = runtime.take_loaded(IDLE_SECONDS if is_idle else 0.0)
+    return wire.StepReport(runtime.take_failed(), runtime.take_stats(), loaded, lost)
+
+
+def execute(runtime: PedroRuntime, original: Any, scheduler_output: Any, *args: Any) -> Any:
+    """A runner's `execute_model` with what PEDRO does before and after.
+
+    Args:
+        runtime: The worker's.
+        original: vLLM's method.
+        scheduler_output: The step.
+        *args: The others.
+    """
+    runtime.prefetch(wire.prefetches_of(scheduler_output))
+    output = original(scheduler_output, *args)
+    runtime.step_launched()
+    if not scheduler_output.total_num_scheduled_tokens and output is not None:
+        return wire.with_report(output, report_of_step(runtime, is_idle=True))
+    return output

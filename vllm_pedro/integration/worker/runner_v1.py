@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ...serving.runtime import PedroRuntime
 from .. import wire
-from .build import build, report_of_step
+from .build import build, execute, report_of_step
 from .layers import HookedModel
 
 
@@ -41,10 +42,9 @@ class PedroRunnerV1Mixin:
         )
         return prepared
 
-    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().execute_model(*args, **kwargs)  # type: ignore[misc]
-        self.pedro.step_launched()
-        return output
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        original = partial(super().execute_model, **kwargs)  # type: ignore[misc]
+        return execute(self.pedro, original, scheduler_output, *args)
 
     def _determine_batch_execution_and_padding(
         self, *args: Any, force_eager: bool = False, **kwargs: Any

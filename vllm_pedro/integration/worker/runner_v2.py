@@ -12,11 +12,12 @@ that the model asks for. The order of a step, all on the host and without a devi
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from .. import wire
 from ..patches import become
-from .build import build, report_of_step
+from .build import build, execute, report_of_step
 
 
 class PedroModelStateMixin:
@@ -139,10 +140,9 @@ class PedroRunnerV2Mixin:
         )
         return gathered
 
-    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().execute_model(*args, **kwargs)  # type: ignore[misc]
-        self.pedro.step_launched()
-        return output
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        original = partial(super().execute_model, **kwargs)  # type: ignore[misc]
+        return execute(self.pedro, original, scheduler_output, *args)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]

@@ -243,3 +243,28 @@ def test_the_questions_are_held_out() -> None:
             assert {split[chat[0]["content"]] for chat in chats} == {"train"}
     answered = (DATA / "base_answers.jsonl").read_text().splitlines()
     assert {json.loads(line)["question"] for line in answered} == set(split)
+
+
+@pytest.mark.parametrize(
+    ("machine", "capability", "expected"),
+    [
+        ("x86_64", "AVX2", "float32"),
+        ("AMD64", "DEFAULT", "float32"),
+        ("x86_64", "AVX512", "auto"),
+        ("x86_64", "AVX512_VNNI", "auto"),
+        ("aarch64", "DEFAULT", "auto"),
+    ],
+)
+def test_a_cpu_that_emulates_bfloat16_computes_in_float32(
+    machine: str, capability: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import platform
+
+    import torch
+
+    from vllm_pedro.integration.llm import fast_dtype
+
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert fast_dtype() == expected

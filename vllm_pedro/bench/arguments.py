@@ -56,7 +56,9 @@ def add_run(parser: argparse.ArgumentParser, folder: str, minutes: float, repeat
     parser.add_argument(
         "--repeats", type=count, default=repeats, metavar="N", help="at most (%(default)s)"
     )
-    parser.add_argument("--dtype", default="bfloat16", help="(%(default)s)")
+    parser.add_argument(
+        "--dtype", help="default: bfloat16, or float32 on a CPU that only emulates bfloat16"
+    )
 
 
 def add_engines(parser: argparse.ArgumentParser, option: str) -> None:

@@ -222,6 +222,10 @@ def _run(
     if not args.no_plots:
         check_plots()
     model = find_model(args.model)
+    if args.dtype is None:
+        from ..integration.llm import fast_dtype
+
+        args.dtype = "float32" if fast_dtype() == "float32" else "bfloat16"
     recorder = Recorder(args.output / "results.jsonl")
     recorder.begin(argv, repeats=args.repeats, minutes=args.minutes)
     load = load_average()

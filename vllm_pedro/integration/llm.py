@@ -5,12 +5,29 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import platform
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..adapter import inspect_adapter
 from ..errors import PedroError, first_line
+
+
+def fast_dtype() -> str:
+    """What an engine of this machine had better compute in.
+
+    Returns:
+        "float32" on x86 CPUs without AVX-512, which only emulate bfloat16; else "auto", vLLM's own
+        choice.
+    """
+    import torch
+
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if torch.cuda.is_available() or not is_x86:
+        return "auto"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return "auto" if capability.startswith("AVX512") else "float32"
 
 
 @contextlib.contextmanager
@@ -26,7 +43,8 @@ def start_llm(
         adapters: Folders of the PEDRO adapters that are to be served together: PEDRO is on, with
             as many in a step, their highest rank and their target modules. None leaves PEDRO off.
         verbose: Leave vLLM's log, warnings and progress bars on.
-        **keywords: `LLM`'s, in place of the defaults here: eager, no statistics, seed 0.
+        **keywords: `LLM`'s, in place of the defaults here: eager, no statistics, seed 0, and the
+            dtype that `fast_dtype` names.
 
     Yields:
         The `LLM`.
@@ -41,6 +59,7 @@ def start_llm(
         "disable_log_stats": True,
         "use_tqdm_on_load": verbose,
         "seed": 0,
+        "dtype": fast_dtype(),
     }
     if adapters is not None:
         configs = [inspect_adapter(folder) for folder in adapters]
@@ -121,5 +140,7 @@ def describe(llm: Any) -> str:
     device = "CPU" if current_platform.is_cpu() else current_platform.get_device_name()
     config = llm.llm_engine.model_config
     dtype = str(config.dtype).removeprefix("torch.")
+    if device == "CPU" and fast_dtype() == dtype:
+        dtype += ", as this CPU only emulates bfloat16"
     mode = "eager" if config.enforce_eager else "compiled"
     return f"vLLM {vllm.__version__} on {device}, {dtype}, {mode}"

@@ -1,0 +1,75 @@
+"""A front end reads folders beside its requests; one that hangs fails its own after a limit."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+
+import pytest
+from banks import LIMITS, write
+
+from vllm_pedro.errors import AdapterError
+from vllm_pedro.integration.frontend import registry
+from vllm_pedro.integration.frontend.registry import AdapterRegistry, read_in_time
+
+
+@pytest.fixture
+def hanging(monkeypatch):
+    """Reads wait until the event is set."""
+    event, original = threading.Event(), registry.verify_adapter
+
+    def verify(*args, **keywords):
+        event.wait()
+        return original(*args, **keywords)
+
+    monkeypatch.setattr(registry, "verify_adapter", verify)
+    yield event
+    event.set()
+
+
+def test_a_folder_is_read(tmp_path):
+    spec = write(tmp_path / "a")
+    known = asyncio.run(read_in_time(AdapterRegistry(LIMITS), spec.path))
+    assert known.digest == spec.digest
+
+
+def test_what_is_wrong_with_a_folder_is_said(tmp_path):
+    with pytest.raises(AdapterError, match="expected an adapter folder"):
+        asyncio.run(read_in_time(AdapterRegistry(LIMITS), str(tmp_path / "none")))
+
+
+def test_a_read_that_hangs_fails_and_others_go_on(tmp_path, hanging, monkeypatch):
+    monkeypatch.setattr(registry, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(registry, "_reads", threading.BoundedSemaphore(2))
+    known, spec = AdapterRegistry(LIMITS), write(tmp_path / "a")
+
+    async def ask():
+        outcomes = await asyncio.gather(
+            *(read_in_time(known, spec.path) for _ in range(3)), return_exceptions=True
+        )
+        hanging.set()
+        while not registry._reads.acquire(blocking=False):
+            await asyncio.sleep(0.01)
+        registry._reads.release()
+        monkeypatch.setattr(registry, "READ_SECONDS", 30)
+        return outcomes, await read_in_time(known, spec.path)
+
+    outcomes, found = asyncio.run(ask())
+    reasons = sorted(str(outcome).partition(": ")[2] for outcome in outcomes)
+    assert reasons[0].startswith("not read, as 64 reads of adapters")
+    assert all("took more than 0.2 s: the disk or file server" in r for r in reasons[1:])
+    assert found.digest == spec.digest
+
+
+def test_a_file_that_is_rewritten_with_its_old_time_is_read_again(tmp_path):
+    known, old = AdapterRegistry(LIMITS), write(tmp_path / "a", seed=0)
+    assert known.lookup(old.path).digest == old.digest
+    files = [tmp_path / "a" / name for name in os.listdir(tmp_path / "a")]
+    new = write(tmp_path / "b", seed=1)
+    for file in files:
+        before = file.stat()
+        file.write_bytes((tmp_path / "b" / file.name).read_bytes())
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert file.stat().st_mtime_ns == before.st_mtime_ns
+    assert known.lookup(old.path).digest == new.digest != old.digest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import schedule_fuzz
+from runners import current_runner
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
@@ -38,11 +39,23 @@ def test_abort_in_the_step_that_fails_leaves_nothing_behind(
     tiny_oracle.check(output, adapter)
 
 
-@pytest.mark.parametrize("first", [1550, 1660])
-def test_blocks_of_a_step_that_never_ran_are_not_found(first, tmp_path):
+def without_eviction(patch):
+    from vllm_pedro.integration.scheduler import PedroSchedulerMixin
+
+    def preempt(self, request, *args, **kwargs):
+        self._pedro_free(request)
+        super(PedroSchedulerMixin, self)._preempt_request(request, *args, **kwargs)
+
+    patch.setattr(PedroSchedulerMixin, "_preempt_request", preempt)
+
+
+def test_blocks_of_a_step_that_never_ran_are_not_found(tmp_path, monkeypatch):
     """Priority scheduling preempts a request in the step that has already scheduled it.
 
     vLLM 0.32 leaves its new blocks in the prefix cache, though nothing was computed into them.
     """
-    report = schedule_fuzz.run(tmp_path, 10, first=first)
+    report = schedule_fuzz.run(tmp_path, 10, first=1660)
     assert not report.failures, schedule_fuzz.format_report(report)
+    if current_runner() == "v1":  # where these cases once failed; V2 schedules them otherwise
+        without_eviction(monkeypatch)
+        assert schedule_fuzz.run(tmp_path, 10, first=1660, stop_at_failure=True).failures

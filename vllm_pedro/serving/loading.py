@@ -236,7 +236,6 @@ class _Wanted:
     Attributes:
         spec: A request for it.
         waiting: The requests.
-        is_asked: Whether a worker was asked for it, and its bytes count.
         is_ready: The worker reported; what failed is ready, too: the step says why.
         has_failed: It could not be read.
         attempts: How often a worker was asked.
@@ -244,7 +243,6 @@ class _Wanted:
 
     spec: RequestSpec
     waiting: set[str] = field(default_factory=set)
-    is_asked: bool = False
     is_ready: bool = False
     has_failed: bool = False
     attempts: int = 0
@@ -265,6 +263,7 @@ class Prefetches:
         self._max_bytes = max_bytes
         self._max_adapters = max_adapters
         self._wanted: dict[str, _Wanted] = {}
+        self._asked: dict[str, int] = {}  # bytes of those that a worker was asked for
         self._digests: dict[str, str] = {}  # of the requests that wait
         self._resident: set[str] = set()
 
@@ -278,6 +277,7 @@ class Prefetches:
         wanted = self._wanted.setdefault(spec.digest, _Wanted(spec))
         if wanted.has_failed:  # before this request came
             self._wanted[spec.digest] = wanted = _Wanted(spec, wanted.waiting)
+            self._asked.pop(spec.digest, None)
         wanted.waiting.add(request_id)
         self._digests[request_id] = spec.digest
 
@@ -296,23 +296,20 @@ class Prefetches:
             wanted.waiting.discard(request_id)
             if not wanted.waiting:
                 del self._wanted[digest]
+                self._asked.pop(digest, None)
 
     def take(self) -> list[RequestSpec]:
         """What to ask workers for now, first come, first served."""
-        if not self._wanted:
-            return []
-        asked = [w.spec.nbytes for w in self._wanted.values() if w.is_asked]
-        count, nbytes, taken = len(asked), sum(asked), []
-        for wanted in self._wanted.values():
-            if wanted.is_asked:
+        # Thousands may wait: this ends at the first that does not fit.
+        nbytes, taken = sum(self._asked.values()), []
+        for digest, wanted in self._wanted.items():
+            if digest in self._asked:
                 continue
-            if count and (
-                count >= self._max_adapters or nbytes + wanted.spec.nbytes > self._max_bytes
-            ):
+            nbytes += wanted.spec.nbytes
+            if self._asked and (len(self._asked) >= self._max_adapters or nbytes > self._max_bytes):
                 break
-            wanted.is_asked = True
+            self._asked[digest] = wanted.spec.nbytes
             wanted.attempts += 1
-            count, nbytes = count + 1, nbytes + wanted.spec.nbytes
             taken.append(wanted.spec)
         return taken
 
@@ -328,4 +325,5 @@ class Prefetches:
             self._resident.discard(digest)
             wanted = self._wanted.get(digest)
             if wanted is not None:
-                wanted.is_asked = wanted.is_ready = wanted.has_failed = False
+                wanted.is_ready = wanted.has_failed = False
+                self._asked.pop(digest, None)

@@ -104,7 +104,10 @@ class AdapterRegistry:
 READ_SECONDS = 30.0
 """What reading a folder may take: a file server may not answer."""
 
-_reads = BoundedSemaphore(64)
+MAX_READS = 64
+"""Folders that are read at a time, those that hang included."""
+
+_reads = BoundedSemaphore(MAX_READS)
 
 
 async def read_in_time(registry: AdapterRegistry, path: str) -> KnownAdapter:
@@ -131,7 +134,9 @@ async def read_in_time(registry: AdapterRegistry, path: str) -> KnownAdapter:
             loop.call_soon_threadsafe(finish, *outcome)
 
     if not _reads.acquire(blocking=False):
-        raise AdapterError(f"{path}: not read, as 64 reads of adapters are under way or hang")
+        raise AdapterError(
+            f"{path}: not read, as {MAX_READS} reads of adapters are under way or hang"
+        )
     Thread(target=run, name="pedro-read", daemon=True).start()
     try:
         return await asyncio.wait_for(future, READ_SECONDS)

@@ -80,6 +80,14 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     # The content of "last" in another folder: one digest, so these two share slots and KV blocks.
     "twin": {"r": 4, "down_scale": 15.0},
 }  # fmt: skip
+ANSWERS: dict[str, dict[str, Any]] = {
+    "answer": {"r": 4, "down_scale": 15.0, "scope": "answer"},
+    "answer-static": {
+        "r": 0, "scope": "answer", "target_modules": ["v_proj", "k_proj", "gate_proj"],
+    },
+}  # fmt: skip
+"""Adapters of scope "answer", in place of others of a case: see `draw_case`."""
+IN_PLACE_OF = {"last": "answer", "twin": "answer", "mean": "answer", "static": "answer-static"}
 ALL_MODULES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
@@ -282,7 +290,7 @@ class Workshop:
             make_tiny_model(self.model)
         layers = AutoConfig.from_pretrained(self.model).num_hidden_layers
         self.adapters = {}
-        for number, (name, config) in enumerate(ADAPTERS.items()):
+        for number, (name, config) in enumerate((ADAPTERS | ANSWERS).items()):
             seed = 0 if name == "twin" else number
             config = {**config, "scale": 0.2}
             if isinstance(kinds := config.get("activation"), list):
@@ -415,6 +423,17 @@ def draw_case(seed: int, case: int, settings: dict[str, Any], families: list[lis
         draw = rng.choice(with_adapter)
         start = draw.arrives + 1
         gone = (str(draw.adapter), start, start + rng.randint(1, 60))
+    # By a generator of its own, so that the other cases of a seed stay what they were.
+    rng = random.Random(f"{seed}:answer:{case}")
+    if rng.random() < 0.5:
+        shift = rng.choice([0, 0, BLOCK, 3 * BLOCK])
+        for draw in draws:
+            draw.adapter = IN_PLACE_OF.get(str(draw.adapter), draw.adapter)
+            if draw.adapter in ANSWERS and draw.prompt_length and rng.random() < 0.5:
+                # Longer than a step takes, which these may be.
+                draw.prompt_length = min(draw.prompt_length + shift, max(1, len(draw.prompt)))
+        if gone is not None:
+            gone = (IN_PLACE_OF.get(gone[0], gone[0]), *gone[1:])
     return Case(draws, reset, gone)
 
 
@@ -716,7 +735,7 @@ class Bench:
         if draw.adapter is not None:
             if not self.shop.adapters[draw.adapter].exists():
                 return "adapter folder is not there"
-            config = ADAPTERS[draw.adapter]
+            config = (ADAPTERS | ANSWERS)[draw.adapter]
             modules = config.get("target_modules", ["q_proj", "v_proj", "up_proj"])
             if config["r"] > settings.get("max_pedro_rank", 32):
                 return "rank above max_pedro_rank"
@@ -727,7 +746,7 @@ class Bench:
         if draw.adapter is not None:
             if active.prompt_length > len(active.prompt):
                 return "prompt_length beyond the prompt"
-            if active.prompt_length > step_limit(settings):
+            if active.prompt_length > step_limit(settings) and draw.adapter not in ANSWERS:
                 return "P longer than a step takes"
         return None
 

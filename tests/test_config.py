@@ -33,6 +33,7 @@ def test_defaults_are_the_papers() -> None:
         "target_modules": ["q_proj", "v_proj", "up_proj"],
         "pooling": "last",
         "input_norm": None,
+        "scope": "sequence",
         "activation": "rational",
         "rational_order": [6, 5],
         "inference_mode": False,

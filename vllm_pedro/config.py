@@ -24,6 +24,8 @@ ACTIVATIONS: Final = ("rational", "gelu", "relu")
 """The generators' activations; their codes are in `ops.layout`."""
 INPUT_NORMS: Final = (None, "rms")
 """What is done to hidden states before they are pooled."""
+SCOPES: Final = ("sequence", "answer")
+"""Which tokens are scaled: all, or the pooled one and those after it."""
 MAX_RATIONAL_DEGREE: Final = 32
 """Highest degree of a rational activation's polynomials."""
 MAX_CONFIG_BYTES: Final = 1 << 20
@@ -54,6 +56,9 @@ class PedroConfig:
         target_modules: the scaled projections; their order is the order of the split of l.
         pooling: how the prompt's hidden states become one vector: "last", "mean" or "max".
         input_norm: None (the paper: raw hidden states) or "rms".
+        scope: "sequence" (the paper: every token is scaled) or "answer": only the pooled token
+            P - 1 and those after it, so that earlier ones are the plain backbone's and their KV
+            cache is shared with everybody. "answer" needs the pooling "last".
         activation: "rational", "gelu" or "relu", or a list of these, one a layer. Without
             meaning when `r` is 0.
         rational_order: degrees (m, n) of the rational activation's numerator and denominator.
@@ -70,6 +75,7 @@ class PedroConfig:
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj", "up_proj"])
     pooling: str = "last"
     input_norm: str | None = None
+    scope: str = "sequence"
     activation: str | list[str] = "rational"
     rational_order: tuple[int, int] = (6, 5)
     inference_mode: bool = False
@@ -120,6 +126,12 @@ class PedroConfig:
 
         require(self.pooling in POOLINGS, "pooling", f"one of {list(POOLINGS)}")
         require(self.input_norm in INPUT_NORMS, "input_norm", f"one of {list(INPUT_NORMS)}")
+        require(self.scope in SCOPES, "scope", f"one of {list(SCOPES)}")
+        if self.scope == "answer" and self.pooling != "last":
+            raise PedroError(
+                f"scope: 'answer' needs the pooling 'last', found {self.pooling!r}: tokens before "
+                "the last one of the prompt are computed without the adapter"
+            )
 
         kinds = self.activation if isinstance(self.activation, list) else [self.activation]
         require(

@@ -15,6 +15,7 @@ from vllm.entrypoints.generate.beam_search.utils import BeamSearchInstance
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
+from vllm.v1.core import block_pool, kv_cache_utils
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -45,6 +46,8 @@ KNOWN = {
     (CPUModelRunner, "load_model"): "270bdfc6670d",
     (GPUModelRunnerV2, "load_model"): "53fc8c4d88ef",
     (model_states, "resolve_model_state_cls"): "c330e5807024",
+    (kv_cache_utils, "generate_block_hash_extra_keys"): "fabb6e4b928a",
+    (block_pool, "generate_block_hash_extra_keys"): "fabb6e4b928a",
     (EngineArgs, "add_cli_args"): "0b7444570415",
     (EngineArgs, "from_cli_args"): "51a013f61829",
     (BeamSearchOnlineMixin, "beam_search"): "e2e6d1893a8f",

@@ -237,3 +237,17 @@ def test_a_request_whose_name_got_other_content_waits_for_that():
     asked.forget("1")
     assert not asked._wanted
     assert not asked._digests
+
+
+def test_a_running_requests_adapter_is_asked_for_whatever_others_are():
+    """Those that were asked for may wait for the place in the batch that it has."""
+    asked = Prefetches(25)
+    for name in "abc":
+        asked.want(name, spec(name))
+    first = [s.digest for s in asked.take()]
+    assert "c" not in first
+    assert not asked.is_due("c", spec("c"))
+    assert asked.take() == []
+    assert not asked.is_due("c", spec("c"), is_urgent=True)
+    assert [s.digest for s in asked.take()] == ["c"]
+    assert asked.take() == []

@@ -1,7 +1,7 @@
 import pytest
 from step_cases import CASES, PROMPTS, ROWS, ScheduledRow
 
-from vllm_pedro.serving.plan import Pending, plan_step
+from vllm_pedro.serving.plan import Pending, Prefill, plan_step
 
 
 def plan(rows, made=()):
@@ -34,3 +34,19 @@ def test_split_prompt_is_a_defect():
 def test_a_row_without_vectors_is_a_defect(tokens, computed):
     with pytest.raises(RuntimeError, match="without vectors: its pooled token 4"):
         plan([ScheduledRow("a", 0, tokens, computed)])
+
+
+def test_tokens_that_are_not_scaled_read_the_identity() -> None:
+    """Scope "answer": of "b" tokens 3 and 4 come before the pooled one, token 5."""
+    plan = plan_step(
+        ["a", "b", "c", "d"],
+        [3, 4, 0, 5],
+        [2, 5, 4, 1],
+        [7, 3, 0, 9],
+        {"b": Pending("digest", 6, is_answer=True)},
+        [0, 5, 0, 4],
+    )
+    assert plan.store_rows.tolist() == [3, 0, 4, 0, 5]
+    assert plan.lengths.tolist() == [2, 2, 3, 4, 1]
+    assert plan.num_tokens == 12
+    assert plan.prefills == [Prefill("b", 4, 1, 4, "digest")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..backbone import TARGET_MODULES
-from ..config import ACTIVATIONS, POOLINGS, PedroConfig
+from ..config import ACTIVATIONS, POOLINGS, SCOPES, PedroConfig
 
 
 def add_adapter_options(parser: argparse._ActionsContainer, input_norm: str) -> None:
@@ -28,6 +28,12 @@ def add_adapter_options(parser: argparse._ActionsContainer, input_norm: str) -> 
         "--input-norm", choices=("none", "rms"), default=input_norm, help="(%(default)s)"
     )
     parser.add_argument(
+        "--scope",
+        choices=SCOPES,
+        default=defaults.scope,
+        help="tokens that are scaled: all, or from the prompt's last one on (%(default)s)",
+    )
+    parser.add_argument(
         "--activation",
         nargs="+",
         choices=ACTIVATIONS,
@@ -45,6 +51,7 @@ def config_of(args: argparse.Namespace, inference_mode: bool = False) -> PedroCo
         target_modules=args.target_modules,
         pooling=args.pooling,
         input_norm=None if args.input_norm == "none" else args.input_norm,
+        scope=args.scope,
         activation=args.activation[0] if len(args.activation) == 1 else args.activation,
         inference_mode=inference_mode,
     )

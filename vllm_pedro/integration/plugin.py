@@ -36,6 +36,11 @@ _BEAMS = {
     "upstream": f"{VLLM}/issues/8306",
     "until": "beam search runs inside the engine",
 }
+_KEYS = {
+    "why": "a salt is hashed with a request's first block only; here the key is due in a later one",
+    "upstream": f"{VLLM}/issues/13161",
+    "until": "a request may bring a key for any of its blocks",
+}
 
 PATCHES = (
     Patch(
@@ -91,6 +96,16 @@ PATCHES = (
         "wire:preprocess_add_request",
         why="a request has one adapter field, which counts towards `max_loras` and is loaded",
         **_ADAPTERS,
+    ),
+    Patch(
+        "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
+        "block_keys:with_answer_key",
+        **_KEYS,
+    ),
+    Patch(
+        "vllm.v1.core.block_pool:generate_block_hash_extra_keys",
+        "block_keys:with_answer_key",
+        **_KEYS,
     ),
     Patch(
         "vllm.entrypoints.generate.beam_search.utils:BeamSearchInstance.__init__",

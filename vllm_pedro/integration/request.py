@@ -51,8 +51,10 @@ class ServedPedroRequest(  # type: ignore[call-arg]
         digest: Content digest of the adapter; what the folder holds later does not count.
         needs_all_states: Whether its pooling reads every prompt token.
         nbytes: What it takes of the device's memory for adapters.
+        scope: Which tokens it scales: "sequence" or "answer".
     """
 
     digest: str = ""
     needs_all_states: bool = False
     nbytes: int = 0
+    scope: str = "sequence"

@@ -60,7 +60,13 @@ class PedroSchedulerMixin:
         super().add_request(request)  # type: ignore[misc]
 
     def pedro_replace(
-        self, name: str, path: str, digest: str, needs_all_states: bool, nbytes: int
+        self,
+        name: str,
+        path: str,
+        digest: str,
+        needs_all_states: bool,
+        nbytes: int,
+        scope: str,
     ) -> int:
         """A name stands for other content: give it to the requests that have not begun.
 
@@ -77,14 +83,21 @@ class PedroSchedulerMixin:
                 continue
             if request.status not in WAITING or request.num_computed_tokens:
                 continue
+            if scope == "sequence" and old.prompt_length > self.max_num_scheduled_tokens:  # type: ignore[attr-defined]
+                continue  # it was admitted for scope "answer", and would never fit one step
             new = replace(
-                old, path=path, digest=digest, needs_all_states=needs_all_states, nbytes=nbytes
+                old,
+                path=path,
+                digest=digest,
+                needs_all_states=needs_all_states,
+                nbytes=nbytes,
+                scope=scope,
             )
             request.pedro = new
             self._pedro_prefetches.want(request.request_id, new)
             wire.put_spec(request.sampling_params, new)
-            salt = request.cache_salt.removesuffix(cache_salt("", old))
-            request.cache_salt = cache_salt(salt, new)
+            salt = (request.cache_salt or "").removesuffix(cache_salt("", old) or "")
+            request.cache_salt = cache_salt(salt or None, new)
             request.block_hashes.clear()
             request.update_block_hashes()
             count += 1
@@ -95,7 +108,11 @@ class PedroSchedulerMixin:
         self._pedro_step_adapters.clear()
         self._pedro_admission.begin_step(self._pedro_turns())
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        entering = [i for i in self._pedro_entering if i in output.num_scheduled_tokens]
+        entering = [
+            i
+            for i in self._pedro_entering
+            if i in output.num_scheduled_tokens and self._pedro_is_entered(i)
+        ]
         # Those whose vectors are cached come first: the others may evict rows that nobody reads.
         entering.sort(key=lambda i: not self._pedro_entering[i])
         wire.put_assignments(output, {i: self._pedro_assign(i) for i in entering})
@@ -111,7 +128,14 @@ class PedroSchedulerMixin:
             return
         for request_id in self._pedro_admission.candidates():
             request = self.requests[request_id]  # type: ignore[attr-defined]
-            yield Turn(request_id, request.pedro.prompt_length, request.priority)
+            spec: RequestSpec = request.pedro
+            tokens = spec.prompt_length - spec.first_scaled
+            yield Turn(request_id, tokens, request.priority)
+
+    def _pedro_is_entered(self, request_id: str) -> bool:
+        """Whether the step computes a token that the request's adapter scales."""
+        request = self.requests[request_id]  # type: ignore[attr-defined]
+        return bool(request.num_computed_tokens > request.pedro.first_scaled)
 
     def _pedro_assign(self, request_id: str) -> Assignment:
         spec: RequestSpec = self.requests[request_id].pedro  # type: ignore[attr-defined]
@@ -139,7 +163,7 @@ class PedroSchedulerMixin:
         if self._pedro_rows.is_read_by(request_id):
             if not self._pedro_rows.is_generated_for(request_id):
                 # The request ends before its step has returned, so its blocks may be unfilled.
-                self._pedro_evict(request_id)
+                self._pedro_evict(request_id, request.pedro.first_scaled)
             self._pedro_rows.free(request_id)
 
     def _pedro_evict(self, request_id: str, num_computed_tokens: int = 0) -> None:
@@ -197,6 +221,8 @@ class PedroSchedulerMixin:
         spec: RequestSpec | None = request.pedro
         if spec is None or self._pedro_rows.has(spec.vector_key):
             return False
+        if num_computed_tokens < spec.first_scaled:
+            return False  # it may begin with tokens that are the backbone's
         if not self._pedro_prefetches.is_due(request_id, spec):
             return True
         fits = num_computed_tokens + admission.left >= spec.prompt_length
@@ -220,7 +246,8 @@ class PedroSchedulerMixin:
         """Keep the first P tokens in one step; called after every other cap on a request's tokens.
 
         Returning 0 leaves a running request for the next step, and ends the waiting loop. Where the
-        vectors are cached, the tokens may come in any portions.
+        vectors are cached, the tokens may come in any portions, and so may those that are not
+        scaled: the step that computes token P - 1 generates the vectors.
         """
         num_new_tokens = super()._reserve_prefill_lookahead(  # type: ignore[misc]
             request, num_computed_tokens, num_new_tokens
@@ -229,7 +256,9 @@ class PedroSchedulerMixin:
         spec: RequestSpec | None = request.pedro
         if request.status == RequestStatus.RUNNING:
             num_new_tokens = admission.portion(num_new_tokens, request.is_prefill_chunk)
-        elif spec is not None:
+        if spec is not None and spec.scope == "answer":
+            num_new_tokens = self._pedro_portion(request, spec, num_computed_tokens, num_new_tokens)
+        elif spec is not None and request.status != RequestStatus.RUNNING:
             cached = self._pedro_rows.has(spec.vector_key)
             if not cached:
                 # It fits, see above, unless another cap came between.
@@ -243,6 +272,25 @@ class PedroSchedulerMixin:
                 admission.started(request_id)
         admission.take(num_new_tokens)
         return num_new_tokens
+
+    def _pedro_portion(self, request: Any, spec: RequestSpec, computed: int, tokens: int) -> int:
+        """How many of these tokens a request of scope "answer" may take: up to the pooled one, if
+        its vectors cannot be generated in this step.
+        """
+        admission, request_id = self._pedro_admission, request.request_id
+        is_past = computed + tokens > spec.first_scaled
+        if tokens and is_past and not self._pedro_rows.is_read_by(request_id):
+            cached = self._pedro_rows.has(spec.vector_key)
+            if not cached:
+                is_running = request.status == RequestStatus.RUNNING
+                is_due = self._pedro_prefetches.is_due(request_id, spec, is_urgent=is_running)
+                if not is_due or not self._pedro_has_room_for(spec):
+                    return max(0, spec.first_scaled - computed)
+                self._pedro_step_adapters[spec.digest] = spec.nbytes
+            self._pedro_entering[request_id] = cached
+        if tokens and request.status != RequestStatus.RUNNING:
+            admission.started(request_id)
+        return tokens
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """End the requests whose adapter failed to load; drop what they computed."""
@@ -280,7 +328,7 @@ class PedroSchedulerMixin:
             model_runner_output.sampled_token_ids[index] = []
         model_runner_output.prompt_logprobs_dict.pop(request_id, None)
         # Computed without vectors, but keyed as if with them.
-        self._pedro_evict(request_id)
+        self._pedro_evict(request_id, self.requests[request_id].pedro.first_scaled)  # type: ignore[attr-defined]
         self.grammar_compile_error_reqs.add(request_id)  # type: ignore[attr-defined]
 
 

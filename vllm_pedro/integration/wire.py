@@ -193,12 +193,18 @@ async def restore(engine_client: Any, digest: str) -> None:
 
 
 async def replace(
-    engine_client: Any, name: str, path: str, digest: str, needs_all_states: bool, nbytes: int
+    engine_client: Any,
+    name: str,
+    path: str,
+    digest: str,
+    needs_all_states: bool,
+    nbytes: int,
+    scope: str,
 ) -> int:
     """Give a name's new content to the requests that have not begun; how many those are."""
     return int(
         await engine_client.engine_core.call_utility_async(
-            "pedro_replace", name, path, digest, needs_all_states, nbytes
+            "pedro_replace", name, path, digest, needs_all_states, nbytes, scope
         )
     )
 
@@ -222,10 +228,18 @@ def add_core_methods(engine_core: type) -> None:
     """Add what `replace` calls; vLLM counts the arguments, so they have to be named."""
 
     def pedro_replace(
-        self: Any, name: str, path: str, digest: str, needs_all_states: bool, nbytes: int
+        self: Any,
+        name: str,
+        path: str,
+        digest: str,
+        needs_all_states: bool,
+        nbytes: int,
+        scope: str,
     ) -> int:
         """Called by a front end: see `PedroSchedulerMixin.pedro_replace`."""
-        return int(self.scheduler.pedro_replace(name, path, digest, needs_all_states, nbytes))
+        return int(
+            self.scheduler.pedro_replace(name, path, digest, needs_all_states, nbytes, scope)
+        )
 
     engine_core.pedro_replace = pedro_replace  # type: ignore[attr-defined]
 

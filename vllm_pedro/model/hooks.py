@@ -29,6 +29,8 @@ class Pass:
         mask: bool `[B, S]`, the pooled tokens; None means all.
         is_prefill: whether prompts are being read.
         packed: where the sequences are, if rows hold several; `mask` is then not used.
+        readers: `[B, S]`, whose vectors each token reads, of N sequences; N where it reads none, in
+            scope "answer". None where each row is one sequence that reads its own.
         layers_run: indices of the layers that took part.
     """
 
@@ -37,6 +39,7 @@ class Pass:
     mask: Tensor | None
     is_prefill: bool
     packed: Packed | None = None
+    readers: Tensor | None = None
     layers_run: set[int] = field(default_factory=set)
 
     def vectors_of(self, index: int, hidden: Tensor, cache: Any) -> dict[str, Tensor]:
@@ -72,7 +75,7 @@ class LayerHooks:
         self.index = index
         self.widths = projections.widths
         self.current: dict[str, Tensor] | None = None
-        self.sequences: Tensor | None = None
+        self.readers: Tensor | None = None
         self.applied: list[str] = []
         self.handles = [
             layer.register_forward_pre_hook(self.before, with_kwargs=True),
@@ -90,7 +93,7 @@ class LayerHooks:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         self.applied = []
-        self.sequences = None if current.packed is None else current.packed.sequences
+        self.readers = current.readers
         self.current = current.vectors_of(self.index, hidden, kwargs.get("past_key_values"))
         return args, kwargs
 
@@ -109,8 +112,11 @@ class LayerHooks:
                 self.applied.append(name)
             parts.append(vector.to(output.device, output.dtype))
         factor = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        sequences = None if self.sequences is None else self.sequences.to(output.device)
-        return scale_sequences(output, factor, sequences)
+        if self.readers is None:
+            return scale_sequences(output, factor)
+        # One more, for tokens that read none.
+        factor = torch.cat([factor, factor.new_ones(1, factor.shape[1])])
+        return scale_sequences(output, factor, self.readers.to(output.device))
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         current, self.current = self.current, None

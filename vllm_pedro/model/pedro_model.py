@@ -19,7 +19,12 @@ from ..generator import VectorGenerator
 from .cache import PromptVectors
 from .hooks import PASS_KEY, LayerHooks, Pass
 from .projections import decoder_layers, find_projections
-from .prompts import Prompts, packed_sequences, tokens_before_labels
+from .prompts import (
+    Prompts,
+    packed_sequences,
+    readers_from_pooled_token,
+    tokens_before_labels,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -472,12 +477,17 @@ class PedroModel(nn.Module):
             tokens = kwargs.get("input_ids")
             if tokens is None:
                 tokens = kwargs["inputs_embeds"]
-            mask = packed = None
+            mask = packed = readers = None
+            config = self.pedro_configs[name]
             if self._prompts.sequences is not None:
-                packed = self._prompts.packed(tokens, self.pedro_configs[name].pooling)
+                packed = self._prompts.packed(tokens, config.pooling)
+                readers = packed.sequences
             else:
                 mask = self._prompts.pooled_tokens(tokens, kwargs.get("attention_mask"))
-            current = Pass(self._generators(name), PromptVectors(name), mask, True, packed)
+            if config.scope == "answer":
+                readers = readers_from_pooled_token(tokens, mask, packed)
+            vectors = PromptVectors(name)
+            current = Pass(self._generators(name), vectors, mask, True, packed, readers)
         return args, kwargs | {PASS_KEY: current}
 
     def _continued(self, name: str, cache: Any) -> Pass:

@@ -223,3 +223,27 @@ class Packed:
     index: Tensor
     mask: Tensor | None
     sequences: Tensor
+
+
+def readers_from_pooled_token(
+    tokens: Tensor, pooled: Tensor | None, packed: Packed | None
+) -> Tensor:
+    """Whose vectors each token reads in scope "answer", `[B, S]`: N before the pooled one.
+
+    Args:
+        tokens: the backbone's input, `[B, S, ...]`.
+        pooled: as `Prompts.pooled_tokens` gives them; the last one counts.
+        packed: where the sequences are, N of them, if rows hold several.
+    """
+    rows, width = tokens.shape[:2]
+    places = torch.arange(rows * width, device=tokens.device).view(rows, width)
+    if packed is not None:
+        starts = packed.index[:, -1]
+        sequences = packed.sequences
+    else:
+        sequences = torch.arange(rows, device=tokens.device)[:, None].expand(rows, width)
+        if pooled is None:
+            starts = places[:, -1]
+        else:
+            starts = torch.where(pooled.to(tokens.device), places, -1).amax(dim=1)
+    return torch.where(places < starts[sequences], len(starts), sequences)

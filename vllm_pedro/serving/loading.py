@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import torch
@@ -266,6 +267,7 @@ class Prefetches:
         self._asked: dict[str, int] = {}  # bytes of those that a worker was asked for
         self._digests: dict[str, str] = {}  # of the requests that wait
         self._resident: set[str] = set()
+        self._urgent: set[str] = set()
 
     def want(self, request_id: str, spec: RequestSpec) -> None:
         """A request waits, and needs this adapter."""
@@ -281,12 +283,21 @@ class Prefetches:
         wanted.waiting.add(request_id)
         self._digests[request_id] = spec.digest
 
-    def is_due(self, request_id: str, spec: RequestSpec) -> bool:
-        """Whether a waiting request may start; else its adapter is on its way."""
+    def is_due(self, request_id: str, spec: RequestSpec, is_urgent: bool = False) -> bool:
+        """Whether a request may go on; else its adapter is on its way.
+
+        Args:
+            request_id: The request.
+            spec: What it asks for.
+            is_urgent: It is running, so its adapter is asked for whatever others are: those may
+                wait for its place in the batch.
+        """
         if spec.digest in self._resident:
             return True
         self.want(request_id, spec)
         wanted = self._wanted[spec.digest]
+        if is_urgent:
+            self._urgent.add(spec.digest)
         return wanted.is_ready or wanted.attempts > self.MAX_ATTEMPTS
 
     def forget(self, request_id: str) -> None:
@@ -302,11 +313,14 @@ class Prefetches:
         """What to ask workers for now, first come, first served."""
         # Thousands may wait: this ends at the first that does not fit.
         nbytes, taken = sum(self._asked.values()), []
-        for digest, wanted in self._wanted.items():
+        urgent, self._urgent = self._urgent, set()
+        for digest in chain(sorted(self._wanted.keys() & urgent), self._wanted):
             if digest in self._asked:
                 continue
+            wanted = self._wanted[digest]
             nbytes += wanted.spec.nbytes
-            if self._asked and (len(self._asked) >= self._max_adapters or nbytes > self._max_bytes):
+            is_full = len(self._asked) >= self._max_adapters or nbytes > self._max_bytes
+            if self._asked and is_full and digest not in urgent:
                 break
             self._asked[digest] = wanted.spec.nbytes
             wanted.attempts += 1

@@ -42,8 +42,9 @@ class StepPlan:
     """What one step does, for a batch of `B` requests.
 
     Attributes:
-        store_rows: `[B]` int64, the row of the vector store that each request reads.
-        lengths: `[B]` int64, its tokens in this step.
+        store_rows: `[B]` int64, the row of the vector store that each request reads; more entries
+            where a request has tokens of both kinds, scaled and not.
+        lengths: `[B]` int64, the tokens in this step that read it.
         prefills: The prompts that generate vectors.
     """
 
@@ -69,10 +70,12 @@ class Pending:
     Attributes:
         digest: Content digest of its adapter.
         prompt_length: P.
+        is_answer: The adapter scales from token P - 1 on, and pools that one alone.
     """
 
     digest: str
     prompt_length: int
+    is_answer: bool = False
 
 
 def plan_step(
@@ -81,6 +84,7 @@ def plan_step(
     lengths: Ints,
     computed: Ints,
     pending: Mapping[str, Pending],
+    first_scaled: Ints | None = None,
 ) -> StepPlan:
     """Plan one step.
 
@@ -94,6 +98,7 @@ def plan_step(
         computed: `[B]`, how many of its tokens were computed before, or came from the prefix
             cache. Read only for pending requests.
         pending: Requests whose vectors are not generated yet.
+        first_scaled: `[B]`, the first token of each that is scaled; None where that is the first.
 
     Returns:
         The plan, with a prefill for each pending request of the batch: its pooled token is computed
@@ -104,6 +109,14 @@ def plan_step(
             and cuts cache hits at P - 1, so this is a defect, and going on would be silently wrong.
     """
     plan = StepPlan(np.array(store_rows, np.int64), np.asarray(lengths, np.int64))
+    if first_scaled is not None:
+        before = np.clip(np.asarray(first_scaled) - np.asarray(computed), 0, plan.lengths)
+        if before.any():
+            # Two entries a request: its tokens that are not scaled, and its others.
+            rows = np.zeros(2 * len(before), np.int64)
+            rows[1::2] = plan.store_rows
+            counts = np.stack([before, plan.lengths - before], axis=1).reshape(-1)
+            plan.store_rows, plan.lengths = rows[counts > 0], counts[counts > 0]
     if not pending:
         return plan
     start = 0
@@ -123,8 +136,15 @@ def plan_step(
                     f"the prompt of request {request_id!r} was split: {count} tokens after "
                     f"{before}, but its first {request.prompt_length} belong in one step"
                 )
+            skipped = length - 1 if request.is_answer else 0
             plan.prefills.append(
-                Prefill(request_id, start, length, int(store_rows[index]), request.digest)
+                Prefill(
+                    request_id,
+                    start + skipped,
+                    length - skipped,
+                    int(store_rows[index]),
+                    request.digest,
+                )
             )
         start += count
     return plan

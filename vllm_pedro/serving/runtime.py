@@ -49,6 +49,7 @@ class PedroRuntime:
         self._specs: dict[str, RequestSpec] = {}
         self._rows: dict[str, int] = {}
         self._pending: dict[str, Pending] = {}
+        self._first_scaled: dict[str, int] = {}  # of scope "answer"
         self._reading: set[str] = set()
         self._retired: OrderedDict[str, None] = OrderedDict()
         self._loaded: dict[str, bool] = {}
@@ -71,14 +72,18 @@ class PedroRuntime:
     def admit(self, request_id: str, spec: RequestSpec) -> None:
         """A request with an adapter enters its first step."""
         self._specs[request_id] = spec
+        if spec.first_scaled:
+            self._first_scaled[request_id] = spec.first_scaled
 
     def assign(self, assignments: Mapping[str, Assignment]) -> None:
-        """Rows for the requests that enter in this step, or come back after preemption."""
+        """Rows for the requests whose first scaled token is in this step, again if preempted."""
         for request_id, assignment in assignments.items():
             spec = self._specs[request_id]
             self._rows[request_id] = assignment.row
             if assignment.must_generate:
-                self._pending[request_id] = Pending(spec.digest, spec.prompt_length)
+                self._pending[request_id] = Pending(
+                    spec.digest, spec.prompt_length, spec.scope == "answer"
+                )
             else:
                 self._pending.pop(request_id, None)
                 self.stats.prefills["cached"] += 1
@@ -92,6 +97,7 @@ class PedroRuntime:
                 continue
             self._rows.pop(request_id, None)
             self._pending.pop(request_id, None)
+            self._first_scaled.pop(request_id, None)
             if spec.digest in self._retired:
                 retired.add(spec.digest)
         self._drop(retired)
@@ -164,7 +170,10 @@ class PedroRuntime:
         if self._rows:
             get = self._rows.get
             store_rows = [get(request_id, IDENTITY_ROW) for request_id in request_ids]
-            self.plan = plan_step(request_ids, store_rows, lengths, computed, self._pending)
+            first = None
+            if self._first_scaled:
+                first = [self._first_scaled.get(request_id, 0) for request_id in request_ids]
+            self.plan = plan_step(request_ids, store_rows, lengths, computed, self._pending, first)
         else:
             self.plan = StepPlan()
         self.store.load_plan(self.plan, *self._load_adapters())
@@ -231,4 +240,5 @@ class PedroRuntime:
         self._pending.pop(request_id)
         row = self._rows.pop(request_id)
         self._specs.pop(request_id)
+        self._first_scaled.pop(request_id, None)
         self.plan.store_rows[self.plan.store_rows == row] = IDENTITY_ROW

@@ -25,6 +25,8 @@ class RequestSpec:
         is_pinned: Whether the request keeps this content when its name is given another: the beams
             of one search must all have one adapter's vectors.
         nbytes: What the adapter takes of the device's memory for adapters.
+        scope: Which tokens it scales, as its config says: all ("sequence"), or those from the
+            pooled one on ("answer").
     """
 
     name: str
@@ -35,11 +37,17 @@ class RequestSpec:
     needs_all_states: bool = False
     is_pinned: bool = False
     nbytes: int = 0
+    scope: str = "sequence"
 
     @property
     def vector_key(self) -> VectorKey:
         """What the vectors depend on."""
         return (self.digest, self.prompt_digest)
+
+    @property
+    def first_scaled(self) -> int:
+        """The first token that the adapter scales: its KV, and all KV after it, depend on it."""
+        return self.prompt_length - 1 if self.scope == "answer" else 0
 
     def to_wire(self) -> dict[str, Any]:
         """The spec as plain JSON values."""
@@ -51,10 +59,18 @@ class RequestSpec:
         return cls(**value)
 
 
-def cache_salt(salt: str | None, spec: RequestSpec) -> str:
+def cache_key(spec: RequestSpec) -> str:
     """Key for the prefix cache: the adapter's content and the whole pooled prompt.
 
-    It salts a request's first block and so, through the chain of block hashes, all of its blocks;
-    KV computed under one adapter and prompt is found by no other.
+    It is hashed with the block of the first token that is scaled and so, through the chain of block
+    hashes, with all blocks from there on: KV computed under one adapter and prompt is found by no
+    other. Blocks before that one are the backbone's own, and anybody's.
     """
-    return f"{salt or ''}|pedro:{spec.digest}:{spec.prompt_length}:{spec.prompt_digest}"
+    return f"pedro:{spec.digest}:{spec.prompt_length}:{spec.prompt_digest}"
+
+
+def cache_salt(salt: str | None, spec: RequestSpec) -> str | None:
+    """A request's own salt, which is hashed with its first block, and with it the key of one whose
+    first token is scaled already.
+    """
+    return salt if spec.scope == "answer" else f"{salt or ''}|{cache_key(spec)}"

@@ -30,7 +30,15 @@ from ..model import IGNORED_LABEL, PedroModel
 from .data import Example, held_out_split
 
 # What a config must share with a checkpoint's for the parameters to mean the same.
-_STRUCTURE = ("r", "target_modules", "pooling", "input_norm", "activation", "rational_order")
+_STRUCTURE = (
+    "r",
+    "target_modules",
+    "pooling",
+    "input_norm",
+    "scope",
+    "activation",
+    "rational_order",
+)
 
 # Healthy runs have gradient norms below 100; diverging ones were seen between 1e6 and 1e9.
 MAX_HEALTHY_NORM = 1e5

@@ -321,6 +321,7 @@ class PedroServingModelsMixin:
             digest=known.digest,
             needs_all_states=known.needs_all_states,
             nbytes=known.nbytes,
+            scope=known.scope,
         )
 
     def _pedro_base(self, name: str | None) -> str | None:
@@ -340,6 +341,7 @@ class PedroServingModelsMixin:
                     entry.digest,
                     entry.needs_all_states,
                     entry.nbytes,
+                    entry.scope,
                 )
             await self._pedro_release(old)
         self._pedro_count()

@@ -149,7 +149,11 @@ class PedroInputProcessorMixin:
     def _find_adapter(self, lora_request: Any) -> tuple[str, KnownAdapter]:
         if isinstance(lora_request, ServedPedroRequest):
             return lora_request.lora_path, KnownAdapter(
-                lora_request.digest, lora_request.needs_all_states, lora_request.nbytes, ()
+                lora_request.digest,
+                lora_request.needs_all_states,
+                lora_request.nbytes,
+                (),
+                lora_request.scope,
             )
         path = str(Path(lora_request.lora_path).expanduser().resolve())
         try:
@@ -193,7 +197,7 @@ class PedroInputProcessorMixin:
                 value=length,
             )
         limit, option = longest_prompt(self.vllm_config)
-        if length > limit:
+        if length > limit and known.scope == "sequence":
             raise RefusedRequestError(
                 f"the prompt of {length} tokens is longer than the {limit} that one step takes: a "
                 f"PEDRO adapter's vectors need the whole prompt in one step. Shorten it, or start "
@@ -210,6 +214,7 @@ class PedroInputProcessorMixin:
             known.needs_all_states,
             lora_request.is_pinned,
             known.nbytes,
+            known.scope,
         )
         wire.put_spec(request.sampling_params, spec)
         request.cache_salt = cache_salt(request.cache_salt, spec)

@@ -31,12 +31,14 @@ class KnownAdapter:
         needs_all_states: mean or max pooling: every prompt token has to be computed.
         nbytes: What it takes of the device's memory for adapters.
         signature: What the files looked like, to notice that they changed.
+        scope: Which tokens it scales: "sequence" or "answer".
     """
 
     digest: str
     needs_all_states: bool
     nbytes: int
     signature: Signature
+    scope: str = "sequence"
 
 
 class AdapterRegistry:
@@ -78,7 +80,9 @@ class AdapterRegistry:
             check=lambda config: self.limits.check_config(config, path),
         )
         nbytes = self.limits.check_bytes(config, dtype, path)
-        known = KnownAdapter(digest, config.pooling != "last", nbytes, signature or ())
+        known = KnownAdapter(
+            digest, config.pooling != "last", nbytes, signature or (), config.scope
+        )
         with self._lock:
             self._known[path] = known
             self._known.move_to_end(path)

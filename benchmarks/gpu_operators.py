@@ -19,32 +19,21 @@ import torch
 from vllm_pedro import ops
 from vllm_pedro.ops import reference, samples
 
-MODELS: dict[str, dict[str, int]] = {
-    "Llama-3-8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "SmolLM2-135M": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-    },
-    "small": {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-    },
+FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+SHAPES = {
+    "Llama-3-70B": (8192, 28672, 80, 64, 8, 128256),
+    "Llama-3-8B": (4096, 14336, 32, 32, 8, 128256),
+    "SmolLM2-135M": (576, 1536, 30, 9, 3, 49152),
+    "small": (128, 256, 3, 4, 2, 512),
 }
+MODELS = {name: dict(zip(FIELDS, shape, strict=True)) for name, shape in SHAPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +50,12 @@ class Plan:
     @property
     def sequences(self) -> tuple[int, ...]:
         return (1, 4) if self.small else (1, 32, 256)
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Hidden size, which is Q's too, K's and V's width, and Up's."""
+        d, f, _, heads, kv_heads, _ = SHAPES[self.model]
+        return d, d // heads * kv_heads, f
 
 
 def implementations(plan: Plan) -> dict[str, Any]:
@@ -138,38 +133,30 @@ def copy_bandwidth(plan: Plan) -> float:
     return 2 * size / seconds_of(lambda: target.copy_(source), plan)
 
 
-def operator_cases(
-    tokens: int, plan: Plan, backend: str, implementation: Any
+def scale_cases(
+    plan: Plan, tokens: int, backend: str, implementation: Any
 ) -> Iterator[tuple[str, Any, int]]:
     """Name, call and bytes that have to be moved, each of `tokens` rows with its own tenant."""
-    shape = MODELS[plan.model]
-    d, f = shape["hidden_size"], shape["intermediate_size"]
-    kv = d // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    dtype, item = torch.bfloat16, 2
-    backend = backend.split(" (")[0]
+    d, kv, f = plan.widths
+    place: dict[str, Any] = {"device": plan.device, "dtype": torch.bfloat16}
     # Ones, because the calls scale the same values again and again: nothing may become denormal.
-    vectors = torch.ones(tokens + 1, d + 2 * kv + 2 * f, device=plan.device, dtype=dtype)
+    vectors = torch.ones(tokens + 1, d + 2 * kv + 2 * f, **place)
     slots = torch.arange(1, tokens + 1, device=plan.device)
     step = torch.tensor([0, tokens, 0], dtype=torch.int32)
-    qkv = torch.randn(tokens, d + 2 * kv, device=plan.device).to(dtype)
-    gate_up = torch.randn(tokens, 2 * f, device=plan.device).to(dtype)
+    qkv, gate_up = torch.randn(tokens, d + 2 * kv, **place), torch.randn(tokens, 2 * f, **place)
     ranges = (0, 0, d, d + kv, d + kv, kv)
     up = d + 2 * kv + f
-    qv, ff = item * tokens * (d + kv), item * tokens * f
-    where = f"{plan.model}, {tokens} tokens"
 
-    def scale() -> None:
-        implementation.scale_columns_(qkv, vectors, slots, ranges, step)
-
-    def gather() -> None:
-        reference.scale_columns_(qkv, vectors, slots, ranges, step)
+    def scale(by: Any) -> Callable[[], None]:
+        return lambda: by.scale_columns_(qkv, vectors, slots, ranges, step)
 
     def separate_activation() -> torch.Tensor:
         implementation.scale_columns_(gate_up, vectors, slots, (f, up, f), step)
         return torch.nn.functional.silu(gate_up[:, :f]) * gate_up[:, f:]
 
-    yield f"scale_columns_: {backend}, {where}", scale, 3 * qv
-    yield f"scale_columns_: gather and multiply, {where}", gather, 3 * qv
+    qv, ff, where = 2 * tokens * (d + kv), 2 * tokens * f, f"{plan.model}, {tokens} tokens"
+    yield f"scale_columns_: {backend}, {where}", scale(implementation), 3 * qv
+    yield f"scale_columns_: gather and multiply, {where}", scale(reference), 3 * qv
     yield f"scale_columns_ of Up, then silu and mul in torch, {where}", separate_activation, 4 * ff
 
 
@@ -177,37 +164,34 @@ def generator_cases(
     plan: Plan, backend: str, implementation: Any
 ) -> Iterator[tuple[str, Any, int]]:
     """Name, call and bytes of `generate_vectors`, r = 12 and columns for q, v, up."""
-    shape = MODELS[plan.model]
-    d = shape["hidden_size"]
-    kv = d // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    size = (d, d + kv + shape["intermediate_size"], 12)
+    d, kv, f = plan.widths
     for lengths in ((), (32,), (512,) * 4):
-        sample = samples.generate_sample(size, torch.bfloat16, lengths, plan.device)
+        sample = samples.generate_sample((d, d + kv + f, 12), torch.bfloat16, lengths, plan.device)
         moved = 2 * sum(lengths) * d + len(lengths) * sample.record_bytes
-        name = f"generate_vectors: {backend.split(' (')[0]}, {plan.model}, prompts {list(lengths)}"
+        name = f"generate_vectors: {backend}, {plan.model}, prompts {list(lengths)}"
         yield name, (lambda s=sample: implementation.generate_vectors(*s.args())), moved
 
 
-def compiled_layers(tokens: int, plan: Plan, layers: int = 8) -> dict[str, Callable[[], Any]]:
+def compiled_cases(plan: Plan, tokens: int, layers: int = 8) -> Iterator[tuple[str, Any, int]]:
     """A layer's elementwise work, several times in one compiled graph, in each form.
 
     The projections are inputs; what uses Q and K stands for the rotary embedding, and a product,
     which no compiler fuses into, for what takes V. Q, V and Up are scaled; "base" scales nothing.
     """
-    shape = MODELS[plan.model]
-    d, f = shape["hidden_size"], shape["intermediate_size"]
-    kv = d // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    d, kv, f = plan.widths
     packed, width = d + 2 * kv, d + 2 * kv + f
-    dtype = torch.bfloat16
-    vectors = [
-        torch.rand(tokens + 1, width, device=plan.device).add(0.5).to(dtype) for _ in range(layers)
+    place: dict[str, Any] = {"device": plan.device, "dtype": torch.bfloat16}
+    inputs = [
+        (
+            torch.randn(tokens, packed, **place),
+            torch.randn(tokens, 2 * f, **place),
+            torch.rand(tokens + 1, width, **place).add(0.5),
+        )
+        for _ in range(layers)
     ]
     slots = torch.arange(1, tokens + 1, device=plan.device)
-    qkvs = [torch.randn(tokens, packed, device=plan.device).to(dtype) for _ in range(layers)]
-    gate_ups = [torch.randn(tokens, 2 * f, device=plan.device).to(dtype) for _ in range(layers)]
-    angle = torch.randn(tokens, d + kv, device=plan.device).to(dtype)
-    reader = torch.randn(kv, 1, device=plan.device).to(dtype)
-    one = torch.ones((), device=plan.device, dtype=dtype)
+    angle, reader = torch.randn(tokens, d + kv, **place), torch.randn(kv, 1, **place)
+    one = torch.ones((), **place)
 
     def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.silu(x[:, :f]) * x[:, f:]
@@ -228,20 +212,18 @@ def compiled_layers(tokens: int, plan: Plan, layers: int = 8) -> dict[str, Calla
         act = ops.scaled(silu_and_mul(gate_up), by, slots, slice(packed, width))
         return use(qkv, qkv[:, d + kv :] * one), act
 
-    def many(layer: Callable[..., Any]) -> Callable[[], Any]:
-        graph = torch.compile(
-            lambda q, g, v: [layer(*each) for each in zip(q, g, v, strict=True)],
-            dynamic=False,
-            fullgraph=True,
-        )
-        return lambda: graph(qkvs, gate_ups, vectors)
-
-    forms = {
+    for name, layer in {
         "base": base,
         "gather and multiply, Up before the activation": before,
         "gather and multiply, Up after it, V apart": after,
-    }
-    return {f"{name}, {layers} layers in a graph": many(form) for name, form in forms.items()}
+    }.items():
+        graph = torch.compile(
+            lambda given, layer=layer: [layer(*each) for each in given],
+            dynamic=False,
+            fullgraph=True,
+        )
+        where = f"{layers} layers in a graph, {plan.model}, {tokens} tokens"
+        yield f"{name}, {where}", (lambda graph=graph: graph(inputs)), 0
 
 
 def measure_bandwidth(plan: Plan) -> Iterator[dict[str, Any]]:
@@ -250,14 +232,14 @@ def measure_bandwidth(plan: Plan) -> Iterator[dict[str, Any]]:
     yield {"operator": "copy", "GB/s": copy / 1e9}
     cases: list[tuple[str, Any, int]] = []
     for name, implementation in implementations(plan).items():
+        backend = name.split(" (")[0]
         for tokens in plan.sequences:
-            cases += operator_cases(tokens, plan, name, implementation)
-        cases += generator_cases(plan, name, implementation)
+            cases += scale_cases(plan, tokens, backend, implementation)
+        cases += generator_cases(plan, backend, implementation)
     if not plan.small:  # compiling takes longer than all the rest
         torch._dynamo.config.recompile_limit = 64
         for tokens in plan.sequences:
-            forms = compiled_layers(tokens, plan)
-            cases += [(f"{n}, {plan.model}, {tokens} tokens", c, 0) for n, c in forms.items()]
+            cases += compiled_cases(plan, tokens)
     for name, call, moved in {case[0]: case for case in cases}.values():
         try:
             seconds, host = seconds_of(call, plan), host_seconds_of(call, plan)

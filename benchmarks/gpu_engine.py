@@ -12,19 +12,21 @@ import contextlib
 import itertools
 import json
 import os
-import queue
 import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-GIB = 1 << 30
 Q_V_UP = ("q_proj", "v_proj", "up_proj")
+Steps = list[tuple[float, list[int]]]
+"""When, by the clock that all processes share, which rows got a token."""
 
 
 # In the core's process ---------------------------------------------------------------------------
@@ -33,14 +35,13 @@ Q_V_UP = ("q_proj", "v_proj", "up_proj")
 class _Log:
     """What the clock has noted: of one run, whose requests' names begin with `<run>-`.
 
-    steps: `(seconds, rows that got a token)`, seconds by the clock that all processes share.
-    kernels: `(name, microseconds, calls)` over `profiled` steps.
+    kernels: `(name, microseconds, calls)` over `profile` steps, once all rows have had a token.
     """
 
     def __init__(self, run: int = -1, rows: int = 0, profile: int = 0) -> None:
         self.run, self.profile = run, profile
         self.unseen = set(range(rows))
-        self.steps: list[tuple[float, list[int]]] = []
+        self.steps: Steps = []
         self.kernels: list[tuple[str, float, int]] = []
         self.steady = 0
         self.profiler: Any = None
@@ -58,30 +59,24 @@ class _Log:
         self.steps.append((now, rows))
         self.unseen.difference_update(rows)
         self.steady += not self.unseen
-        if self.profile and self.steady == 8:
-            self.start_profiler()
-        elif self.profile and self.steady == 8 + self.profile:
-            self.stop_profiler()
+        if self.profile and self.steady in (8, 8 + self.profile):
+            self.switch_profiler()
 
-    def start_profiler(self) -> None:
+    def switch_profiler(self) -> None:
+        """Start it, then stop it."""
         import torch
 
-        kinds = torch.profiler.ProfilerActivity
         on_gpu = torch.cuda.is_available()
         if on_gpu:  # the step that is already on its way belongs to what came before
             torch.cuda.synchronize()
-        self.profiler = torch.profiler.profile(activities=[kinds.CUDA if on_gpu else kinds.CPU])
-        self.profiler.__enter__()
-
-    def stop_profiler(self) -> None:
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if self.profiler is None:
+            kinds = torch.profiler.ProfilerActivity
+            self.profiler = torch.profiler.profile(activities=[kinds.CUDA if on_gpu else kinds.CPU])
+            self.profiler.__enter__()
+            return
         self.profiler.__exit__(None, None, None)
-        side = "device" if torch.cuda.is_available() else "cpu"
         for event in self.profiler.key_averages():
-            if spent := getattr(event, f"self_{side}_time_total"):
+            if spent := event.self_device_time_total if on_gpu else event.self_cpu_time_total:
                 self.kernels.append((event.key, spent, event.count))
 
 
@@ -91,12 +86,12 @@ _log = _Log()
 class Clock:
     """Mixed into vLLM's worker by `worker_extension_cls`; called by `LLM.collective_rpc`."""
 
-    def clock_start(self, run: int, rows: int, profile: int) -> None:
-        """Forget what was noted; profile so many steps once all rows have had a token."""
+    def clock_start(self, *about: int) -> None:
+        """Forget what was noted; begin a `_Log`."""
         from vllm.v1.core.sched.scheduler import Scheduler
 
         global _log
-        _log = _Log(run, rows, profile)
+        _log = _Log(*about)
         inner = Scheduler.update_from_output
         if hasattr(inner, "without_clock"):
             return
@@ -108,9 +103,9 @@ class Clock:
         update_from_output.without_clock = inner
         Scheduler.update_from_output = update_from_output
 
-    def clock_read(self) -> dict[str, Any]:
-        """What was noted since the start."""
-        return {"steps": _log.steps, "kernels": _log.kernels}
+    def clock_read(self) -> tuple[Steps, list[tuple[str, float, int]]]:
+        """Steps and kernels since the start."""
+        return _log.steps, _log.kernels
 
     def clock_memory(self) -> dict[str, Any]:
         """KV blocks, and what PEDRO keeps on the device, in bytes."""
@@ -121,45 +116,39 @@ class Clock:
         return facts
 
 
-def decode_rate(steps: list[tuple[float, list[int]]], rows: int, tokens: int) -> dict[str, Any]:
-    """Tokens a second, from the first token of all rows to the end of the first row.
+def decode_rate(steps: Steps, rows: int, tokens: int) -> dict[str, Any]:
+    """Tokens a second, a step's ms (median) and gaps between a row's tokens, over all rows, from
+    the first token of all rows to the end of the first row, which makes `tokens`.
 
-    Args:
-        steps: What the clock noted; rows from `rows` on arrived later and do not count.
-        rows: How many rows decode together.
-        tokens: How many each is to make.
-
-    Returns:
-        `tokens/s`, `step ms` (median), `steps`, and `gaps`: seconds between the tokens of
-        a row, over all rows.
+    Rows from `rows` on arrived later and do not count.
     """
-    counts, last = [0] * rows, [0.0] * rows
-    missing, window, made, gaps = rows, [], 0, []
+    counts: Counter[int] = Counter()
+    last: dict[int, float] = {}
+    window, made, gaps = [], 0, []
     for moment, got in steps:
         ours = [row for row in got if row < rows]
-        for row in ours:
-            missing -= not counts[row]
-            counts[row] += 1
-        if not ours or missing:
-            for row in ours:
-                last[row] = moment
+        if not ours:
             continue
         if window:
             made += len(ours)
-            gaps += [moment - last[row] for row in ours]
-        for row in ours:
-            last[row] = moment
-        window.append(moment)
-        if max(counts) >= tokens:
+            gaps += [1e3 * (moment - last[row]) for row in ours]
+        counts.update(ours)
+        last |= dict.fromkeys(ours, moment)
+        if len(last) == rows:
+            window.append(moment)
+        if max(counts.values()) >= tokens:
             break
     if len(window) < 4:
         raise RuntimeError(f"{rows} rows decoded together in {len(window)} steps only")
     between = [b - a for a, b in itertools.pairwise(window)]
+    gaps.sort()
     return {
         "tokens/s": made / (window[-1] - window[0]),
         "step ms": 1e3 * statistics.median(between),
         "steps": len(between),
-        "gaps": gaps,
+        "gap ms": statistics.median(gaps),
+        "gap max ms": gaps[-1],
+        "gap p99 ms": gaps[int(0.99 * (len(gaps) - 1))],
     }
 
 
@@ -169,14 +158,14 @@ def decode_rate(steps: list[tuple[float, list[int]]], rows: int, tokens: int) ->
 class Child:
     """An engine, and what it can be told to do."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        if config["kind"] == "PEDRO":
+    def __init__(self, kind: str, adapters: str, settings: dict[str, Any]) -> None:
+        if kind == "PEDRO":
             import vllm_pedro  # noqa: F401  (teaches LLM its keywords)
         from vllm import LLM
 
         started = time.perf_counter()
-        self.config, self.runs = config, 0
-        self.llm = LLM(**config["settings"])
+        self.kind, self.adapters, self.runs = kind, adapters, 0
+        self.llm = LLM(**settings)
         self.vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
         self.facts = {"start s": time.perf_counter() - started}
         self.facts |= self.llm.collective_rpc("clock_memory")[0]
@@ -186,16 +175,16 @@ class Child:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        adapter, kind = None, self.config["kind"]
-        if kind != "base":
-            if kind == "PEDRO":
+        adapter = None
+        if self.kind != "base":
+            if self.kind == "PEDRO":
                 from vllm_pedro import PedroRequest as Request
             else:
                 from vllm.lora.request import LoRARequest as Request
-            path = f"{self.config['adapters']}/{kind.lower()}-{tenant:05d}"
+            path = f"{self.adapters}/{self.kind.lower()}-{tenant:05d}"
             adapter = Request(f"t{tenant}", tenant + 1, path)
-        name = f"{self.runs}-{row}"
-        start = 7919 * (row + 1) + 97 * self.runs
+        name, start = f"{self.runs}-{row}", 7919 * (row + 1) + 97 * self.runs
+        ids = [(start + 31 * t) % self.vocabulary for t in range(prompt)]
         params = SamplingParams(
             temperature=0.0,
             max_tokens=tokens,
@@ -203,12 +192,8 @@ class Child:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        self.llm.llm_engine.add_request(
-            name,
-            {"prompt_token_ids": [(start + 31 * t) % self.vocabulary for t in range(prompt)]},
-            params,
-            lora_request=adapter,
-        )
+        given = {"prompt_token_ids": ids}
+        self.llm.llm_engine.add_request(name, given, params, lora_request=adapter)
         return name
 
     def run(
@@ -219,7 +204,7 @@ class Child:
         seconds: float | None = None,
         arrivals: dict[str, Any] | None = None,
         profile: int = 0,
-    ) -> tuple[float, dict[str, Any]]:
+    ) -> tuple[float, tuple[Steps, list[Any]]]:
         """Let rows decode together until one has all its tokens, or `seconds` are over.
 
         Args:
@@ -250,11 +235,10 @@ class Child:
                     continue
                 together = together or now
                 done |= seconds is not None and now - together > seconds
-                while (
-                    arrivals
-                    and not done
-                    and now > together + arrivals["every"] * (len(names) - len(tenants))
-                ):
+                while arrivals and not done:
+                    count = len(names) - len(tenants)
+                    if now <= together + arrivals["every"] * count:
+                        break
                     turn = arrivals["tenants"][len(names) % len(arrivals["tenants"])]
                     names.append(self.add(len(names), turn, arrivals["prompt"], 1))
         finally:  # after an error too: the next run must not find them
@@ -263,21 +247,16 @@ class Child:
 
     def decode(self, **case: Any) -> dict[str, Any]:
         """Steady decode."""
-        _, log = self.run(**case)
-        found = decode_rate(log["steps"], len(case["tenants"]), case["tokens"])
-        gaps = sorted(found.pop("gaps"))
-        found |= {"gap ms": 1e3 * statistics.median(gaps), "gap max ms": 1e3 * gaps[-1]}
-        found["gap p99 ms"] = 1e3 * gaps[int(0.99 * (len(gaps) - 1))]
-        if case.get("profile"):
-            found["kernels"] = log["kernels"]
-        return found
+        _, (steps, kernels) = self.run(**case)
+        found = decode_rate(steps, len(case["tenants"]), case["tokens"])
+        return found | ({"kernels": kernels} if kernels else {})
 
     def first(self, turns: list[list[int]], prompt: int) -> dict[str, Any]:
         """Milliseconds until all of a turn's prompts have had their first token; the median."""
         passed = []
         for tenants in turns:
-            began, log = self.run(tenants, prompt, 1)
-            passed.append(1e3 * (log["steps"][-1][0] - began))
+            began, (steps, _) = self.run(tenants, prompt, 1)
+            passed.append(1e3 * (steps[-1][0] - began))
         return {"ms": statistics.median(passed)}
 
 
@@ -285,27 +264,77 @@ def main() -> None:
     """Start an engine, then obey lines of JSON until there are no more."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints is for the log
-    config = json.loads(sys.argv[1])
 
     def answer(found: dict[str, Any]) -> None:
-        answers.write(json.dumps(found) + "\n")
-        answers.flush()
+        print("RESULT " + json.dumps(found), file=answers, flush=True)
 
-    child = Child(config)
+    child = Child(**json.loads(sys.argv[1]))
     answer(child.facts)
     for line in sys.stdin:
         command = json.loads(line)
         try:
             answer(getattr(child, command.pop("do"))(**command))
         except Exception as error:
-            import traceback
-
-            traceback.print_exc()
             answer({"error": f"{type(error).__name__}: {error}"})
     child.llm.llm_engine.engine_core.shutdown()
 
 
 # The process that commands -----------------------------------------------------------------------
+
+
+class Script:
+    """A Python script in a process group of its own, which prints results as JSON after `RESULT`.
+
+    One that does not answer in time is ended.
+    """
+
+    def __init__(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
+        self.log = log
+        with open(log, "w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                env={**os.environ, **environment},
+                text=True,
+                start_new_session=True,
+            )
+
+    def rows(self, deadline: float) -> Iterator[dict[str, Any]]:
+        """Its results, as they come, until it ends or `deadline` (of `time.monotonic`) is there.
+
+        Raises:
+            TimeoutError: It did not end before.
+            RuntimeError: It failed; with the end of its log.
+        """
+        late = threading.Event()
+        left = max(deadline - time.monotonic(), 0.1)
+        timer = threading.Timer(left, lambda: (late.set(), self.close()))
+        timer.start()
+        try:
+            for line in self.process.stdout:
+                if line.startswith("RESULT "):
+                    yield json.loads(line.removeprefix("RESULT "))
+            status = self.process.wait()
+        finally:
+            timer.cancel()
+        self.close()
+        if late.is_set():
+            raise TimeoutError("stopped: no time left")
+        if status:
+            said = self.log.read_text(errors="replace").strip()
+            raise RuntimeError(f"exit status {status}: {said[-1500:]}")
+
+    def close(self) -> None:
+        """End the process and those that it started."""
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 @dataclass(frozen=True)
@@ -333,14 +362,10 @@ class Spec:
     tuned: str = ""
     extra_gib: float = 3.0
 
-
-class Engine:
-    """A running engine process. One that does not answer in time is ended."""
-
-    def __init__(self, spec: Spec, settings: dict[str, Any], adapters: Path, log: Path) -> None:
-        self.spec, self.log = spec, log
-        mine: dict[str, Any] = {
-            "max_num_seqs": spec.sequences,
+    def keywords(self) -> dict[str, Any]:
+        """`LLM`'s, beside those that all engines have."""
+        found: dict[str, Any] = {
+            "max_num_seqs": self.sequences,
             "max_num_batched_tokens": 2048,
             "enable_prefix_caching": False,
             "skip_tokenizer_init": True,
@@ -349,131 +374,108 @@ class Engine:
             "worker_extension_cls": "gpu_engine.Clock",
             "seed": 0,
         }
-        if spec.kv_gib:
-            mine |= {
-                "kv_cache_memory_bytes": int(spec.kv_gib * GIB),
-                "gpu_memory_utilization": 0.05,
-            }
-        host = max(spec.slots, spec.host)
-        if spec.kind == "PEDRO":
-            mine |= {"enable_pedro": True, "max_pedros": spec.slots, "max_cpu_pedros": host}
-            if spec.modules is not None:
-                mine["pedro_target_modules"] = list(spec.modules)
-        elif spec.kind == "LoRA":
-            mine |= {"enable_lora": True, "max_lora_rank": 8}
-            mine |= {"max_loras": spec.slots, "max_cpu_loras": host}
-        environment = dict(os.environ)
+        if self.kv_gib:
+            found["kv_cache_memory_bytes"] = int(self.kv_gib * (1 << 30))
+            found["gpu_memory_utilization"] = 0.05
+        host = max(self.slots, self.host)
+        if self.kind == "PEDRO":
+            found |= {"enable_pedro": True, "max_pedros": self.slots, "max_cpu_pedros": host}
+            if self.modules is not None:
+                found["pedro_target_modules"] = list(self.modules)
+        elif self.kind == "LoRA":
+            found |= {"enable_lora": True, "max_loras": self.slots, "max_cpu_loras": host}
+            found["max_lora_rank"] = 8
+        return found
+
+
+class Engine(Script):
+    """A running engine process."""
+
+    def __init__(self, spec: Spec, settings: dict[str, Any], adapters: Path, logs: Path) -> None:
+        self.spec, self.is_up = spec, False
+        environment = {"VLLM_TUNED_CONFIG_FOLDER": spec.tuned} if spec.tuned else {}
         if spec.kind != "PEDRO":
             environment["VLLM_PLUGINS"] = ""  # vLLM alone
-        if spec.tuned:
-            environment["VLLM_TUNED_CONFIG_FOLDER"] = spec.tuned
-        config = {"kind": spec.kind, "adapters": str(adapters), "settings": {**settings, **mine}}
-        with open(log, "w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, __file__, json.dumps(config)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                env=environment,
-                text=True,
-                start_new_session=True,
-            )
-        self.answers: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        for line in self.process.stdout or ():
-            self.answers.put(line)
-        self.answers.put(None)
+        config = {"kind": spec.kind, "adapters": str(adapters)}
+        config["settings"] = settings | spec.keywords()
+        log = logs / f"{spec.name} {time.monotonic_ns()}.txt"
+        super().__init__([__file__, json.dumps(config)], log, environment)
 
     def answer(self, deadline: float) -> dict[str, Any]:
-        """What the process answers before `deadline` (of `time.monotonic`)."""
+        """What the process answers before `deadline`; first, when it has come up."""
         try:
-            line = self.answers.get(timeout=max(deadline - time.monotonic(), 0.1))
-        except queue.Empty:
-            self.close()
-            raise TimeoutError(f"{self.spec.name}: no answer in time") from None
-        if line is None:
-            self.close()
-            said = self.log.read_text(errors="replace").strip().splitlines()[-12:]
-            raise RuntimeError(f"{self.spec.name} ended:\n" + "\n".join(said))
-        found = json.loads(line)
+            with contextlib.closing(self.rows(deadline)) as rows:
+                found = next(rows, {"error": "it has ended"})
+        except (RuntimeError, TimeoutError) as error:
+            raise type(error)(f"{self.spec.name}: {error}") from None
         if "error" in found:
             raise RuntimeError(f"{self.spec.name}: {found['error']}")
+        self.is_up = True
         return found
 
     def ask(self, do: str, deadline: float, **arguments: Any) -> dict[str, Any]:
         """Have a method of `Child` called."""
-        if not self.runs:
-            raise RuntimeError(f"{self.spec.name} has ended")
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError, ValueError):  # it has ended, which `answer` tells
             self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self.process.stdin.flush()
         return self.answer(deadline)
 
-    @property
-    def runs(self) -> bool:
-        return self.process.poll() is None
-
-    def close(self) -> None:
-        """End the process and those that it started."""
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(1)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
 
 class Pool:
-    """Engines that stay loaded from one part to the next, as long as the card has room."""
+    """Engines that stay loaded from one part to the next, as long as the card has room.
+
+    Attributes:
+        weights_gib: Of each engine.
+        room: GiB of the card for all of them.
+    """
 
     def __init__(
         self, settings: dict[str, Any], adapters: Path, logs: Path, weights_gib: float, room: float
     ) -> None:
-        self.settings, self.adapters, self.logs = settings, adapters, logs
+        self.start = lambda spec: Engine(spec, settings, adapters, logs)
         self.weights_gib, self.room = weights_gib, room
         self.engines: dict[Spec, Engine] = {}
 
-    def gib(self, spec: Spec) -> float:
-        """What an engine takes of the card, roughly."""
-        return self.weights_gib + spec.kv_gib + spec.extra_gib
+    def fit(self, specs: Iterable[Spec]) -> bool:
+        """Whether the card has room for them, roughly."""
+        return sum(self.weights_gib + s.kv_gib + s.extra_gib for s in specs) <= self.room
 
-    def groups(self, specs: list[Spec]) -> list[list[Spec]]:
-        """Engines that fit on the card together, each group led by the first one, base."""
-        found = [specs[:1]]
+    def groups(
+        self, specs: list[Spec], deadline: float, meanwhile: Callable[[], Any]
+    ) -> Iterator[tuple[list[Engine], list[dict[str, Any]]]]:
+        """Engines that are on the card together, base first; and why others did not come up.
+
+        Args:
+            specs: The first is base, which is in each group.
+            meanwhile: What to do while they start; others that are in their way are ended.
+        """
+        groups = [specs[:1]]
         for spec in specs[1:]:
-            if sum(map(self.gib, [*found[-1], spec])) > self.room and len(found[-1]) > 1:
-                found.append(specs[:1])
-            found[-1].append(spec)
-        return found
-
-    def start(self, specs: list[Spec]) -> None:
-        """Have these run; others are ended where they would be in the way."""
-        wanted = {spec: self.engines.get(spec) for spec in specs}
-        others = [spec for spec in self.engines if spec not in wanted]
-        while others and sum(map(self.gib, [*wanted, *others])) > self.room:
-            self.engines.pop(others.pop()).close()
-        for number, spec in enumerate(specs):
-            if wanted[spec] is None or not wanted[spec].runs:
-                log = self.logs / f"{spec.name} {time.monotonic_ns()} {number}.txt"
-                self.engines[spec] = Engine(spec, self.settings, self.adapters, log)
-                self.engines[spec].facts = None
-
-    def ready(self, specs: list[Spec], deadline: float) -> tuple[list[Engine], dict[str, str]]:
-        """Those that came up, and why others did not, by name."""
-        up, failed = [], {}
-        for spec in specs:
-            engine = self.engines[spec]
-            try:
-                if engine.facts is None:
-                    engine.facts = engine.answer(deadline)
-                up.append(engine)
-            except (RuntimeError, TimeoutError) as error:
-                failed[spec.name] = str(error)
-                del self.engines[spec]
-        return up, failed
+            if len(groups[-1]) > 1 and not self.fit([*groups[-1], spec]):
+                groups.append(specs[:1])
+            groups[-1].append(spec)
+        for group in groups:
+            others = [spec for spec in self.engines if spec not in group]
+            while others and not self.fit([*group, *others]):
+                self.engines.pop(others.pop()).close()
+            for spec in group:
+                engine = self.engines.get(spec)
+                if engine is None or engine.process.poll() is not None:
+                    self.engines[spec] = self.start(spec)
+            meanwhile()
+            up, errors = [], []
+            for spec in group:
+                engine = self.engines[spec]
+                try:
+                    if not engine.is_up:
+                        engine.answer(deadline)
+                    up.append(engine)
+                except (RuntimeError, TimeoutError) as error:
+                    errors.append({"engine": spec.name, "error": str(error)})
+                    self.engines.pop(spec).close()
+            if not up or up[0].spec != specs[0]:
+                raise RuntimeError(f"base did not come up: {errors}")
+            yield up, errors
 
     def close(self) -> None:
         """End all of them."""

@@ -69,15 +69,10 @@ def test_resource_usage_is_read(tmp_path):
         assert list(names.values()) == ["pool_kernel<bfloat16>", "scale_kernel<float32, 4>"]
 
 
-def test_local_memory_is_a_problem_unless_it_is_listed(monkeypatch):
-    use = Use("pool_kernel<float16>", 90, 32, 16, 0)
-    result = Result("torch 9", [use])
+def test_local_memory_is_a_problem():
+    result = Result("torch 9", [Use("pool_kernel<float16>", 90, 32, 16, 0)])
     result.look_for_local_memory()
     assert result.problems == ["pool_kernel<float16>, sm_90: 16 bytes a thread in local memory"]
-    monkeypatch.setattr(gpu_compile, "LOCAL_MEMORY", {"pool_kernel": "a reason"})
-    listed = Result("torch 9", [use])
-    listed.look_for_local_memory()
-    assert listed.problems == []
 
 
 def test_the_report_has_a_line_for_each_kernel_and_says_what_is_wrong():

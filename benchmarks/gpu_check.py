@@ -130,7 +130,6 @@ class Check:
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder, self.small = args, folder, args.small
         self.size = SimpleNamespace(**(SMALL if args.small else FULL))
-        self.device = "cpu" if args.small else "cuda"
         self.jobs = ThreadPoolExecutor(2 if self.small else 6)
         self.waiting: list[Future[Any]] = []
         self.written: Future[Any] | None = None
@@ -138,8 +137,7 @@ class Check:
         self.settings = {"model": str(model), "dtype": "bfloat16", "load_format": "dummy"}
         self.settings |= self.size.settings
         weights, room = 0.0, 1e3
-        if self.device == "cuda":
-            # The rest is for what runs in the background.
+        if not self.small:  # the rest is for what runs in the background
             weights, room = 15.0, 0.9 * torch.cuda.get_device_properties(0).total_memory / 2**30
         (folder / "logs").mkdir()
         self.pool = Pool(self.settings, folder / "adapters", folder / "logs", weights, room)
@@ -279,8 +277,8 @@ def share(deadline: float, left: int) -> float:
 
 
 def operators(check: Check, deadline: float, task: str) -> Rows:
-    script = str(HERE / "gpu_operators.py")
-    yield from gpu_jobs.rows_of([script, task, check.device, check.size.shape], deadline)
+    command = [str(HERE / "gpu_operators.py"), task, "cpu" if check.small else "cuda"]
+    yield from gpu_jobs.rows_of([*command, check.size.shape], deadline)
 
 
 def exactness(check: Check, deadline: float) -> Rows:
@@ -312,20 +310,14 @@ def fuzz(check: Check, deadline: float) -> Rows:
 
 
 def model(check: Check, deadline: float) -> Rows:
-    """bfloat16 answers of a model with weights, judged by the float32 reference."""
+    """bfloat16 answers, of the demo's model where it is cached, judged by the float32 reference."""
     from vllm_pedro.demo import ADAPTERS, TENANTS
     from vllm_pedro.fetch import SMOLLM2, cache_folder
 
-    folder, adapters = check.args.model, []
-    if folder is None and check.small:
-        folder = gpu_jobs.write_model("small", check.folder / "real", weights=True)
-    elif folder is None:
-        folder = cache_folder() / "models" / SMOLLM2.name
-        if not (folder / "config.json").is_file():
-            yield {"skipped": "no --model, and the demo's model is not in the cache"}
-            return
-        adapters = [ADAPTERS / name for name in TENANTS]
-    adapters = adapters or gpu_jobs.write_strong_adapters(folder, check.folder, 2, scale=0.05)
+    folder, adapters = cache_folder() / "models" / SMOLLM2.name, [ADAPTERS / n for n in TENANTS]
+    if check.small or not (folder / "config.json").is_file():
+        folder = gpu_jobs.write_model("small", check.folder / "random weights", weights=True)
+        adapters = gpu_jobs.write_strong_adapters(folder, check.folder, 2, scale=0.05)
     task = {"model": str(folder), "adapters": [str(a) for a in adapters]}
     task["mode"] = "eager" if check.small else "graphs"
     for row in gpu_jobs.run_task("judged", task, deadline):
@@ -576,10 +568,9 @@ def prepare_environment(folder: Path, small: bool) -> None:
 def run(args: argparse.Namespace, folder: Path) -> list[str]:
     """All parts that are asked for and not there yet; what failed or was wrong."""
     results = Results(args.out, about(args))
-    todo = [part for part in args.parts if part not in results.done]
-    for part in args.parts:
-        if part in results.done:
-            print(f"{part}: done before", flush=True)
+    for part in results.done.intersection(args.parts):
+        print(f"{part}: done before", flush=True)
+    todo = set(args.parts) - results.done
     check = Check(args, folder)
     limit = 60 * args.minutes
     try:
@@ -600,15 +591,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [*BEHIND, *PARTS]
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where results are and go")
-    parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART",
-                        help=f"of {', '.join(names)}; default all")  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=8.0, help="for each part (%(default)s)")
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="of the part `model`")
-    parser.add_argument("--lora-tuned", type=Path, metavar="FOLDER",
-                        help="tuned configurations for LoRA's kernels, also run")  # fmt: skip
-    parser.add_argument("--small", action="store_true", help="a rehearsal that runs on a CPU")
-    parser.add_argument("--render", type=Path, metavar="DIR", help="only write the tables again")
+    add, which = parser.add_argument, f"of {', '.join(names)}; default all"
+    add("--out", type=Path, metavar="DIR", help="where results are and go")
+    add("--parts", nargs="+", choices=names, default=names, metavar="PART", help=which)
+    add("--minutes", type=float, default=8.0, help="for each part (%(default)s)")
+    add("--lora-tuned", type=Path, metavar="DIR", help="LoRA's kernel configurations, also run")
+    add("--small", action="store_true", help="a rehearsal that runs on a CPU")
+    add("--render", type=Path, metavar="DIR", help="only write the tables again")
     args = parser.parse_args()
     if args.render:
         print(gpu_tables.render(args.render))

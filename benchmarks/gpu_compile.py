@@ -8,7 +8,7 @@
 
     python benchmarks/gpu_compile.py                          # both
     python benchmarks/gpu_compile.py --only triton --quick    # a few kernels, for tests
-    python benchmarks/gpu_compile.py --triton 3.6.0 --triton 3.7.1 --table docs/gpu_compile.md
+    python benchmarks/gpu_compile.py --triton 3.6.0 --triton 3.7.1 --table build/gpu_compile.md
 
 Needs Linux on x86-64, gcc, and pip that reaches its index for torch, NVIDIA's compiler (1.2 GB of
 wheels, kept in build/gpu_compile) and for other versions of Triton than the installed one.

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from runners import current_runner, stage_as_on_a_device
@@ -57,17 +58,25 @@ def start_engine(model: Path | str, pedro: bool = True, **settings: Any) -> Iter
         arguments["speculative_config"] = {"method": method, **arguments["speculative_config"]}
     llm = None
     try:
-        with _hide_llvmlite():
+        with _hide_llvmlite(), _no_collections():
             llm = LLM(str(model), **arguments)
         if pedro and current_runner() == "v2":
             stage_as_on_a_device(llm)
         yield llm
     finally:
-        if llm is not None:
-            llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
+        with _no_collections():
+            if llm is not None:
+                llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
         gc.collect()
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """vLLM collects garbage ten times as an engine starts and ends: 3 s, and all the rest 0.2 s."""
+    with mock.patch.object(gc, "collect", return_value=0):
+        yield
 
 
 @contextlib.contextmanager

@@ -29,14 +29,14 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 PARTS = ("front end", "host", "device")
+ADAPTERS, WARM_UP, HOST_SLOTS = 144, 48, 32
 
 
-def measure(args: argparse.Namespace, paths: list[str]) -> dict[str, list[float]]:
+def measure(model: str, paths: list[Path]) -> dict[str, list[float]]:
     """Milliseconds of this process's CPU time by part, one of each adapter after the warm-up."""
     import torch
-    from transformers import AutoConfig
 
-    from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
+    from vllm_pedro.backbone import BackboneShape
     from vllm_pedro.bench.adapters import MODULES, PEDRO_RANK
     from vllm_pedro.integration import plugin
     from vllm_pedro.integration.frontend.registry import AdapterRegistry
@@ -47,59 +47,44 @@ def measure(args: argparse.Namespace, paths: list[str]) -> dict[str, list[float]
     importlib.import_module("vllm.logger")
     plugin.register()  # shows this package's log lines as vLLM's
     torch.set_num_threads(1)
-    shape = BackboneShape.from_hf_config(
-        AutoConfig.from_pretrained(args.model, local_files_only=True)
-    )
-    rank, modules = (32, TARGET_MODULES) if args.wide else (PEDRO_RANK, MODULES)
-    limits, cpu = AdapterLimits(shape, rank, modules), torch.device("cpu")
+    shape, cpu = BackboneShape.from_pretrained(model), torch.device("cpu")
+    limits = AdapterLimits(shape, PEDRO_RANK, MODULES)
     registry = AdapterRegistry(limits)
-    store = VectorStore(shape, modules, 1, 1, torch.bfloat16, cpu)
+    store = VectorStore(shape, MODULES, 1, 1, torch.bfloat16, cpu)
     reader = AdapterReader(limits, store.columns)
-    host = HostCache(args.host_slots, reader)
+    host = HostCache(HOST_SLOTS, reader)
     bank = AdapterBank(8 * limits.largest_blob, reader, cpu, host)
     found: dict[str, list[float]] = {part: [] for part in PARTS}
 
-    def timed(part: str, call: Callable[[], Any]) -> Any:
+    def timed(part: str, call: Callable[..., Any], *arguments: Any) -> Any:
         start = time.process_time()
-        result = call()
+        result = call(*arguments)
         found[part].append(1e3 * (time.process_time() - start))
         return result
 
     specs = []
-    for i, folder in enumerate(paths):
-        path = str(Path(folder).resolve())
-        known = timed("front end", lambda path=path: registry.lookup(path))
-        specs.append(RequestSpec(f"tenant-{i}", path, known.digest, 16, "prompt"))
+    for path in paths:
+        known = timed("front end", registry.lookup, str(path))
+        specs.append(RequestSpec(path.name, str(path), known.digest, 16, "prompt"))
     for spec in specs:
-        timed("host", lambda spec=spec: host.get(spec))
-        timed("device", lambda spec=spec: bank.make_resident(spec, {spec.digest}))
+        timed("host", host.get, spec)
+        timed("device", bank.make_resident, spec, {spec.digest})
     found["all"] = [sum(times) for times in zip(*found.values(), strict=True)]
-    return {part: times[args.warm_up :] for part, times in found.items()}
+    return {part: times[WARM_UP:] for part, times in found.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="model folder; default the 135M model of the demo")
-    parser.add_argument("--kind", choices=["pedro", "static"], default="pedro")
-    parser.add_argument("--adapters", type=int, default=144)
-    parser.add_argument("--warm-up", type=int, default=48, help="of these (%(default)s)")
-    parser.add_argument("--wide", action="store_true", help="an engine's default rank and modules")
-    parser.add_argument(
-        "--host-slots",
-        type=int,
-        default=32,
-        help="adapters in host memory; with as many as --adapters it only grows (%(default)s)",
-    )
     parser.add_argument("--before", metavar="REVISION", help="measure this one, too")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folders", help=argparse.SUPPRESS)  # of the processes it starts
+    parser.add_argument("--folders", type=Path, help=argparse.SUPPRESS)  # of a process it starts
     args = parser.parse_args()
     if args.folders:
-        paths = sorted(map(str, Path(args.folders).iterdir()))
-        print(json.dumps(measure(args, paths)))
+        print(json.dumps(measure(args.model, sorted(args.folders.resolve().iterdir()))))
         return
 
-    from bench_change import sources_now, sources_of
+    from bench_change import sources
 
     from vllm_pedro.bench.adapters import folder_bytes, write_adapters
     from vllm_pedro.bench.figures import Spread
@@ -109,31 +94,25 @@ def main() -> None:
     model = args.model or str(fetch_model(progress=False))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "adapters"
-        paths = write_adapters(model, folder, args.kind, args.adapters)
-        trees = {"now": stack.enter_context(sources_now())}
-        if args.before:
-            trees = {"before": stack.enter_context(sources_of(args.before, False))} | trees
+        paths = write_adapters(model, folder, "pedro", ADAPTERS)
+        names = ["before", "now"] if args.before else ["now"]
+        trees = {
+            name: stack.enter_context(sources(args.before if name == "before" else None))
+            for name in names
+        }
         command = [sys.executable, __file__, "--model", model, "--folders", str(folder)]
-        command += ["--warm-up", str(args.warm_up), "--host-slots", str(args.host_slots)]
-        command += ["--wide"] * args.wide
-        runs: dict[str, list[dict[str, list[float]]]] = {name: [] for name in trees}
+        runs: dict[str, list[dict[str, list[float]]]] = {name: [] for name in names}
         for repeat in range(args.repeats):
-            for name in trees if repeat % 2 else reversed(trees):
+            for name in names if repeat % 2 else reversed(names):
                 environment = os.environ | {"PYTHONPATH": str(trees[name])}
                 # What it logs goes nowhere, but is made.
-                process = subprocess.run(
-                    command,
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    check=True,
-                )
+                pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+                process = subprocess.run(command, env=environment, check=True, **pipes)
                 runs[name].append(json.loads(process.stdout.splitlines()[-1]))
         size = folder_bytes(paths[0]) / 2**20
     print(
-        f"{args.adapters - args.warm_up} adapters of {size:.2f} MiB, {args.kind}, after "
-        f"{args.warm_up} to warm up; ms of CPU time: median over the adapters of the median run "
-        f"(lowest and highest of {args.repeats})"
+        f"{ADAPTERS - WARM_UP} adapters of {size:.2f} MiB after {WARM_UP} to warm up; ms of CPU "
+        f"time: median over the adapters of the median run (lowest and highest of {args.repeats})"
     )
     parts = (*PARTS, "all")
     rows = [

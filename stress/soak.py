@@ -344,7 +344,7 @@ class Soak:
 
     async def _watch_memory(self) -> None:
         while not self._over():
-            resident = sum(self.server.resident_bytes().values())
+            resident = self.server.resident_bytes()
             self.report.memory.append((time.monotonic() - self._start, resident))
             if len(self.report.memory) % 6 == 0:
                 now = f"{self.report.memory[-1][0]:.0f} s, {resident >> 20} MiB"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_pedro.bench.main import offline_parser, serving_parser
+from vllm_pedro.bench.main import make_parser
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "full_run.sh"
 
@@ -42,8 +42,7 @@ def test_all_groups(recorder: tuple[Path, Path], tmp_path: Path) -> None:
     folders, workloads = [], set()
     for call in calls:
         assert call[:3] == ["-m", "vllm_pedro.cli", "bench"]
-        parser = {"offline": offline_parser, "serving": serving_parser}[call[3]]()
-        args = parser.parse_args(call[4:])
+        args = make_parser().parse_args(call[3:])
         assert args.model == "M"
         folders.append(args.output)
         workloads |= set(getattr(args, "workloads", {"trace"} if args.trace else ()))
@@ -68,7 +67,7 @@ def test_compiled(
     program, notes = recorder
     monkeypatch.setenv("MODE", "compiled")
     assert run(program, str(tmp_path / "out"), "beam").returncode == 0
-    args = offline_parser().parse_args(notes.read_text().split()[4:])
+    args = make_parser().parse_args(notes.read_text().split()[3:])
     assert args.engines == ["base-compiled", "pedro-compiled", "lora-compiled"]
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ from vllm_pedro.adapter import load_adapter
 from vllm_pedro.backbone import BackboneShape
 from vllm_pedro.bench import offline, results
 from vllm_pedro.bench.adapters import CONTENTS, folder_bytes, write_adapters
-from vllm_pedro.bench.cases import EngineSpec, Job
+from vllm_pedro.bench.cases import engine_label, split
 from vllm_pedro.bench.driver import Timing
-from vllm_pedro.bench.main import main
-from vllm_pedro.bench.offline import FAMILIES, Case, Sizes, comparisons
+from vllm_pedro.bench.main import QUICK, main, make_parser
+from vllm_pedro.bench.offline import FAMILIES, Case, Comparison
 from vllm_pedro.bench.results import read_results
+from vllm_pedro.bench.workloads import Workload
 from vllm_pedro.errors import PedroError
 
 MODEL = {
@@ -79,16 +79,21 @@ def test_lora_adapters_are_on_the_same_modules(model: str, tmp_path: Path) -> No
 def test_adapters_for_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PedroError, match=r"config\.json"):
         write_adapters(str(tmp_path), tmp_path / "a", "pedro", 1)
-    with pytest.raises(PedroError, match="unknown kind"):
-        write_adapters(str(tmp_path), tmp_path / "a", "dora", 1)
 
 
 # The plan
 
 
+def options(words: str, engines: list[str] | None = None) -> Namespace:
+    return make_parser().parse_args([*words.split(), "--engines", *(engines or CPU)])
+
+
+def plan(words: str) -> list[Comparison]:
+    return offline.plan(options(f"offline --workloads {words}"))
+
+
 def test_quick_compares_lora_with_eager_engines() -> None:
-    plan = comparisons(["decode", "break-even"], CPU, offline.QUICK)
-    decode = plan[0]
+    decode, *others = offline.plan(options(QUICK))
     assert [c.label for c in decode.cases] == [
         "base, compiled",
         "PEDRO, compiled, 1 tenant",
@@ -99,12 +104,12 @@ def test_quick_compares_lora_with_eager_engines() -> None:
         "LoRA, eager, 1 tenant",
         "LoRA, eager, 16 tenants",
     ]
-    assert [c.x for c in plan[1:]] == [32, 256]
-    assert {c.family for c in plan[1:]} == {"break-even"}
+    assert [c.x for c in others] == [32, 256]
+    assert {c.family for c in others} == {"break-even"}
 
 
 def test_overhead_compares_the_plugin_absent_off_unused_and_used() -> None:
-    (comparison,) = comparisons(["overhead"], CPU, Sizes(rows=8, tenants=(1, 8)))
+    (comparison,) = plan("overhead --rows 8 --tenants 1 8")
     labels = [case.label for case in comparison.cases]
     assert labels == [
         f"{name.partition(':')[0]}, {mode}{name.partition(':')[2]}"
@@ -130,27 +135,24 @@ def test_all_families_can_be_planned(tmp_path: Path) -> None:
         "TIMESTAMP,ContextTokens,GeneratedTokens\n"
         + "".join(f"2023-11-16 18:15:{i:02},100,10\n" for i in range(40))
     )
-    sizes = Sizes(rows=4, tenants=(1, 4, 32), trace=str(trace), trace_requests=20)
-    plan = comparisons(FAMILIES, CPU, sizes, static=True)
-    assert {c.family for c in plan} == set(FAMILIES)
-    names = [c.workload.name for c in plan]
+    words = f"--rows 4 --tenants 1 4 32 --trace {trace} --static"
+    everything = plan(f"{' '.join(FAMILIES)} {words}")
+    assert {c.family for c in everything} == set(FAMILIES)
+    names = [c.workload.name for c in everything]
     assert len(names) == len(set(names))
-    for comparison in plan:
-        assert comparison.workload.longest <= sizes.max_model_len
+    for comparison in everything:
+        assert comparison.workload.longest <= 1024
         labels = [case.label for case in comparison.cases]
         assert len(labels) == len(set(labels))
-    assert any(case.kind == "static" for case in plan[0].cases)
-    beam = next(c for c in plan if c.family == "beam")
+    assert any(case.kind == "static" for case in everything[0].cases)
+    beam = next(c for c in everything if c.family == "beam")
     assert beam.workload.beam_width == 3
     with pytest.raises(PedroError, match="--trace FILE"):
-        comparisons(["trace"], CPU, Sizes())
-    with pytest.raises(PedroError, match="unknown workload"):
-        comparisons(["nothing"], CPU, Sizes())
+        plan("trace")
 
 
 def test_many_tenants_are_left_to_compiled_engines() -> None:
-    sizes = Sizes(rows=4, tenants=(1, 8, 1000), eager_tenants=8)
-    few, some, many = comparisons(["tenants"], CPU, sizes)
+    few, some, many = plan("tenants --rows 4 --tenants 1 8 1000")
     assert [c.x for c in (few, some, many)] == [1, 8, 1000]
     assert len(many.workload.requests) == 1000
     assert {c.mode for c in many.cases} == {"compiled"}
@@ -160,70 +162,62 @@ def test_many_tenants_are_left_to_compiled_engines() -> None:
 
 
 def test_lengths_of_many_tenants() -> None:
-    names = [c.workload.name for c in comparisons(["tenants"], CPU, Sizes(tenants=(1, 1000)))]
+    names = [c.workload.name for c in plan("tenants --tenants 1 1000")]
     assert names == ["1 tenant, 32 + 16", "1,000 tenants, 16 + 8"]
-    sizes = Sizes(tenants=(8, 1000), tenant_tokens=(64, 32))
-    for comparison in comparisons(["tenants"], CPU, sizes):
+    for comparison in plan("tenants --tenants 8 1000 --tenant-tokens 64 32"):
         assert comparison.workload.name.endswith(" tenants, 64 + 32")
         assert {(r.prompt_tokens, r.output_tokens) for r in comparison.workload.requests} == {
             (64, 32)
         }
 
 
-def test_a_job_names_each_request_s_adapter() -> None:
-    (comparison,) = comparisons(["decode"], CPU, Sizes(rows=4, tenants=(1, 4)))
+def test_a_task_has_each_request_s_adapter() -> None:
+    (comparison,) = plan("decode --rows 4 --tenants 1 4")
     folders = {k: [Path(f"/a/{k}-{i}") for i in range(8)] for k in ("pedro", "lora")}
-    job = comparison.job(Case("pedro", "eager", 4), folders)
-    assert [r.tenant for r in job.workload.requests] == [0, 1, 2, 3]
-    assert job.adapters[3] == ("pedro-3", "/a/pedro-3")
-    job = comparison.job(Case("base", "eager", 0), folders)
-    assert {r.tenant for r in job.workload.requests} == {None}
-    assert job.adapters == ()
+    workload, adapters = comparison.task(Case("pedro", "eager", 4), folders)
+    assert [r.tenant for r in workload.requests] == [0, 1, 2, 3]
+    assert adapters == folders["pedro"][:4]
+    workload, adapters = comparison.task(Case("base", "eager", 0), folders)
+    assert {r.tenant for r in workload.requests} == {None}
+    assert not adapters
 
 
 # A run
 
 
 class FakeProcess:
-    """Takes 1 s for base, 1.25 s for PEDRO, 4 s for LoRA, twice that from the second run on."""
+    """Takes 1 s for base, 1.25 s for PEDRO, 4 s for LoRA."""
 
     made: list[tuple[str, str, int]]
+    started: list[tuple[str, dict[str, Any]]]
 
-    def __init__(self, spec: EngineSpec) -> None:
-        self.spec = spec
+    def __init__(self, engine: str, keywords: dict[str, Any], log: Path) -> None:
+        self.started.append((engine, keywords))
+        self.engine = engine
         self.facts = {"start_s": 5.0, "engine_s": 3.0, "kv_blocks": 10, "kv_block_bytes": 100}
-        self.runs = 0
 
-    def run(self, job: Job, tell: Callable[[int], None] = lambda tokens: None) -> list[Timing]:
-        name = job.workload.name
-        tenants = len({r.tenant for r in job.workload.requests} - {None})
-        self.made.append((self.spec.engine.label, name, tenants))
-        step = {"base": 1.0, "pedro": 1.25, "lora": 4.0}[self.spec.kind]
-        tell(1)
+    def run(self, workload: Workload, adapters: tuple[Path, ...] = ()) -> list[Timing]:
+        tenants = len({r.tenant for r in workload.requests} - {None})
+        self.made.append((engine_label(self.engine), workload.name, tenants))
+        step = {"base": 1.0, "pedro": 1.25, "lora": 4.0}[split(self.engine)[0]]
         return [
-            Timing(r.tenant, r.prompt_tokens, 0.0, [step * (i + 1) for i in range(r.output_tokens)])
-            for r in job.workload.requests
+            Timing(r.tenant, 0.0, [step * (i + 1) for i in range(r.output_tokens)])
+            for r in workload.requests
         ]
 
     def peak_bytes(self) -> dict[str, int]:
         return {"host": 2**30}
 
+    def close(self) -> None:
+        self.facts.clear()
+
 
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
-    made: list[tuple[str, str, int]] = []
-    monkeypatch.setattr(FakeProcess, "made", made, raising=False)
-
-    @contextlib.contextmanager
-    def start(
-        specs: Sequence[EngineSpec], begin: Callable[[EngineSpec], None]
-    ) -> Iterator[list[FakeProcess]]:
-        for spec in specs:
-            begin(spec)
-        yield [FakeProcess(spec) for spec in specs]
-
-    monkeypatch.setattr(offline, "start_engines", start)
-    return made
+    monkeypatch.setattr(FakeProcess, "made", [], raising=False)
+    monkeypatch.setattr(FakeProcess, "started", [], raising=False)
+    monkeypatch.setattr(offline, "EngineProcess", FakeProcess)
+    return FakeProcess.made
 
 
 def bench(*words: str) -> int:
@@ -253,7 +247,7 @@ def test_a_run_alternates_and_reports_known_ratios(
     printed = capsys.readouterr()
     assert "0.80 (0.80-0.80)" in printed.out  # PEDRO / base
     assert "3.20 (3.20-3.20)" in printed.out  # PEDRO / LoRA
-    assert "[10/10] decode-heavy: base, eager" in printed.err
+    assert "decode-heavy: base, eager: " in printed.err
     records = read_results([output / "results.jsonl"])
     kinds = [r["record"] for r in records]
     assert kinds[0] == "run"
@@ -313,24 +307,20 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
         bench("--quick", "--model", str(tmp_path), "--no-plots", "--output", str(tmp_path / "o"))
 
 
-def test_specs_are_alike(monkeypatch: pytest.MonkeyPatch, model: str, tmp_path: Path) -> None:
-    """All engines of a run have the same settings."""
-    seen: list[Any] = []
-
-    @contextlib.contextmanager
-    def start(specs: Sequence[EngineSpec], begin: Any) -> Iterator[list[Any]]:
-        seen.extend(specs)
-        yield [FakeProcess(spec) for spec in specs]
-
-    monkeypatch.setattr(FakeProcess, "made", [], raising=False)
-    monkeypatch.setattr(offline, "start_engines", start)
+def test_engines_differ_in_the_adapters_only(
+    engines: list[tuple[str, str, int]], model: str, tmp_path: Path
+) -> None:
     arguments = ["offline", "--model", model, "--workloads", "decode", "--tenants", "1", "4"]
     arguments += ["--prompt-tokens", "4", "--output-tokens", "2"]
     arguments += ["--rows", "4", "--engines", *CPU, "--no-plots", "--output", str(tmp_path / "o")]
     assert bench(*arguments, "--repeats", "1") == 0
-    assert len({json.dumps(s.settings, sort_keys=True) for s in seen}) == 1
+    assert [name for name, _ in FakeProcess.started] == CPU
+    base = dict(FakeProcess.started)["base-eager"]
+    for name, keywords in FakeProcess.started:
+        common = {k: v for k, v in keywords.items() if "pedro" not in k and "lora" not in k}
+        assert common == base | {"enforce_eager": name.endswith("eager")}
     # The requests that time the loading have to fit, however short the workload is.
-    assert seen[0].settings["max_model_len"] > offline.LOAD_PROMPT
-    assert {(s.slots, s.threads) for s in seen} == {(5, seen[0].threads)}
-    # One slot more than LoRAs in use: see the note in `offline.run`.
-    assert seen[0].slots > 4
+    assert base["max_model_len"] > offline.LOAD_PROMPT
+    # One slot more than LoRAs in use: see the note in `cases.slots`.
+    assert dict(FakeProcess.started)["lora-eager"]["max_loras"] == 5
+    assert dict(FakeProcess.started)["pedro-eager"]["max_pedros"] == 5

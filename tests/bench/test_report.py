@@ -12,11 +12,11 @@ from vllm_pedro.bench.report import CPU_NOTE, markdown, write_report
 from vllm_pedro.bench.results import Recorder, read_results
 from vllm_pedro.bench.series import break_evens, collect
 from vllm_pedro.bench.tables import (
+    SHORT,
     break_even_table,
     engine_table,
     load_table,
-    main_table,
-    short_table,
+    series_table,
     summary_table,
     table,
 )
@@ -104,7 +104,7 @@ def cells(text: str) -> dict[str, list[str]]:
 
 
 def test_ratios_in_the_table(records: list[dict[str, Any]]) -> None:
-    rows = cells(main_table(collect(records)))
+    rows = cells(series_table(collect(records)))
     pedro = rows["PEDRO, compiled, 8 tenants"]
     assert pedro[2] == "67.5 (45.0-90.0)"
     assert pedro[3] == "0.90 (0.90-0.90)"  # to compiled base
@@ -119,7 +119,7 @@ def test_ratios_in_the_table(records: list[dict[str, Any]]) -> None:
 
 
 def test_the_short_table_says_the_same(records: list[dict[str, Any]]) -> None:
-    row = cells(short_table(collect(records)))["PEDRO, compiled, 8 tenants"]
+    row = cells(series_table(collect(records), SHORT))["PEDRO, compiled, 8 tenants"]
     assert row[2:5] == ["67.5 (45.0-90.0)", "0.90 (0.90-0.90)", "3.00 (3.00-3.00)"]
 
 
@@ -147,7 +147,7 @@ def test_lora_of_the_same_mode_is_taken_where_there_is_one(records: list[dict[st
     records += [
         measurement("lora", "compiled", r, 75 * p, tenants=8) for r, p in ((0, 1), (1, 0.5))
     ]
-    row = cells(main_table(collect(records)))["PEDRO, compiled, 8 tenants"]
+    row = cells(series_table(collect(records)))["PEDRO, compiled, 8 tenants"]
     assert row[4] == "1.20 (1.20-1.20)"
 
 
@@ -155,7 +155,7 @@ def test_ratios_never_cross_runs() -> None:
     """Two runs in one report: repeat 0 of each is another repeat."""
     first = [RUN, measurement("base", "eager", 0, 100), measurement("pedro", "eager", 0, 90)]
     second = [RUN, measurement("base", "eager", 0, 10), measurement("pedro", "eager", 0, 9)]
-    row = cells(main_table(collect([*first, *second])))["PEDRO, eager, unused"]
+    row = cells(series_table(collect([*first, *second])))["PEDRO, eager, unused"]
     assert row[3] == "0.90 (0.90-0.90)"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -46,12 +45,13 @@ def test_a_server_and_all_its_processes_end(
     )
     fake.chmod(0o700)
     monkeypatch.setattr(servers.sys, "executable", str(fake))
-    monkeypatch.setattr(servers, "GROUP_SECONDS", 0.5)
+    monkeypatch.setattr(servers, "STOP_SECONDS", 2.0)
     with servers.serve("model", [], tmp_path / "log") as server:
         pids = server.pids()
         assert len(pids) == 2
-        assert set(server.resident_bytes()) == set(pids)
-        assert server.peak_bytes() > sum(map(servers.peak_bytes, pids)) / 2 > 0
+        assert server.peak_bytes() >= server.resident_bytes() > 2**22
+    assert server.pids() == []
+    assert server.peak_bytes() == 0
     end = time.monotonic() + 20
     while any(_is_running(pid) for pid in pids):
         assert time.monotonic() < end
@@ -64,9 +64,3 @@ def _is_running(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
-
-
-def test_peak_memory_of_a_process_that_is_gone() -> None:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    assert servers.peak_bytes(process.pid) == 0

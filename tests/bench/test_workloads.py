@@ -46,16 +46,10 @@ def test_fixed_lengths() -> None:
     assert workload.num_tenants == 0
 
 
-@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
-def test_lengths_that_are_none_are_refused(sizes: tuple[int, int, int]) -> None:
-    with pytest.raises(PedroError, match="at least 1, got 0"):
-        fixed_lengths(*sizes)
-
-
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("count", [2, 10, 200])
 def test_the_papers_averages(count: int, beams: int) -> None:
-    workload = paper_lengths(count, seed=3, beam_width=beams)
+    workload = paper_lengths(count, beam_width=beams)
     prompts = [r.prompt_tokens for r in workload.requests]
     outputs = [r.output_tokens for r in workload.requests]
     assert sum(prompts) == round(count * PAPER_PROMPT_TOKENS)
@@ -68,26 +62,15 @@ def test_the_papers_averages(count: int, beams: int) -> None:
         assert statistics.stdev(prompts) / statistics.fmean(prompts) == pytest.approx(0.36, abs=0.1)
 
 
-def test_the_same_seed_gives_the_same_workload() -> None:
-    assert paper_lengths(20, seed=1) == paper_lengths(20, seed=1)
-    assert paper_lengths(20, seed=1) != paper_lengths(20, seed=2)
-
-
 @given(
     st.lists(st.floats(0.01, 100), min_size=1, max_size=20), st.integers(0, 500), st.integers(0, 3)
 )
 def test_apportioning_loses_nothing(weights: list[float], extra: int, least: int) -> None:
-    total = extra + least * len(weights)
-    shares = apportion(weights, total, least)
-    assert sum(shares) == total
+    shares = apportion(weights, extra, least)
+    assert sum(shares) == extra + least * len(weights)
     assert min(shares) >= least
     exact = [least + w * extra / sum(weights) for w in weights]
     assert all(abs(s - e) <= 1 + 1e-6 for s, e in zip(shares, exact, strict=True))
-
-
-def test_too_little_to_share_is_refused() -> None:
-    with pytest.raises(PedroError, match="each of 3 gets 2"):
-        apportion([1.0, 1.0, 1.0], 5, least=2)
 
 
 # Prompts
@@ -136,12 +119,6 @@ def test_ten_thousand_tenants() -> None:
     assert sum(tenant_counts("skewed", 10_000, 10_000)) == 10_000
 
 
-@pytest.mark.parametrize(("mix", "tenants"), [("zipf", 3), ("uniform", 0)])
-def test_mixes_that_cannot_be(mix: str, tenants: int) -> None:
-    with pytest.raises(PedroError, match=r"unknown mix|at least 1 tenant"):
-        tenant_counts(mix, 10, tenants)
-
-
 # Arrivals
 
 
@@ -159,10 +136,6 @@ def test_a_closed_loop_has_no_arrivals() -> None:
     workload = closed_loop(arrive_by_rate(fixed_lengths(5, 1, 1), 1), 2)
     assert workload.concurrency == 2
     assert {r.arrival for r in workload.requests} == {0.0}
-    with pytest.raises(PedroError, match="at least 1"):
-        closed_loop(workload, 0)
-    with pytest.raises(PedroError, match="above 0"):
-        arrive_by_rate(workload, 0)
 
 
 # Traces
@@ -182,7 +155,8 @@ def write(request: pytest.FixtureRequest, tmp_path: Path):
 def test_azure_traces(write) -> None:
     rows = read_trace(write("azure.csv", AZURE))
     assert [(r.prompt_tokens, r.output_tokens) for r in rows] == [(374, 44), (396, 109), (3000, 1)]
-    assert [r.arrival for r in rows] == pytest.approx([0, 4.314579, 13.31941], abs=1e-5)
+    times = [r.arrival - rows[0].arrival for r in rows]
+    assert times == pytest.approx([0, 4.314579, 13.31941], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -213,21 +187,19 @@ def test_traces_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> No
         read_trace(path)
 
 
-def test_replay() -> None:
-    rows = [Request(100 * (i + 1), 20, None, 10.0 * i) for i in range(10)]
-    workload = replay(rows, "t", count=4, longest=400, speed=2, tenants=3, mix="uniform", seed=9)
+def test_replay(tmp_path: Path) -> None:
+    lines = [f"2023-11-16 18:15:{5 * i:02},{100 * (i + 1)},20" for i in range(10)]
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]))
+    workload = replay(path, "the", count=4, longest=400, speed=2, tenants=3, mix="uniform")
+    assert workload.name == "the t"
     assert [r.prompt_tokens for r in workload.requests] == [100, 200, 300]
-    assert [r.arrival for r in workload.requests] == [0.0, 5.0, 10.0]
+    assert [r.arrival for r in workload.requests] == [0.0, 2.5, 5.0]
     assert {r.tenant for r in workload.requests} == {0, 1, 2}
     assert "left out as too long: 7" in workload.rule
     assert workload.concurrency is None
-    shrunk = replay(rows, "t", longest=400, shrink=4)
+    shrunk = replay(path, "the", count=10, longest=400, shrink=4)
     assert len(shrunk.requests) == 10
     assert shrunk.requests[3].prompt_tokens == 100
-
-
-def test_a_replay_of_nothing_is_refused() -> None:
-    with pytest.raises(PedroError, match="1 are longer than 10 tokens"):
-        replay([Request(100, 1)], "t", longest=10)
-    with pytest.raises(PedroError, match="speed must be above 0"):
-        replay([Request(100, 1)], "t", speed=0)
+    with pytest.raises(PedroError, match="10 are longer than 10 tokens"):
+        replay(path, "t", count=10, longest=10)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-import os
 
 import pytest
 
 from vllm_pedro.bench.adapters import write_adapters
-from vllm_pedro.bench.cases import EngineSpec, Job
-from vllm_pedro.bench.engines import EngineProcess
+from vllm_pedro.bench.cases import engine_options
+from vllm_pedro.bench.engines import EngineProcess, run
 from vllm_pedro.bench.serving import client_arguments, client_data
 from vllm_pedro.bench.workloads import (
     Request,
@@ -33,37 +32,31 @@ SETTINGS = {
 }
 
 
-class Pipe:
-    """Takes what an engine would send to its parent."""
-
-    def send(self, message):
-        assert message[0] == "progress"
-
-
-def spec(kind, model, **settings):
-    return EngineSpec(kind, False, {"model": str(model), **SETTINGS, **settings}, slots=4)
+def keywords(kind, model):
+    common = {"model": str(model), "distributed_executor_backend": "uni", **SETTINGS}
+    return common | engine_options(f"{kind}-eager", tenants=3)
 
 
 @pytest.mark.parametrize("kind", ["base", "pedro", "lora"])
 def test_engines_of_each_kind_run_workloads(kind, tiny, tmp_path):
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    from vllm_pedro.bench.worker import BenchEngine
+    from vllm_pedro.integration.stepped import SteppedLLM
 
     mixed = Workload("mixed", (Request(20, 5), Request(1, 1), Request(33, 7), Request(9, 2)), "")
     tenants = [None] * 4
-    engine = BenchEngine(spec(kind, tiny))
+    engine = SteppedLLM(keywords(kind, tiny))
     try:
-        jobs = []
+        tasks = []
         for adapters in {"base": (), "pedro": ("pedro", "static"), "lora": ("lora",)}[kind]:
             paths = write_adapters(str(tiny), tmp_path / adapters, adapters, 3)
             tenants = assign_tenants("uniform", 4, 3)
-            jobs.append(Job(mixed.with_tenants(tenants), tuple((p.name, str(p)) for p in paths)))
-        jobs = jobs or [Job(mixed)]
-        jobs.append(Job(closed_loop(mixed, 2), jobs[0].adapters))
-        jobs.append(Job(arrive_by_rate(mixed, 50), jobs[0].adapters))
-        for job in jobs:
-            timings = engine.run(job, Pipe())
+            tasks.append((mixed.with_tenants(tenants), list(map(str, paths))))
+        tasks = tasks or [(mixed, [])]
+        tasks.append((closed_loop(mixed, 2), tasks[0][1]))
+        tasks.append((arrive_by_rate(mixed, 50), tasks[0][1]))
+        for task in tasks:
+            timings = run(engine, kind, *task)
             assert [len(t.tokens) for t in timings] == [5, 1, 7, 2]
             assert all(t.ttft > 0 and t.tokens == sorted(t.tokens) for t in timings)
         facts = engine.facts
@@ -87,19 +80,16 @@ def test_engines_of_each_kind_run_workloads(kind, tiny, tmp_path):
 
 @pytest.mark.parametrize("kind", ["base", "plain"])  # a plain one fails if the plugin is loaded
 def test_an_engine_in_a_process_of_its_own(kind, tiny, tmp_path):
-    environment = dict(os.environ)
-    engine = EngineProcess(spec(kind, tiny), tmp_path / "log")
-    assert dict(os.environ) == environment
+    engine = EngineProcess(f"{kind}-eager", keywords(kind, tiny), tmp_path / "log")
     process = engine._process
     try:
-        told = []
-        timings = engine.run(Job(fixed_lengths(2, 8, 3)), told.append)
+        timings = engine.run(fixed_lengths(2, 8, 3))
         assert [len(t.tokens) for t in timings] == [3, 3]
         assert engine.facts["start_s"] > engine.facts["engine_s"] > 0
         assert engine.peak_bytes()["host"] > 2**27
         # What fails tells why; the engine does not go on after it.
         with pytest.raises(PedroError, match=r", eager\) failed: .*maximum"):
-            engine.run(Job(fixed_lengths(1, 100, 3)))
+            engine.run(fixed_lengths(1, 100, 3))
     finally:
         engine.close()
     assert process.exitcode == 0
@@ -121,7 +111,7 @@ def client_samples(workload, folder, names=None):
     (folder / "data.jsonl").write_text(client_data(workload))
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
-    args = parser.parse_args(client_arguments(workload, "/model", 80, names, folder))
+    args = parser.parse_args(client_arguments(workload, "/model", "http://h:1", names, folder))
     return args, get_samples(args, Tokenizer())
 
 

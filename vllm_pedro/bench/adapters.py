@@ -7,10 +7,9 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from ..backbone import BLOCKS, BackboneShape
-from ..errors import PedroError
 
 if TYPE_CHECKING:
     import torch
@@ -23,14 +22,12 @@ MODULES: Final = ("q_proj", "v_proj", "up_proj")
 PEDRO_RANK: Final = 12
 LORA_RANK: Final = 8
 
-KINDS: Final = ("pedro", "static", "lora")
-
 CONTENTS: Final = 16
 """At most so many different weights are made; see `write_adapters`."""
 
 
 def write_adapters(model: str, folder: Path, kind: str, count: int) -> list[Path]:
-    """Write `count` adapter folders for a model, in bfloat16.
+    """Write `count` adapter folders for a model, in bfloat16, in the order of the tenants' numbers.
 
     Weights are random: what they are does not change how long they take. Up to `CONTENTS`
     folders have weights of their own. Later ones share the weights file of an earlier one (a hard
@@ -43,12 +40,7 @@ def write_adapters(model: str, folder: Path, kind: str, count: int) -> list[Path
         folder: Where to make them; it is created.
         kind: `pedro` (r = 12), `static` (one vector per module, (IA)3) or `lora` (r = 8).
         count: How many.
-
-    Returns:
-        The folders, in the order of the tenants' numbers.
     """
-    if kind not in KINDS:
-        raise PedroError(f"unknown kind of adapter {kind!r}; known: {', '.join(KINDS)}")
     import torch
 
     from ..adapter import WEIGHTS_NAME
@@ -61,10 +53,13 @@ def write_adapters(model: str, folder: Path, kind: str, count: int) -> list[Path
         if number >= CONTENTS:
             path.mkdir()
             source = paths[number % CONTENTS]
-            fields: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text())
+            fields = json.loads((source / CONFIG_NAME).read_text())
             fields["base_model_name_or_path"] = tenant
             (path / CONFIG_NAME).write_text(json.dumps(fields))
-            _link(source / WEIGHTS_NAME, path / WEIGHTS_NAME)
+            try:
+                os.link(source / WEIGHTS_NAME, path / WEIGHTS_NAME)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(source / WEIGHTS_NAME, path / WEIGHTS_NAME)
         elif kind == "lora":
             write_lora(path, shape, number, base_model=tenant, dtype=torch.bfloat16)
         else:
@@ -77,13 +72,6 @@ def write_adapters(model: str, folder: Path, kind: str, count: int) -> list[Path
             )
             write_pedro(path, shape, config, number, dtype=torch.bfloat16)
     return paths
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
 
 
 def folder_bytes(path: Path) -> int:
@@ -100,21 +88,15 @@ def write_pedro(
     down_scale: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write a random PEDRO adapter. Same arguments, same content.
+    """Write a random PEDRO adapter to `folder`. Same arguments, same content.
 
     Args:
-        folder: Where to; it is created.
-        shape: The backbone's.
-        config: The adapter's.
-        seed: Of its values.
+        folder, shape, config, seed: See `init_adapter`; the folder is created and returned.
         scale: Of what makes its vectors differ from one. With the default they stay near one, and
             a model's answers stay sane.
         down_scale: Multiplies the down projection: as initialised it makes vectors that hardly
             depend on the prompt.
         dtype: Of its weights; None is float32.
-
-    Returns:
-        The folder.
     """
     from ..adapter import init_adapter, save_adapter
 
@@ -149,10 +131,8 @@ def write_lora(
     for layer in range(shape.num_layers):
         for module in modules:
             name = f"base_model.model.model.layers.{layer}.{BLOCKS[module]}.{module}"
-            for side, size in (
-                ("A", (rank, shape.hidden_size)),
-                ("B", (shape.widths[module], rank)),
-            ):
+            sizes = {"A": (rank, shape.hidden_size), "B": (shape.widths[module], rank)}
+            for side, size in sizes.items():
                 weight = torch.randn(size, generator=random) * scale
                 tensors[f"{name}.lora_{side}.weight"] = weight.to(dtype)
     folder.mkdir(parents=True)
@@ -169,13 +149,3 @@ def write_lora(
     }
     (folder / CONFIG_NAME).write_text(json.dumps(config))
     return folder
-
-
-def model_label(model: str) -> str:
-    """A model in words, without where it lies."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model, local_files_only=True)
-    return (
-        f"{Path(model).name} ({config.num_hidden_layers} layers, hidden size {config.hidden_size})"
-    )

@@ -1,12 +1,12 @@
-"""What is compared: engines, and what they are asked to do."""
+"""What is compared: engines, by kind and mode, and the tenants that ask them."""
 
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, Final
 
-from .workloads import Workload
+from .adapters import LORA_RANK, MODULES, PEDRO_RANK
 
 LABELS: Final = {
     "plain": "vLLM, no plugin",
@@ -16,44 +16,38 @@ LABELS: Final = {
     "lora": "LoRA",
 }
 
-
-class EngineName(str):
-    """An engine's kind and mode in one word, as options and results have it: `pedro-compiled`."""
-
-    __slots__ = ()
-
-    @property
-    def kind(self) -> str:
-        """`plain`, `base`, `pedro` or `lora`."""
-        return self.partition("-")[0]
-
-    @property
-    def mode(self) -> str:
-        """`compiled` or `eager`."""
-        return self.partition("-")[2]
-
-    @property
-    def label(self) -> str:
-        """What it is called in displays and tables."""
-        return f"{LABELS.get(self.kind, self.kind)}, {self.mode}" if self.mode else str(self)
-
-
-ENGINES: Final = tuple(
-    map(
-        EngineName,
-        (
-            "base-compiled",
-            "pedro-compiled",
-            "lora-compiled",
-            "base-eager",
-            "pedro-eager",
-            "lora-eager",
-            "plain-compiled",
-            "plain-eager",
-        ),
-    )
+ENGINES: Final[tuple[str, ...]] = (
+    "base-compiled",
+    "pedro-compiled",
+    "lora-compiled",
+    "base-eager",
+    "pedro-eager",
+    "lora-eager",
+    "plain-compiled",
+    "plain-eager",
 )
-"""All that can be asked for, in the order in which they start."""
+"""All that can be asked for, in the order in which they start: `plain` is vLLM that does not load
+the plugin, `base` has it loaded and PEDRO off. Static vectors are served by `pedro`."""
+
+
+def split(engine: str) -> tuple[str, str]:
+    """Kind and mode of one of `ENGINES`."""
+    kind, _, mode = engine.partition("-")
+    return kind, mode
+
+
+def engine_label(engine: str) -> str:
+    """What an engine is called in displays and tables."""
+    kind, mode = split(engine)
+    return f"{LABELS[kind]}, {mode}"
+
+
+def case_label(kind: str, mode: str, tenants: int) -> str:
+    """What a case is called: an engine, and how many tenants ask."""
+    name = f"{LABELS[kind]}, {mode}"
+    if tenants:
+        return f"{name}, {tenants:,} tenant{'s' if tenants > 1 else ''}"
+    return f"{name}, unused" if kind in ("pedro", "lora") else name
 
 
 def is_cpu() -> bool:
@@ -65,56 +59,29 @@ def is_cpu() -> bool:
     return True
 
 
-def default_engines() -> list[EngineName]:
+def default_engines() -> Sequence[str]:
     """On the CPU, where vLLM runs LoRA eagerly, eager base and PEDRO are measured too."""
-    lora = EngineName("lora-eager" if is_cpu() else "lora-compiled")
-    modes = {"compiled", lora.mode}
-    return [e for e in ENGINES if e.mode in modes and e.kind in ("base", "pedro")] + [lora]
+    return (*ENGINES[:2], *ENGINES[3:6]) if is_cpu() else ENGINES[:3]
 
 
-def case_label(kind: str, mode: str, tenants: int) -> str:
-    """What a case is called in displays and tables."""
-    name = f"{LABELS[kind]}, {mode}"
-    if tenants:
-        return f"{name}, {tenants:,} tenant{'s' if tenants > 1 else ''}"
-    return f"{name}, unused" if kind in ("pedro", "lora") else name
+def slots(tenants: int) -> dict[str, int]:
+    """Adapters on the device at once, and in host memory.
 
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """How to start an engine.
-
-    Attributes:
-        kind: `plain` (vLLM that does not load the plugin), `base` (the plugin loaded, PEDRO off),
-            `pedro` or `lora`; static vectors are served by `pedro`.
-        compiled: Whether vLLM compiles the model. On the CPU it never does with LoRA.
-        settings: Keywords of `LLM`, the same for all engines of a run.
-        slots: Adapters on the device at once.
-        host_slots: Adapters in host memory.
-        threads: OpenMP threads.
+    vLLM's CPU kernels give base rows a LoRA's weights if all slots are taken: one slot is spare.
     """
-
-    kind: str
-    compiled: bool
-    settings: dict[str, Any] = field(hash=False)
-    slots: int = 1
-    host_slots: int = 1
-    threads: int = 1
-
-    @property
-    def engine(self) -> EngineName:
-        """Its name in options and results."""
-        return EngineName(f"{self.kind}-{'compiled' if self.compiled else 'eager'}")
+    return {"adapter slots": min(tenants, 32) + 1, "host slots": min(tenants, 256)}
 
 
-@dataclass(frozen=True)
-class Job:
-    """A workload for an engine in another process.
-
-    Attributes:
-        workload: What to run.
-        adapters: `(name, folder)` of the tenants, by number.
-    """
-
-    workload: Workload
-    adapters: tuple[tuple[str, str], ...] = ()
+def engine_options(engine: str, tenants: int) -> dict[str, Any]:
+    """Keywords of `LLM`, flags of `vllm serve`: all in which the engines of a run differ."""
+    kind, mode = split(engine)
+    device, host = slots(tenants).values()
+    host = max(device, host)
+    options: dict[str, Any] = {"enforce_eager": mode == "eager", "seed": 0}
+    if kind == "pedro":
+        options |= {"enable_pedro": True, "max_pedros": device, "max_cpu_pedros": host}
+        options |= {"max_pedro_rank": PEDRO_RANK, "pedro_target_modules": list(MODULES)}
+    elif kind == "lora":
+        options |= {"enable_lora": True, "max_loras": device, "max_cpu_loras": host}
+        options |= {"max_lora_rank": LORA_RANK}
+    return options

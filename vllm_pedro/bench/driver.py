@@ -5,27 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from itertools import pairwise
 
 from .workloads import Request, Workload
-
-
-class Progress(NamedTuple):
-    """What a step gave one request; `request` is its number in the workload."""
-
-    request: int
-    new_tokens: int
-    finished: bool
-
-
-class Engine(Protocol):
-    """What the driver needs of an engine."""
-
-    def add(self, index: int, request: Request) -> None:
-        """Take in a request."""
-
-    def step(self) -> Sequence[Progress]:
-        """One forward pass, and what came of it."""
 
 
 @dataclass(slots=True)
@@ -34,13 +16,11 @@ class Timing:
 
     Attributes:
         tenant: Whose request it was.
-        prompt_tokens: Length of its prompt.
         sent: When it arrived, by the workload; in a closed loop, when its place came free.
         tokens: When each of its tokens came out.
     """
 
     tenant: int | None
-    prompt_tokens: int
     sent: float
     tokens: list[float] = field(default_factory=list)
 
@@ -57,7 +37,7 @@ class Timing:
     @property
     def gaps(self) -> list[float]:
         """Inter-token latencies."""
-        return [b - a for a, b in zip(self.tokens, self.tokens[1:], strict=False)]
+        return [b - a for a, b in pairwise(self.tokens)]
 
 
 class StalledError(RuntimeError):
@@ -65,28 +45,25 @@ class StalledError(RuntimeError):
 
 
 def drive(
-    engine: Engine,
+    add: Callable[[int, Request], None],
+    step: Callable[[], Sequence[tuple[int, int, bool]]],
     workload: Workload,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
-    tell: Callable[[int], None] = lambda tokens: None,
     patience: int = 10_000,
 ) -> list[Timing]:
-    """Run a workload to its end.
+    """Run a workload to its end; one entry for each request, in the workload's order.
 
     Requests are taken in between steps. One that arrives during a step waits for its end, and the
     wait is in its time to first token, as it is in a server.
 
     Args:
-        engine: The engine.
+        add: Gives the engine a request and its number in the workload.
+        step: One forward pass: numbers of requests, how many tokens each got, whether it ended.
         workload: What to send, and how.
         clock: Seconds.
         sleep: Waits so many seconds; only called while nothing runs.
-        tell: Is told after each step how many tokens have come out.
         patience: Steps without a token after which the engine counts as hung.
-
-    Returns:
-        One entry for each request, in the workload's order.
 
     Raises:
         StalledError: The engine gives no more tokens.
@@ -95,7 +72,7 @@ def drive(
     room = workload.concurrency or len(requests)
     timings: list[Timing] = []
     running: set[int] = set()
-    made = idle = 0
+    idle = 0
     start = clock()
     while running or len(timings) < len(requests):
         now = clock() - start
@@ -103,27 +80,23 @@ def drive(
             request = requests[len(timings)]
             if request.arrival > now:
                 break
-            sent = now if workload.concurrency else request.arrival
-            engine.add(len(timings), request)
+            add(len(timings), request)
             running.add(len(timings))
-            timings.append(Timing(request.tenant, request.prompt_tokens, sent))
+            sent = now if workload.concurrency else request.arrival
+            timings.append(Timing(request.tenant, sent))
         if not running:
             sleep(requests[len(timings)].arrival - now)
             continue
-        progress = engine.step()
+        progress = step()
         now = clock() - start
-        fresh = 0
         for index, new_tokens, finished in progress:
             timings[index].tokens += [now] * new_tokens
-            fresh += new_tokens
             if finished:
                 running.discard(index)
                 got, asked = len(timings[index].tokens), requests[index].output_tokens
                 if got != asked:
                     raise StalledError(f"request {index} ended after {got} of {asked} tokens")
-        made += fresh
-        idle = 0 if fresh else idle + 1
+        idle = 0 if any(new_tokens for _, new_tokens, _ in progress) else idle + 1
         if idle > patience:
             raise StalledError(f"{patience} steps without a token; {len(running)} requests run")
-        tell(made)
     return timings

@@ -5,142 +5,149 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import tempfile
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import PedroError
-from .cases import EngineSpec, Job
-from .driver import Timing
-from .worker import serve
+from ..errors import PedroError, first_line
+from .cases import engine_label, split
+from .driver import Timing, drive
+from .workloads import Request, Workload
 
 CLOSE_SECONDS: Final = 30.0
 TAIL: Final = 12  # lines of an engine's log in an error
 
 
-@contextlib.contextmanager
-def _huge_pages() -> Iterator[None]:
-    """Let processes that are started now have huge pages, where the system leaves it to them.
-
-    Without huge pages, speed depends on page placement: of equal engines the slowest took 5 %
-    longer than the fastest, with huge pages less than 1 % (docs/benchmarks.md).
-    """
-    ours = {"THP_MEM_ALLOC_ENABLE": "1"}  # torch's tensors
-    if "glibc.malloc.hugetlb" not in (given := os.environ.get("GLIBC_TUNABLES", "")):
-        ours["GLIBC_TUNABLES"] = ":".join(filter(None, (given, "glibc.malloc.hugetlb=1")))
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 class EngineProcess:
     """A running engine.
 
+    Args:
+        engine: Of `cases.ENGINES`.
+        keywords: `LLM`'s.
+        log: A file for what it prints.
+
     Attributes:
-        spec: What it was started with.
         facts: Its memory and start-up times; see `SteppedLLM`.
     """
 
-    def __init__(self, spec: EngineSpec, log: Path) -> None:
-        self.spec = spec
-        self._log = log
+    def __init__(self, engine: str, keywords: dict[str, Any], log: Path) -> None:
+        self._name, self._log = f"the engine ({engine_label(engine)})", log
+        # Without huge pages, speed depends on page placement: of equal engines the slowest took 5 %
+        # longer than the fastest, with huge pages less than 1 % (docs/benchmarks.md).
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's tensors
+        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
         context = multiprocessing.get_context("spawn")
-        self._pipe: Connection
         self._pipe, theirs = context.Pipe()
         started = time.perf_counter()
-        self._process = context.Process(target=serve, args=(theirs, spec, str(log)), daemon=False)
-        with _huge_pages():
-            self._process.start()
+        self._process = context.Process(target=serve, args=(theirs, engine, keywords, str(log)))
+        self._process.start()
         theirs.close()
         try:
-            self.facts: dict[str, Any] = self._answer("ready")
+            self.facts: dict[str, Any] = self._answer()
         except BaseException:
             self.close()
             raise
         self.facts["start_s"] = time.perf_counter() - started
 
-    def run(self, job: Job, tell: Callable[[int], None] = lambda tokens: None) -> list[Timing]:
-        """Run a workload; `tell` hears how many tokens have come out.
+    def run(self, workload: Workload, adapters: Sequence[Path] = ()) -> list[Timing]:
+        """Run a workload; its tenants' adapters by number.
 
         Raises:
             PedroError: The engine failed.
         """
-        self._pipe.send(("run", job))
-        return self._answer("timings", tell)
+        self._pipe.send((workload, [str(path) for path in adapters]))
+        return self._answer()
 
     def peak_bytes(self) -> dict[str, int]:
         """Highest memory use so far: `host` (resident set), and `device` on a GPU."""
-        self._pipe.send(("peak", None))
-        return self._answer("peak")
+        self._pipe.send(None)
+        return self._answer()
 
     def close(self) -> None:
         """End the process, whatever state it is in."""
-        with contextlib.suppress(OSError, ValueError):
-            self._pipe.send(("close", None))
-        self._process.join(CLOSE_SECONDS)
-        if self._process.is_alive():
-            self._process.terminate()
-            self._process.join(10)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
         self._pipe.close()
+        for end in (lambda: None, self._process.terminate, self._process.kill):
+            end()
+            self._process.join(CLOSE_SECONDS)
+            if self._process.exitcode is not None:
+                break
 
-    def _answer(self, expected: str, tell: Callable[[int], None] = lambda tokens: None) -> Any:
-        name = f"the engine ({self.spec.engine.label})"
-        while True:
-            try:
-                kind, value = self._pipe.recv()
-            except (EOFError, ConnectionResetError):
-                self._process.join(10)
-                status = self._process.exitcode
-                raise PedroError(f"{name} ended with status {status}; {self._tail()}") from None
-            if kind == "progress":
-                tell(value)
-            elif kind == "failed":
-                raise PedroError(f"{name} failed: {value}; {self._tail()}")
-            else:
-                assert kind == expected, (kind, expected)
-                return value
-
-    def _tail(self) -> str:
+    def _answer(self) -> Any:
         try:
-            lines = self._log.read_text(errors="replace").strip().splitlines()
-        except OSError:
-            lines = []
-        return "its log ends: " + " | ".join(lines[-TAIL:]) if lines else "it wrote no log"
+            failed, value = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join(10)
+            failed = f"ended with status {self._process.exitcode}"
+        if failed:
+            text = self._log.read_text(errors="replace") if self._log.exists() else ""
+            lines = text.strip().splitlines()
+            tail = "its log ends: " + " | ".join(lines[-TAIL:]) if lines else "it wrote no log"
+            raise PedroError(f"{self._name} {failed}; {tail}")
+        return value
 
 
-@contextlib.contextmanager
-def start_engines(
-    specs: Sequence[EngineSpec], begin: Callable[[EngineSpec], None] = lambda spec: None
-) -> Iterator[list[EngineProcess]]:
-    """Start engines one after the other; all are ended at the end, however it comes."""
-    engines: list[EngineProcess] = []
-    with tempfile.TemporaryDirectory(prefix="vllm-pedro-bench-") as folder:
+def serve(pipe: Connection, engine: str, keywords: dict[str, Any], log: str) -> None:
+    """The main function of the process that `EngineProcess` spawns: start an engine, then run what
+    comes down the pipe until the other end is closed or gone."""
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    # Threads are not bound to cores, because several engines share them in turns.
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    os.environ["OMP_NUM_THREADS"] = str(available_threads())
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from ..integration.stepped import SteppedLLM
+
+    kind, _ = split(engine)
+    with contextlib.ExitStack() as stack:
         try:
-            for number, spec in enumerate(specs):
-                begin(spec)
-                engines.append(EngineProcess(spec, Path(folder, f"engine-{number}.log")))
-            yield engines
-        finally:
-            for engine in engines:
-                engine.close()
+            llm = SteppedLLM(keywords, with_plugin=kind != "plain")
+            stack.callback(llm.shutdown)
+            pipe.send((None, llm.facts))
+            while True:
+                task = pipe.recv()
+                pipe.send((None, run(llm, kind, *task) if task else llm.peak_bytes()))
+        except (EOFError, BrokenPipeError):
+            pass  # the parent is done, or gone
+        except Exception as error:
+            traceback.print_exc()
+            sys.stderr.flush()
+            pipe.send((f"failed: {type(error).__name__}: {first_line(error)}", None))
+
+
+def run(llm: Any, kind: str, workload: Workload, folders: Sequence[str]) -> list[Timing]:
+    """Run a workload on a `SteppedLLM` and time it."""
+    requests = workload.requests
+    # Made before the clock starts.
+    prompts = [workload.prompt(index, llm.vocabulary) for index in range(len(requests))]
+    tenants = [llm.adapter(kind, Path(f).name, i, f) for i, f in enumerate(folders, 1)]
+    adapters = [None if r.tenant is None else tenants[r.tenant] for r in requests]
+    llm.begin()
+
+    def add(index: int, request: Request) -> None:
+        llm.add(index, prompts[index], request.output_tokens, adapters[index])
+
+    if workload.beam_width == 1:
+        return drive(add, llm.step, workload)
+    # One length for all is what beam_search takes; groups of a length run one after the other.
+    timings = [Timing(r.tenant, 0.0) for r in requests]
+    start = time.perf_counter()
+    for length in dict.fromkeys(r.output_tokens for r in requests):
+        members = [i for i, r in enumerate(requests) if r.output_tokens == length]
+        mine = ([values[i] for i in members] for values in (prompts, adapters))
+        llm.beam_search(*mine, workload.beam_width, length)
+        end = time.perf_counter() - start
+        for i in members:
+            timings[i].tokens = [end] * length
+    return timings
 
 
 def available_threads() -> int:
     """OpenMP threads to give each engine: OMP_NUM_THREADS, or one for each core."""
     chosen = os.environ.get("OMP_NUM_THREADS", "")
-    if chosen.isdigit() and int(chosen) > 0:
-        return int(chosen)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(chosen) if chosen.isdigit() and int(chosen) else len(os.sched_getaffinity(0))

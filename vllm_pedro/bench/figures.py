@@ -24,13 +24,8 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """
-        Raises:
-            ValueError: There are no values.
-        """
+        """Of at least one value."""
         found = list(values)
-        if not found:
-            raise ValueError("no values")
         return cls(statistics.median(found), min(found), max(found), len(found))
 
     def format(self, digits: int = 2) -> str:
@@ -54,16 +49,13 @@ def measure(timings: Sequence[Timing]) -> dict[str, float]:
     Throughput counts from the first request sent to the last token. Inter-token latencies are
     pooled over all requests; a run of one-token answers has none, and their keys are left out.
     """
-    start = min(t.sent for t in timings)
-    seconds = max(t.tokens[-1] for t in timings) - start
-    tokens = sum(len(t.tokens) for t in timings)
-    ttfts = [t.ttft for t in timings]
-    gaps = [gap for t in timings for gap in t.gaps]
+    seconds = max(t.tokens[-1] for t in timings) - min(t.sent for t in timings)
     result = {
         "seconds": seconds,
-        "output_tokens_per_s": tokens / seconds,
+        "output_tokens_per_s": sum(len(t.tokens) for t in timings) / seconds,
         "latency_mean_ms": 1e3 * statistics.fmean(t.latency for t in timings),
     }
+    ttfts, gaps = [t.ttft for t in timings], [gap for t in timings for gap in t.gaps]
     for name, values in (("ttft", ttfts), ("itl", gaps)):
         if values:
             result[f"{name}_mean_ms"] = 1e3 * statistics.fmean(values)
@@ -83,38 +75,23 @@ def per_tenant(timings: Sequence[Timing]) -> dict[int | None, dict[str, float]]:
         groups.setdefault(timing.tenant, []).append(timing)
     result: dict[int | None, dict[str, float]] = {}
     for tenant, own in groups.items():
-        gaps = [gap for t in own for gap in t.gaps]
-        figures = {
-            "requests": float(len(own)),
-            "ttft_mean_ms": 1e3 * statistics.fmean(t.ttft for t in own),
-            "tokens_per_s": statistics.fmean(len(t.tokens) / t.latency for t in own),
-        }
-        if gaps:
-            figures["itl_mean_ms"] = 1e3 * statistics.fmean(gaps)
-        result[tenant] = figures
+        result[tenant] = {"requests": float(len(own))}
+        result[tenant]["ttft_mean_ms"] = 1e3 * statistics.fmean(t.ttft for t in own)
+        result[tenant]["tokens_per_s"] = statistics.fmean(len(t.tokens) / t.latency for t in own)
+        if gaps := [gap for t in own for gap in t.gaps]:
+            result[tenant]["itl_mean_ms"] = 1e3 * statistics.fmean(gaps)
     return result
-
-
-def jain_index(values: Iterable[float]) -> float:
-    """Jain's fairness index: 1 where all get the same, 1/n where one of n gets all.
-
-    Raises:
-        ValueError: There are no values, or they are all zero.
-    """
-    found = list(values)
-    squares = sum(v * v for v in found)
-    if not squares:
-        raise ValueError("no values above zero")
-    return sum(found) ** 2 / (len(found) * squares)
 
 
 def fairness(tenants: Mapping[Any, Mapping[str, float]]) -> dict[str, float]:
     """How evenly tenants are served.
 
-    `jain_tokens_per_s` is Jain's index of what their users see; `worst_over_best_ttft` and
-    `worst_over_best_itl` are ratios of tenants' means.
+    `jain_tokens_per_s` is Jain's index of what their users see: 1 where all get the same, 1/n where
+    one of n gets all. `worst_over_best_ttft` and `worst_over_best_itl` are ratios of means.
     """
-    result = {"jain_tokens_per_s": jain_index(t["tokens_per_s"] for t in tenants.values())}
+    speeds = [t["tokens_per_s"] for t in tenants.values()]
+    jain = sum(speeds) ** 2 / (len(speeds) * sum(v * v for v in speeds))
+    result = {"jain_tokens_per_s": jain}
     for name in ("ttft", "itl"):
         means = [t[f"{name}_mean_ms"] for t in tenants.values() if f"{name}_mean_ms" in t]
         if means and min(means) > 0:
@@ -139,11 +116,7 @@ def break_even(mine: Latency, other: Latency) -> int | None:
     1 means always. Where `mine` is slower per token it can only win short answers, and there is
     no length from which on it wins, so the answer is None too.
     """
-    if mine.itl > other.itl:
+    late, gain = mine.ttft - other.ttft, other.itl - mine.itl
+    if gain < 0 or (gain == 0 and late >= 0):
         return None
-    late = mine.ttft - other.ttft  # what it starts behind
-    if mine.itl == other.itl:
-        return 1 if late < 0 else None
-    if late < 0:
-        return 1
-    return math.floor(late / (other.itl - mine.itl)) + 2
+    return 1 if late < 0 else math.floor(late / gain) + 2

@@ -10,21 +10,26 @@ from typing import Any, Final
 
 from ..errors import PedroError
 from .cases import LABELS
-from .figures import Latency, Spread
+from .figures import Spread
 from .series import Series, break_evens, single_of
 
+LOOKS: Final = {
+    "base": ("0.0", "-", "ox", ""),
+    "pedro": ("0.35", "--", "s+", "//"),
+    "static": ("0.5", "-.", "D*", "xx"),
+    "lora": ("0.6", ":", "^v", ".."),
+}
+"""Grey, line, markers of compiled and eager, hatch."""
+
 STYLES: Final = {
-    ("base", "compiled"): {"color": "0.0", "marker": "o", "linestyle": "-"},
-    ("pedro", "compiled"): {"color": "0.35", "marker": "s", "linestyle": "--"},
-    ("static", "compiled"): {"color": "0.5", "marker": "D", "linestyle": "-."},
-    ("lora", "compiled"): {"color": "0.6", "marker": "^", "linestyle": ":"},
-    ("base", "eager"): {"color": "0.0", "marker": "x", "linestyle": "-"},
-    ("pedro", "eager"): {"color": "0.35", "marker": "+", "linestyle": "--"},
-    ("static", "eager"): {"color": "0.5", "marker": "*", "linestyle": "-."},
-    ("lora", "eager"): {"color": "0.6", "marker": "v", "linestyle": ":"},
+    (kind, mode): {"color": grey, "linestyle": line, "marker": marker}
+    for place, mode in enumerate(("compiled", "eager"))
+    for kind, (grey, line, markers, _) in LOOKS.items()
+    for marker in markers[place]
 }
 LEGEND: Final = "median; whiskers: lowest and highest repeat"
-HATCHES: Final = {"plain": "", "base": "", "pedro": "//", "static": "xx", "lora": ".."}
+SPEED: Final = "output_tokens_per_s"
+Points = list[tuple[float, Spread | None]]
 
 
 def check_plots() -> None:
@@ -40,18 +45,12 @@ def check_plots() -> None:
 
 
 def draw_all(all_series: Sequence[Series], folder: Path) -> list[tuple[str, Path]]:
-    """Draw what the results have data for.
-
-    Returns:
-        Title and file of each plot.
+    """Draw what the results have data for; title and file of each plot.
 
     Raises:
         PedroError: matplotlib is not installed.
     """
     check_plots()
-    import matplotlib
-
-    matplotlib.use("Agg")
     drawn = []
     for title, name, draw in (
         ("Throughput", "throughput.png", draw_throughput),
@@ -74,43 +73,48 @@ def _figure(width: float, height: float, columns: int = 1, **keywords: Any) -> t
     return figure, figure.subplots(1, columns, **keywords)
 
 
-def _errors(spreads: Sequence[Any]) -> list[list[float]]:
+def _name(kind: str, mode: str) -> str:
+    return f"{LABELS[kind]}, {mode}"
+
+
+def _errors(spreads: Sequence[Spread]) -> list[list[float]]:
     return [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
+
+
+def _line(axes: Any, points: Points, key: tuple[str, str], label: str | None) -> bool:
+    """A line with whiskers through what was measured; whether there was anything."""
+    found = sorted((x, s) for x, s in points if s is not None)
+    if found:
+        spreads = [s for _, s in found]
+        xs, ys = [x for x, _ in found], [s.median for s in spreads]
+        axes.errorbar(xs, ys, yerr=_errors(spreads), capsize=3, label=label, **STYLES[key])
+    return bool(found)
 
 
 def draw_throughput(all_series: Sequence[Series]) -> Any:
     """Bars: output tokens per second of each case of the plain workloads."""
     families = ("decode", "overhead", "prefill", "mixed", "paper", "beam", "trace", "serving")
-    chosen = [s for s in all_series if s.family in families and s.spread("output_tokens_per_s")]
+    chosen = [(s, s.spread(SPEED)) for s in all_series if s.family in families]
+    workloads = list(dict.fromkeys(s.workload for s, _ in chosen))
     if not chosen:
         return None
-    workloads = list(dict.fromkeys(s.workload for s in chosen))
     figure, axes = _figure(8, 0.6 + 0.34 * (len(chosen) + len(workloads)))
-    position, ticks, labels = 0.0, [], []
-    for workload in workloads:
-        position += 0.7
-        axes.text(0, position - 0.05, f" {workload}", fontweight="bold", va="center")
-        for s in (s for s in chosen if s.workload == workload):
-            position += 1
-            spread = s.spread("output_tokens_per_s")
-            assert spread is not None
-            axes.barh(
-                position,
-                spread.median,
-                height=0.8,
-                color="0.85",
-                edgecolor="0.0",
-                hatch=HATCHES[s.kind],
-                xerr=_errors([spread]),
-                capsize=3,
-            )
-            ticks.append(position)
-            labels.append(s.label)
-        position += 0.5
-    axes.set_yticks(ticks, labels)
-    axes.set_ylim(position + 0.3, 0)
+    position, ticks, previous = -0.5, {}, ""
+    for s, spread in chosen:
+        if s.workload != previous:
+            position += 1.2
+            axes.text(0, position - 0.05, f" {s.workload}", fontweight="bold", va="center")
+            previous = s.workload
+        position += 1
+        ticks[position] = s.label
+        if spread is not None:
+            look = {"color": "0.85", "edgecolor": "0.0", "hatch": LOOKS.get(s.kind, [""])[-1]}
+            errors = _errors([spread])
+            axes.barh(position, spread.median, height=0.8, xerr=errors, capsize=3, **look)
+    axes.set_yticks(list(ticks), list(ticks.values()))
+    axes.set_ylim(position + 0.8, 0)
     axes.set_xlim(left=0)
-    axes.set_xlabel("output tokens/s (median; whiskers: lowest and highest repeat)")
+    axes.set_xlabel(f"output tokens/s ({LEGEND})")
     return figure
 
 
@@ -127,39 +131,27 @@ def draw_tenants(all_series: Sequence[Series]) -> Any:
     if len(places) < 2:
         return None
     figure, (speeds, ratios) = _figure(11, 4.2, 2)
-    for key, style in STYLES.items():
-        for axes in (speeds, ratios):
-            label = True
-            for lengths in kinds:
-                points = []
-                for s in own:
-                    if (s.kind, s.mode) != key or _lengths(s) != lengths:
-                        continue
-                    spread = s.spread("output_tokens_per_s")
-                    if axes is ratios:
-                        spread = s.ratio(single_of(s, all_series), "output_tokens_per_s")
-                    if spread is not None:
-                        points.append((float(places.index((int(s.x), lengths))), spread))
-                _error_bars(axes, sorted(points, key=lambda p: p[0]), style, key, label)
-                label = label and not points
-    ticks = [f"{count:,}\n{lengths}" for count, lengths in places]
     for axes in (speeds, ratios):
-        axes.set_xticks(range(len(places)), ticks)
+        for key in STYLES:
+            label: str | None = _name(*key)
+            for lengths in kinds:
+                points: Points = []
+                for s in (s for s in own if (s.kind, s.mode, _lengths(s)) == (*key, lengths)):
+                    single = single_of(s, all_series)
+                    spread = s.spread(SPEED) if axes is speeds else s.ratio(single, SPEED)
+                    points.append((float(places.index((int(s.x), lengths))), spread))
+                if _line(axes, points, key, label):
+                    label = None
+        axes.set_xticks(range(len(places)), [f"{count:,}\n{lengths}" for count, lengths in places])
         axes.set_xlabel("tenants (not to scale); prompt + output tokens of a request")
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+        axes.grid(axis="y", color="0.9")
     speeds.set_ylabel("output tokens/s")
     ratios.axhline(1, color="0.8", linewidth=0.8)
     ratios.set_xlim(speeds.get_xlim())
     ratios.set_ylabel("÷ the same requests by one tenant")
-    for axes in (speeds, ratios):
-        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
-        axes.grid(axis="y", color="0.9")
-    figure.legend(
-        *speeds.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=6,
-        title=LEGEND,
-        fontsize="small",
-    )
+    legend = {"loc": "outside lower center", "ncols": 6, "title": LEGEND, "fontsize": "small"}
+    figure.legend(*speeds.get_legend_handles_labels(), **legend)
     return figure
 
 
@@ -169,42 +161,22 @@ def _lengths(series: Series) -> str:
     return found[1] if found else ""
 
 
-def _error_bars(
-    axes: Any, points: Sequence[tuple[float, Any]], style: Any, key: Any, label: bool = True
-) -> None:
-    if points:
-        xs, spreads = [p[0] for p in points], [p[1] for p in points]
-        axes.errorbar(
-            xs,
-            [s.median for s in spreads],
-            yerr=_errors(spreads),
-            capsize=3,
-            label=f"{LABELS[key[0]]}, {key[1]}" if label else None,
-            **style,
-        )
-
-
-def _finish(figure: Any, axes: Any) -> Any:
-    axes.set_ylim(bottom=0)
-    axes.grid(axis="y", color="0.9")
-    axes.legend(title=LEGEND, fontsize="small")
-    return figure
-
-
 def draw_concurrency(all_series: Sequence[Series]) -> Any:
     """Lines: mean inter-token latency over the number of requests at once."""
     chosen = [s for s in all_series if s.family == "concurrency"]
     if len({s.x for s in chosen}) < 2:
         return None
     figure, axes = _figure(7, 4.2)
-    for key, style in STYLES.items():
-        own = sorted((s for s in chosen if (s.kind, s.mode) == key), key=lambda s: s.x)
-        spreads = [(s.x, s.spread("itl_mean_ms")) for s in own]
-        _error_bars(axes, [(x, s) for x, s in spreads if s is not None], style, key)
+    for key in STYLES:
+        own = [(s.x, s.spread("itl_mean_ms")) for s in chosen if (s.kind, s.mode) == key]
+        _line(axes, own, key, _name(*key))
     axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("requests at once")
     axes.set_ylabel("mean inter-token latency, ms")
-    return _finish(figure, axes)
+    axes.grid(axis="y", color="0.9")
+    axes.legend(title=LEGEND, fontsize="small")
+    return figure
 
 
 def draw_break_even(all_series: Sequence[Series]) -> Any:
@@ -213,39 +185,28 @@ def draw_break_even(all_series: Sequence[Series]) -> Any:
     lengths = sorted({b.prompt_tokens for b in found})
     if not lengths:
         return None
-    most = 64
-    figure, panels = _figure(
-        3.2 * len(lengths) + 0.6, 3.8, len(lengths), sharey=True, squeeze=False
-    )
+    xs = range(1, 65)
+    width = 3.2 * len(lengths) + 0.6
+    figure, panels = _figure(width, 3.8, len(lengths), sharey=True, squeeze=False)
     for axes, length in zip(panels[0], lengths, strict=True):
-        for number, b in enumerate(b for b in found if b.prompt_tokens == length):
-            _latency_line(axes, b.mine, most, ("pedro", b.modes[0]))
-            if number == 0:
-                _latency_line(axes, b.other, most, ("lora", b.modes[1]))
-            if b.tokens is not None and 1 < b.tokens < most:
+        lines = {}
+        for b in (b for b in found if b.prompt_tokens == length):
+            lines["pedro", b.modes[0]] = b.mine
+            lines.setdefault(("lora", b.modes[1]), b.other)
+            if b.tokens is not None and 1 < b.tokens < xs[-1]:
                 axes.axvline(b.tokens, color="0.5", linewidth=0.8)
                 axes.text(b.tokens, 0, f" {b.tokens}", va="bottom", fontsize="small")
+        for key, repeats in lines.items():
+            spreads = [Spread.of(repeat.of(x) / 1e3 for repeat in repeats) for x in xs]
+            ys = [s.median for s in spreads]
+            axes.plot(xs, ys, label=_name(*key), markevery=12, **STYLES[key])
+            ends = [s.low for s in spreads], [s.high for s in spreads]
+            axes.fill_between(xs, *ends, color=STYLES[key]["color"], alpha=0.2)
         axes.set_title(f"prompt of {length} tokens", fontsize="medium")
-        axes.set_xlim(0, most)
+        axes.set_xlim(0, xs[-1])
         axes.set_xlabel("output tokens")
         axes.grid(axis="y", color="0.9")
     panels[0][0].set_ylim(bottom=0)  # all share it, so not before all are drawn
     panels[0][0].set_ylabel("end-to-end latency, s")
     panels[0][0].legend(fontsize="small", title="median; band: repeats", title_fontsize="small")
     return figure
-
-
-def _latency_line(axes: Any, repeats: Sequence[Latency], most: int, key: tuple[str, str]) -> None:
-    xs = list(range(1, most + 1))
-    spreads = [Spread.of(latency.of(x) / 1e3 for latency in repeats) for x in xs]
-    style = STYLES[key]
-    axes.plot(
-        xs,
-        [s.median for s in spreads],
-        label=f"{LABELS[key[0]]}, {key[1]}",
-        markevery=12,
-        **style,
-    )
-    axes.fill_between(
-        xs, [s.low for s in spreads], [s.high for s in spreads], color=style["color"], alpha=0.2
-    )

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import PedroError
 from .figures import Spread
 from .plots import draw_all
-from .results import Recorder, by_run, is_settings
+from .results import by_run
 from .series import Record, Series, collect
 from .tables import (
+    SHORT,
     break_even_table,
     engine_table,
     fairness_table,
     load_table,
-    main_table,
-    short_table,
+    series_table,
     summary_table,
 )
 
@@ -29,58 +29,48 @@ CPU_NOTE = (
 
 def conditions(records: Sequence[Record]) -> list[str]:
     """What was run, on what, and how busy it was: a list in Markdown for each run."""
+
+    def listed(values: dict[str, object]) -> str:
+        return ", ".join(f"{k} {v}" for k, v in values.items())
+
+    def load(record: Record) -> str:
+        return ", ".join(f"{v:.1f}" for v in record.get("load_average") or ()) or "unknown"
+
     lines: list[str] = []
     cores, runs = None, sum(r["record"] == "run" for r in records)
-    for run, record in by_run(records):
-        if record["record"] == "run":
+    for run, what, record in by_run(records):
+        if what == "run":
             host = record["machine"]
             cores = host["cores"]
             device = host.get("gpu", f"{host['cpu']}, {cores} cores")
             memory = f", {host['memory_gib']} GiB" if host.get("memory_gib") else ""
-            versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
-            settings = ", ".join(f"{k} {v}" for k, v in record["settings"].items())
             lines += [
-                f"- {f'run {run}: ' if runs > 1 else ''}`{record['command']}`, {record['time']}",
-                f"- {device}{memory}, {host['system']}; {versions}",
-                f"- {settings}" if settings else "",
-                f"- load average before: {_load(record)}",
+                f"{f'run {run}: ' if runs > 1 else ''}`{record['command']}`, {record['time']}",
+                f"{device}{memory}, {host['system']}; {listed(record['versions'])}",
+                *([listed(record["settings"])] if record["settings"] else []),
+                f"load average before: {load(record)}",
             ]
-        elif is_settings(record):
-            settings = ", ".join(f"{k} {v}" for k, v in record["settings"].items())
-            lines.append(f"- {record['model']}; {settings}")
-        elif record["record"] == "end":
-            lines.append(f"- load average after: {_load(record)}")
+        elif what == "settings":
+            lines.append(f"{record['model']}; {listed(record['settings'])}")
+        elif what == "end":
+            lines.append(f"load average after: {load(record)}")
     loads = [r["load_average"][0] for r in records if r.get("load_average")]
     if loads and cores:
-        spread = Spread.of(loads)
         lines.append(
-            f"- load average during the run (last minute's, after each measurement): "
-            f"{spread.format(1)} on {cores} cores. The benchmark itself accounts for about as many "
-            "as it has threads; what is above that is other programs, and makes figures worse and "
-            "their spread wider."
+            f"load average during the run (last minute's, after each measurement): "
+            f"{Spread.of(loads).format(1)} on {cores} cores. The benchmark itself accounts for "
+            "about as many as it has threads; what is above that is other programs, and makes "
+            "figures worse and their spread wider."
         )
-    return [line for line in lines if line]
+    return [f"- {line}" for line in lines]
 
 
-def _load(record: Record) -> str:
-    values = record.get("load_average")
-    return ", ".join(f"{v:.1f}" for v in values) if values else "unknown"
-
-
-def runs_on_cpu(records: Iterable[Record]) -> bool:
+def runs_on_cpu(records: Sequence[Record]) -> bool:
     return any(r.get("cpu") for r in records if r["record"] == "engine")
 
 
 def write_report(records: Sequence[Record], folder: Path, plots: bool = True) -> list[Path]:
-    """Write `report.md`, and PNGs beside it where there is something to plot.
-
-    Args:
-        records: From `results.read_results`.
-        folder: Where to write; it is created.
-        plots: Whether to draw.
-
-    Returns:
-        The files.
+    """Write `report.md`, and PNGs beside it where there is something to plot; the files.
 
     Raises:
         PedroError: There are no measurements, or matplotlib is missing.
@@ -89,9 +79,7 @@ def write_report(records: Sequence[Record], folder: Path, plots: bool = True) ->
     if not all_series:
         raise PedroError("the results hold no measurement")
     folder.mkdir(parents=True, exist_ok=True)
-    pictures: list[tuple[str, Path]] = []
-    if plots:
-        pictures = draw_all(all_series, folder)
+    pictures = draw_all(all_series, folder) if plots else []
     path = folder / "report.md"
     path.write_text(markdown(records, all_series, pictures))
     return [path, *(picture for _, picture in pictures)]
@@ -113,10 +101,9 @@ def markdown(
     ]
     if runs_on_cpu(records):
         parts.append(CPU_NOTE)
-    summary = summary_table(all_series)
-    if summary:
+    if summary := summary_table(all_series):
         parts += ["## Ratios of output tokens/s, and of the time to the first token", summary]
-    parts += ["## Everything measured", main_table(all_series), "Workloads:"]
+    parts += ["## Everything measured", series_table(all_series), "Workloads:"]
     rules = {s.workload: s.rule for s in all_series}
     parts.append("\n".join(f"- {name}: {rule}" for name, rule in rules.items()))
     for title, picture in pictures:
@@ -151,17 +138,14 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def finish(recorder: Recorder, folder: Path, plots: bool, seconds: float) -> None:
-    """Write the report and print the short table."""
-    paths = write_report(recorder.records, folder, plots)
-    print(short_table(collect(recorder.records)))
-    evens = break_even_table(collect(recorder.records))
-    if evens:
-        print(f"\n{evens}")
-    print(
-        "\nMedian over the repeats (lowest-highest). '÷ base' is to base in the same mode; ratios "
+def short_report(records: Sequence[Record]) -> str:
+    """What a terminal shows."""
+    all_series = collect(records)
+    parts = [series_table(all_series, SHORT), break_even_table(all_series)]
+    parts.append(
+        "Median over the repeats (lowest-highest). '÷ base' is to base in the same mode; ratios "
         "are taken within a repeat."
     )
-    if runs_on_cpu(recorder.records):
-        print(CPU_NOTE)
-    print(f"{seconds / 60:.1f} minutes. In {folder}: " + ", ".join(p.name for p in paths))
+    if runs_on_cpu(records):
+        parts.append(CPU_NOTE)
+    return "\n\n".join(filter(None, parts))

@@ -21,7 +21,12 @@ from typing import Any, Final
 from tqdm import tqdm
 
 from .. import __version__
+from ..backbone import BackboneShape
 from ..errors import PedroError
+from . import figures
+from .cases import is_cpu
+from .driver import Timing
+from .workloads import Workload
 
 SETTINGS: Final = "all"
 """The `engine` of the `engine` record that holds what all engines of a run have in common."""
@@ -31,48 +36,23 @@ RECORDS: Final = ("run", "engine", "measurement", "load", "end")
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on; no names of hosts or folders."""
+    import psutil
+
     found: dict[str, Any] = {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "memory_gib": _memory_gib(),
+        "cpu": _first_value(Path("/proc/cpuinfo"), "model name") or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
     }
-    gpu = _gpu_name()
-    if gpu:
-        found["gpu"] = gpu
+    # Not through torch: the parent of a run loads nothing heavy.
+    for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        found["gpu"] = _first_value(file, "Model:")
     return found
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
-def _gpu_name() -> str | None:
-    # Not through torch: the parent of a run loads nothing heavy.
-    try:
-        folder = Path("/proc/driver/nvidia/gpus")
-        for file in sorted(folder.glob("*/information")):
-            for line in file.read_text().splitlines():
-                if line.startswith("Model:"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return None
+def _first_value(file: Path, key: str) -> str:
+    lines = [line for line in file.read_text().splitlines() if line.startswith(key)]
+    return lines[0].partition(":")[2].strip() if lines else ""
 
 
 def versions() -> dict[str, str]:
@@ -86,72 +66,79 @@ def versions() -> dict[str, str]:
     return found
 
 
-def load_average() -> list[float] | None:
+def load_average() -> list[float]:
     """Processes that ran or waited, over 1, 5 and 15 minutes; how busy the machine is."""
-    try:
-        return [round(value, 2) for value in os.getloadavg()]
-    except (OSError, AttributeError):
-        return None
+    return [round(value, 2) for value in os.getloadavg()]
 
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def command_line(argv: Sequence[str]) -> str:
-    """The command as one would type it; of paths only the last part is kept."""
-    words = [Path(word).name if "/" in word and "=" not in word else word for word in argv]
-    return " ".join(["vllm-pedro", "bench", *words])
-
-
 class Recorder:
     """Appends records to a file as they come, so that nothing is lost if a run is cut short."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path) -> None:
         self.records: list[dict[str, Any]] = []
         self._path = path
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
 
     def add(self, record: str, **fields: Any) -> None:
-        assert record in RECORDS
         line = {"record": record, **fields}
         self.records.append(line)
-        if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def begin(self, argv: Sequence[str], **settings: Any) -> None:
+        # The command as one would type it; of paths only the last part is kept.
+        words = [Path(word).name if "/" in word and "=" not in word else word for word in argv]
         self.add(
             "run",
             time=now(),
-            command=command_line(argv),
+            command=" ".join(["vllm-pedro", "bench", *words]),
             machine=machine(),
             versions=versions(),
             load_average=load_average(),
             settings=settings,
         )
 
-    def add_settings(self, settings: dict[str, Any], **fields: Any) -> None:
+    def add_settings(self, model: str, settings: dict[str, Any], **fields: Any) -> None:
         """What all engines of the run have in common."""
-        self.add("engine", engine=SETTINGS, settings=settings, **fields)
+        shape = BackboneShape.from_pretrained(model)
+        size = f"{shape.num_layers} layers, hidden size {shape.hidden_size}"
+        label = f"{Path(model).name} ({size})"
+        self.add("engine", engine=SETTINGS, settings=settings, model=label, cpu=is_cpu(), **fields)
+
+    def measured(self, workload: Workload, timings: Sequence[Timing], **fields: Any) -> float:
+        """One repeat of one case; its output tokens per second."""
+        measures = figures.measure(timings)
+        if workload.beam_width > 1:  # only the end of each request is known
+            measures = {k: measures[k] for k in ("seconds", "output_tokens_per_s")}
+        elif workload.num_tenants > 1:
+            fields["fairness"] = figures.fairness(figures.per_tenant(timings))
+        self.add(
+            "measurement",
+            workload=workload.name,
+            rule=workload.rule,
+            measures=measures,
+            load_average=load_average(),
+            **fields,
+        )
+        return measures["output_tokens_per_s"]
 
     def end(self) -> None:
         self.add("end", time=now(), load_average=load_average())
 
 
-def is_settings(record: dict[str, Any]) -> bool:
-    """Whether a record says what all engines of its run have in common."""
-    return record["record"] == "engine" and record["engine"] == SETTINGS
-
-
-def by_run(records: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Records with the number of their run, from 1."""
+def by_run(records: Iterable[dict[str, Any]]) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Records with the number of their run, from 1, and what they are; `settings` is the `engine`
+    record of what all engines of a run have in common."""
     run = 0
     for record in records:
         run += record["record"] == "run"
-        yield run, record
+        is_settings = record.get("engine") == SETTINGS
+        yield run, "settings" if is_settings else record["record"], record
 
 
 def repeats_in_time(most: int, end: float) -> Iterator[int]:

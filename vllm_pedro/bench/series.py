@@ -38,6 +38,11 @@ class Series:
     def label(self) -> str:
         return case_label(self.kind, self.mode, self.tenants)
 
+    @property
+    def asked(self) -> tuple[str, str, str]:
+        """What it shares with those that it is compared with."""
+        return self.family, self.workload, self.rule
+
     def values(self, measure: str) -> dict[int, float]:
         return {i: m[measure] for i, m in self.repeats.items() if measure in m}
 
@@ -59,8 +64,8 @@ def collect(records: Iterable[Record]) -> list[Series]:
     taken within a run.
     """
     series: dict[tuple[Any, ...], Series] = {}
-    for run, record in by_run(records):
-        if record["record"] != "measurement":
+    for run, what, record in by_run(records):
+        if what != "measurement":
             continue
         keys = ("family", "x", "workload", "rule", "kind", "mode", "tenants")
         try:
@@ -73,9 +78,8 @@ def collect(records: Iterable[Record]) -> list[Series]:
         found.repeats[number] = measures
         if "fairness" in record:
             found.fairness[number] = record["fairness"]
-    workloads = list(dict.fromkeys((s.family, s.workload, s.rule) for s in series.values()))
-    order = {workload: number for number, workload in enumerate(workloads)}
-    return sorted(series.values(), key=lambda s: order[s.family, s.workload, s.rule])
+    order = list(dict.fromkeys(s.asked for s in series.values()))
+    return sorted(series.values(), key=lambda s: order.index(s.asked))
 
 
 def base_of(series: Series, others: Sequence[Series]) -> Series | None:
@@ -100,20 +104,14 @@ def single_of(series: Series, others: Sequence[Series]) -> Series | None:
 
 def _find(others: Sequence[Series], like: Series, **wanted: Any) -> Series | None:
     for other in others:
-        same = (other.family, other.workload, other.rule) == (like.family, like.workload, like.rule)
-        if same and all(getattr(other, k) == v for k, v in wanted.items()):
+        if other.asked == like.asked and all(getattr(other, k) == v for k, v in wanted.items()):
             return other
     return None
 
 
 @dataclass(frozen=True)
 class BreakEven:
-    """PEDRO against LoRA at one prompt length.
-
-    Attributes:
-        prompt_tokens: Length of the prompts.
-        mine, other: PEDRO and LoRA: TTFT and ITL of each repeat.
-    """
+    """PEDRO (`mine`) against LoRA (`other`) at one prompt length: TTFT and ITL of each repeat."""
 
     prompt_tokens: int
     modes: tuple[str, str]
@@ -122,7 +120,11 @@ class BreakEven:
 
     @property
     def medians(self) -> tuple[Latency, Latency]:
-        return _median_latency(self.mine), _median_latency(self.other)
+        mine, other = (
+            Latency(statistics.median(x.ttft for x in each), statistics.median(x.itl for x in each))
+            for each in (self.mine, self.other)
+        )
+        return mine, other
 
     @property
     def tokens(self) -> int | None:
@@ -134,28 +136,20 @@ class BreakEven:
         return [break_even(a, b) for a, b in zip(self.mine, self.other, strict=True)]
 
 
-def _median_latency(latencies: Sequence[Latency]) -> Latency:
-    return Latency(
-        statistics.median(x.ttft for x in latencies), statistics.median(x.itl for x in latencies)
-    )
-
-
 def break_evens(all_series: Sequence[Series]) -> list[BreakEven]:
     """PEDRO against LoRA by prompt length; PEDRO in each mode that was measured."""
     result = []
     for s in all_series:
-        if s.family != "break-even" or s.kind != "pedro":
-            continue
         lora = lora_of(s, all_series)
-        if lora is None:
+        if s.family != "break-even" or s.kind != "pedro" or lora is None:
             continue
         both = [i for i in s.repeats if i in lora.repeats]
-        mine, other = ([_latency(x.repeats[i]) for i in both] for x in (s, lora))
+        mine, other = (
+            tuple(
+                Latency(m["ttft_mean_ms"], m["itl_mean_ms"]) for m in map(x.repeats.get, both) if m
+            )
+            for x in (s, lora)
+        )
         if both:
-            pair = (s.mode, lora.mode)
-            result.append(BreakEven(int(s.x), pair, tuple(mine), tuple(other)))
+            result.append(BreakEven(int(s.x), (s.mode, lora.mode), mine, other))
     return result
-
-
-def _latency(measures: dict[str, float]) -> Latency:
-    return Latency(measures["ttft_mean_ms"], measures["itl_mean_ms"])

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Final
 from ..errors import PedroError
 
 HOST: Final = "127.0.0.1"
-GROUP_SECONDS: Final = 10.0  # for the processes that a server started, once it has ended itself
+STOP_SECONDS: Final = 30.0  # for a server and its processes to end kindly
 TAIL: Final = 40  # lines of a server's log in an error
 
 # As a user's shell has it, whatever this process was set to.
@@ -39,21 +38,16 @@ class Server:
     """A running server.
 
     Attributes:
-        port: Where it listens.
+        url: Without a path, e.g. `http://127.0.0.1:8000`.
         pid: The process that was started, the leader of a group of its own.
         log: What all of its processes print.
         seconds: How long it took to answer.
     """
 
-    port: int
+    url: str
     pid: int
     log: Path
     seconds: float
-
-    @property
-    def url(self) -> str:
-        """Without a path, e.g. `http://127.0.0.1:8000`."""
-        return f"http://{HOST}:{self.port}"
 
     def pids(self) -> list[int]:
         """Its processes."""
@@ -64,35 +58,22 @@ class Server:
         except psutil.NoSuchProcess:
             return []
 
-    def resident_bytes(self) -> dict[int, int]:
-        """Resident memory of its processes by process id."""
-        import psutil
-
-        found = {}
-        for pid in self.pids():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                found[pid] = int(psutil.Process(pid).memory_info().rss)
-        return found
+    def resident_bytes(self) -> int:
+        """Resident memory of its processes; shared pages count more than once."""
+        return sum(_memory(pid, "VmRSS") for pid in self.pids())
 
     def peak_bytes(self) -> int:
-        """Highest resident sets of its processes, added up; shared pages count more than once."""
-        return sum(map(peak_bytes, self.pids()))
+        """Highest resident sets of its processes, added up."""
+        return sum(_memory(pid, "VmHWM") for pid in self.pids())
 
 
-def peak_bytes(pid: int) -> int:
-    """A process's highest resident set (Linux; psutil does not have it); 0 if it is gone."""
+def _memory(pid: int, key: str) -> int:
+    """Of a process by Linux (psutil does not have the peak); 0 if it is gone."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(key):
                 return int(line.split()[1]) * 1024
     return 0
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind((HOST, 0))
-        return int(listener.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -117,10 +98,12 @@ def serve(
     Raises:
         PedroError: It ended, or does not answer in time; with the end of its log.
     """
-    port = free_port()
+    with socket.socket() as listener:  # a port that nobody listens on
+        listener.bind((HOST, 0))
+        port = listener.getsockname()[1]
     command = [sys.executable, "-m", "vllm_pedro.cli", "serve", str(model)]
     command += ["--host", HOST, "--port", str(port), *flags]
-    start = time.monotonic()
+    url, start = f"http://{HOST}:{port}", time.monotonic()
     with open(log, "wb") as output:
         process = subprocess.Popen(
             command,
@@ -130,47 +113,33 @@ def serve(
             start_new_session=True,
         )
     try:
-        while not _answers(port):
-            if process.poll() is not None:
-                raise PedroError(f"the server ended with {process.returncode}:\n{_tail(log)}")
-            if time.monotonic() - start > timeout:
-                raise PedroError(f"the server does not answer:\n{_tail(log)}")
+        while not _answers(url):
+            ended = process.poll() is not None
+            if ended or time.monotonic() - start > timeout:
+                how = f"ended with {process.returncode}" if ended else "does not answer"
+                lines = log.read_text(errors="replace").strip().splitlines()
+                raise PedroError(
+                    f"the server {how}:\n" + ("\n".join(lines[-TAIL:]) or "its log is empty")
+                )
             time.sleep(0.25)
-        yield Server(port, process.pid, log, time.monotonic() - start)
+        yield Server(url, process.pid, log, time.monotonic() - start)
     finally:
         _stop(process)
 
 
-def _answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
+def _answers(url: str) -> bool:
+    with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+        return True
+    return False
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """End the whole group: first kindly, then not."""
-    for sign, seconds in ((signal.SIGTERM, 30), (signal.SIGKILL, 10)):
-        with contextlib.suppress(ProcessLookupError):
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        end = time.monotonic() + STOP_SECONDS
+        with contextlib.suppress(ProcessLookupError):  # nothing is left of it
             os.killpg(process.pid, sign)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-            if _group_ends(process.pid):
-                return
-
-
-def _group_ends(group: int) -> bool:
-    end = time.monotonic() + GROUP_SECONDS
-    while time.monotonic() < end:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def _tail(log: Path) -> str:
-    found = log.read_text(errors="replace").strip().splitlines()
-    return "\n".join(found[-TAIL:]) or "its log is empty"
+            while time.monotonic() < end:
+                process.poll()  # so that it is no zombie
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)

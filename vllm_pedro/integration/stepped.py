@@ -35,32 +35,26 @@ class SteppedLLM:
             os.environ["VLLM_PLUGINS"] = ""  # none is loaded
             forget_hooks()
         import vllm
-        from vllm import LLM
 
         imported = time.perf_counter()
-        self._llm = LLM(**keywords)
+        self._llm = vllm.LLM(**keywords)
         ready = time.perf_counter()
         if not with_plugin and "vllm_pedro.integration.patches" in sys.modules:
             raise RuntimeError("the engine that is to be vLLM alone has loaded the plugin")
-        self.vocabulary = self._llm.llm_engine.model_config.get_vocab_size()
+        self._runs = 0
+        self._engine = self._llm.llm_engine
+        self.vocabulary = self._engine.model_config.get_vocab_size()
         self.facts: dict[str, Any] = {
             "import_s": imported - started,
             "engine_s": ready - imported,
             "vllm": vllm.__version__,
             "threads": torch.get_num_threads(),
-            "compiled": not self._llm.llm_engine.model_config.enforce_eager,
+            "compiled": not self._engine.model_config.enforce_eager,
             **self._llm.collective_rpc(_worker_memory)[0],
         }
 
     def adapter(self, kind: str, name: str, number: int, folder: str) -> Any:
-        """The request for an adapter.
-
-        Args:
-            kind: `pedro` or `lora`.
-            name: Its name.
-            number: A positive number of its own.
-            folder: Its folder.
-        """
+        """The request for a `pedro` or `lora` adapter; `number` is positive and its own."""
         if kind == "pedro":
             from .request import PedroRequest
 
@@ -69,7 +63,12 @@ class SteppedLLM:
 
         return LoRARequest(name, number, folder)
 
-    def add(self, request_id: str, prompt: list[int], max_tokens: int, adapter: Any) -> None:
+    def begin(self) -> None:
+        """Forget what earlier prompts left in the KV cache; numbers of requests start again."""
+        self._llm.reset_prefix_cache()
+        self._runs += 1
+
+    def add(self, number: int, prompt: list[int], max_tokens: int, adapter: Any) -> None:
         """Take in a request for exactly `max_tokens` greedy tokens."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -81,19 +80,22 @@ class SteppedLLM:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        self._llm.llm_engine.add_request(
-            request_id, {"prompt_token_ids": prompt}, params, lora_request=adapter
-        )
+        prompts: Any = {"prompt_token_ids": prompt}
+        self._engine.add_request(f"{self._runs}-{number}", prompts, params, lora_request=adapter)
 
-    def step(self) -> list[tuple[str, int, bool]]:
+    def step(self) -> list[tuple[int, int, bool]]:
         """One step: requests, how many tokens each got, whether it is finished."""
         return [
-            (output.request_id, sum(len(c.token_ids) for c in output.outputs), output.finished)
-            for output in self._llm.llm_engine.step()
+            (
+                int(o.request_id.partition("-")[2]),
+                sum(len(c.token_ids) for c in o.outputs),
+                o.finished,
+            )
+            for o in self._engine.step()
         ]
 
     def beam_search(
-        self, prompts: Sequence[list[int]], width: int, max_tokens: int, adapters: list[Any]
+        self, prompts: Sequence[list[int]], adapters: list[Any], width: int, max_tokens: int
     ) -> None:
         """All prompts at once; vLLM's beam search tells nothing before its end."""
         from vllm.sampling_params import BeamSearchParams
@@ -103,10 +105,6 @@ class SteppedLLM:
             BeamSearchParams(beam_width=width, max_tokens=max_tokens, ignore_eos=True),
             lora_request=adapters if any(adapters) else None,
         )
-
-    def reset_prefix_cache(self) -> None:
-        """Forget what earlier prompts left in the KV cache."""
-        self._llm.reset_prefix_cache()
 
     def peak_bytes(self) -> dict[str, int]:
         """Highest memory use of this process so far: `host`, and `device` on a GPU."""
@@ -119,37 +117,29 @@ class SteppedLLM:
 
     def shutdown(self) -> None:
         """End vLLM's part of the process."""
-        self._llm.llm_engine.engine_core.shutdown()
+        self._engine.engine_core.shutdown()
 
 
 def _worker_memory(worker: Any) -> dict[str, Any]:
     """What the worker has set aside for KV cache and adapters, in bytes."""
+    from torch.utils._pytree import tree_leaves
+
     runner = worker.model_runner
     blocks = worker.cache_config.num_gpu_blocks
-    kv = sum(t.numel() * t.element_size() for t in _tensors(runner.kv_caches))
     facts: dict[str, Any] = {"kv_blocks": blocks}
     if blocks:
-        facts["kv_block_bytes"] = kv // blocks
+        facts["kv_block_bytes"] = sum(t.nbytes for t in tree_leaves(runner.kv_caches)) // blocks
     pedro = getattr(runner, "pedro", None)
     if pedro is not None:
-        rows = pedro.store.vectors[0].shape[0]
         facts["store_bytes"] = pedro.store.nbytes
-        facts["sequence_bytes"] = pedro.store.nbytes // rows
+        facts["sequence_bytes"] = pedro.store.nbytes // pedro.store.vectors[0].shape[0]
         facts["slot_bytes"] = pedro.bank.reader.limits.largest_blob
     loras = [
         tensor
         for module in runner.get_model().modules()
         for name in ("lora_a_stacked", "lora_b_stacked")
-        for tensor in _tensors(getattr(module, name, ()))
+        for tensor in tree_leaves(getattr(module, name, ()))
     ]
     if loras:
-        slots = loras[0].shape[0]
-        facts["slot_bytes"] = sum(t.numel() * t.element_size() for t in loras) // slots
+        facts["slot_bytes"] = sum(t.nbytes for t in loras) // loras[0].shape[0]
     return facts
-
-
-def _tensors(value: Any) -> list[Any]:
-    """The tensors in nested tuples and lists."""
-    if hasattr(value, "element_size"):
-        return [value]
-    return [t for item in value for t in _tensors(item)] if isinstance(value, list | tuple) else []

@@ -15,36 +15,23 @@ import os
 import statistics
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from vllm_pedro.bench.adapters import MODULES, write_adapters
+from vllm_pedro.bench.adapters import write_adapters
+from vllm_pedro.bench.cases import engine_options
 from vllm_pedro.bench.figures import Spread
+from vllm_pedro.bench.results import load_average
+from vllm_pedro.bench.tables import table
 from vllm_pedro.bench.workloads import fixed_lengths
+from vllm_pedro.integration.stepped import SteppedLLM
 
-
-def prompts_of(batch: int, length: int, vocabulary: int) -> list[dict[str, list[int]]]:
-    """Token-id prompts that differ from their first token on, so that nothing is cached."""
-    workload = fixed_lengths(batch, length, 1)
-    return [{"prompt_token_ids": workload.prompt(row, vocabulary)} for row in range(batch)]
-
-
-def add_batch(llm: Any, prompts: list[Any], adapters: list[Any], tokens: int, name: str) -> None:
-    """Hand in a batch and run its prompts."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    for i, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
-        llm.llm_engine.add_request(f"{name}-{i}", prompt, params, lora_request=adapter)
-    started = 0
-    while started < len(prompts):
-        started += sum(len(o.outputs[0].token_ids) == 1 for o in llm.llm_engine.step())
+TURNS, STEPS = 10, 10  # of each engine; in a turn
 
 
 def main() -> None:
@@ -54,96 +41,80 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--turns", type=int, default=10, help="of each engine (%(default)s)")
-    parser.add_argument("--steps", type=int, default=10, help="in a turn (%(default)s)")
     parser.add_argument("--top", type=int, default=14, help="operators shown (%(default)s)")
     args = parser.parse_args()
-
-    from vllm_pedro import PedroRequest  # before vLLM's LLM, which then knows enable_pedro
-
-    # isort: split
-    import torch
-    from vllm import LLM
-
-    from vllm_pedro.bench.results import load_average
-    from vllm_pedro.bench.tables import table
-
     if args.model is None:
         from vllm_pedro.fetch import fetch_model
 
         args.model = str(fetch_model(progress=False))
-    steps = args.turns * args.steps
-    tokens = 2 * steps + 8
-    settings = {
+    tokens = 2 * TURNS * STEPS + 8
+    settings: dict[str, Any] = {
         "model": args.model,
         "dtype": args.dtype,
-        "enforce_eager": args.mode == "eager",
         "max_model_len": args.prompt_tokens + tokens,
         "max_num_seqs": args.batch,
         "max_num_batched_tokens": max(2048, args.prompt_tokens + tokens),
         "kv_cache_memory_bytes": 1 << 29,
         "enable_prefix_caching": False,
         "distributed_executor_backend": "uni",
-        "seed": 0,
     }
     before = load_average()
+    workload = fixed_lengths(args.batch, args.prompt_tokens, 1)
+    engines = {}
     with tempfile.TemporaryDirectory() as folder:
         paths = write_adapters(args.model, Path(folder, "adapters"), "pedro", args.batch)
-        tenants = [PedroRequest(p.name, i + 1, str(p)) for i, p in enumerate(paths)]
-        base = LLM(**settings)
-        pedro = LLM(
-            **settings,
-            enable_pedro=True,
-            max_pedros=args.batch,
-            pedro_target_modules=list(MODULES),
-        )
-        vocabulary = base.llm_engine.model_config.get_vocab_size()
-        prompts = prompts_of(args.batch, args.prompt_tokens, vocabulary)
-        engines = {"base": (base, [None] * args.batch), "PEDRO": (pedro, tenants)}
-        for name, (llm, adapters) in engines.items():
-            add_batch(llm, prompts, adapters, tokens, name)
-        wall: dict[str, list[float]] = defaultdict(list)
-        own: dict[str, dict[str, float]] = {name: defaultdict(float) for name in engines}
-        calls: dict[str, dict[str, int]] = {name: defaultdict(int) for name in engines}
-        for is_profiled in (False, True):
-            for _ in range(args.turns):
-                for name, (llm, _) in engines.items():
-                    if not is_profiled:
-                        start = time.perf_counter()
-                        for _ in range(args.steps):
-                            llm.llm_engine.step()
-                        wall[name].append(1e3 * (time.perf_counter() - start) / args.steps)
-                        continue
-                    with torch.profiler.profile(
-                        activities=[torch.profiler.ProfilerActivity.CPU]
-                    ) as profile:
-                        start = time.perf_counter()
-                        for _ in range(args.steps):
-                            llm.llm_engine.step()
-                        passed = 1e6 * (time.perf_counter() - start)
-                    inside = 0.0
-                    for event in profile.key_averages():
-                        own[name][event.key] += event.self_cpu_time_total
-                        calls[name][event.key] += event.count
-                        inside += event.self_cpu_time_total
-                    own[name]["(outside of torch's operators)"] += passed - inside
-    ratio = [b / p for b, p in zip(wall["base"], wall["PEDRO"], strict=True)]
+        for kind in ("base", "pedro"):
+            llm = SteppedLLM(settings | engine_options(f"{kind}-{args.mode}", args.batch))
+            engines[kind] = llm
+            llm.begin()
+            for row, path in enumerate(paths):
+                tenant = (
+                    llm.adapter(kind, path.name, row + 1, str(path)) if kind != "base" else None
+                )
+                llm.add(row, workload.prompt(row, llm.vocabulary), tokens, tenant)
+            started = 0
+            while started < args.batch:
+                started += sum(new == 1 for _, new, _ in llm.step())
+    wall: dict[str, list[float]] = {kind: [] for kind in engines}
+    own: dict[str, Counter[str]] = {kind: Counter() for kind in engines}
+    calls: dict[str, Counter[str]] = {kind: Counter() for kind in engines}
+
+    def turn(llm: SteppedLLM) -> float:
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            llm.step()
+        return 1e6 * (time.perf_counter() - start)
+
+    import torch
+
+    for _ in range(TURNS):
+        for kind, llm in engines.items():
+            wall[kind].append(turn(llm) / STEPS / 1e3)
+    for _ in range(TURNS):
+        for kind, llm in engines.items():
+            cpu = [torch.profiler.ProfilerActivity.CPU]
+            with torch.profiler.profile(activities=cpu) as profile:
+                outside = turn(llm)
+            for event in profile.key_averages():
+                own[kind][event.key] += event.self_cpu_time_total
+                calls[kind][event.key] += event.count
+                outside -= event.self_cpu_time_total
+            own[kind]["(outside of torch's operators)"] += outside
+    ratios = [b / p for b, p in zip(wall["base"], wall["pedro"], strict=True)]
     print(
         f"ms per step, unprofiled, median: base {statistics.median(wall['base']):.2f}, PEDRO "
-        f"{statistics.median(wall['PEDRO']):.2f}; base / PEDRO {Spread.of(ratio).format(3)}; "
-        f"{torch.get_num_threads()} threads, "
-        f"load average before {before}, after {load_average()}"
+        f"{statistics.median(wall['pedro']):.2f}; base / PEDRO {Spread.of(ratios).format(3)}; "
+        f"{torch.get_num_threads()} threads, load average before {before}, after {load_average()}"
     )
-    total = {name: sum(times.values()) / steps for name, times in own.items()}
-    names = sorted(
-        {*own["base"], *own["PEDRO"]},
-        key=lambda key: -abs(own["PEDRO"][key] - own["base"][key]),
-    )
+    total = own["base"].total()
+    names = sorted(own["base"] | own["pedro"], key=lambda k: -abs(own["pedro"][k] - own["base"][k]))
+    for kind in engines:
+        own[kind]["all"] = own[kind].total()
     rows = []
     for key in [*names[: args.top], "all"]:
-        b, p = (total[n] if key == "all" else own[n][key] / steps for n in engines)
-        counts = "/".join(f"{calls[n][key] / steps:.0f}" for n in engines if key != "all")
-        share = f"{100 * (p - b) / total['base']:+.1f} %"
+        b, p = (own[kind][key] / TURNS / STEPS for kind in engines)
+        counts = "/".join(f"{calls[kind][key] / TURNS / STEPS:.0f}" for kind in engines)
+        share = f"{100 * (own['pedro'][key] - own['base'][key]) / total:+.1f} %"
         rows.append((key[:60], counts, f"{b:.0f}", f"{p:.0f}", f"{p - b:+.0f}", share))
     headers = ("operator, own time", "calls per step", "base, µs", "PEDRO, µs", "difference")
     print(table((*headers, "of base's step"), rows))

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import pytest
+from runners import current_runner
 from scenarios import Queue, greedy, tokens
 
 from vllm_pedro.serving.admission import PATIENCE
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
-POLICIES = pytest.mark.parametrize("policy", ["fcfs", "priority"])
+# V2 takes a policy each, as its steps take long here.
+V2 = current_runner() == "v2"
+POLICIES = pytest.mark.parametrize(
+    "policy",
+    [
+        {"scheduling_policy": "fcfs", "async_scheduling": V2},
+        {"scheduling_policy": "priority", "async_scheduling": False},
+    ],
+    ids=["async-fcfs" if V2 else "sync-fcfs", "sync-priority"],
+)
 
 
-def queue_of_the_long_prompt(start, oracle, adapter, policy, **settings):
+def queue_of_the_long_prompt(start, oracle, adapter, **settings):
     """Four rows decode; then a prompt of 95 tokens comes in, and six of 5 tokens behind it."""
     with start(
-        max_num_batched_tokens=96, max_num_seqs=16, scheduling_policy=policy,
-        enable_prefix_caching=False, **settings,
-    ) as llm:  # fmt: skip
+        max_num_batched_tokens=96, max_num_seqs=16, enable_prefix_caching=False, **settings
+    ) as llm:
         queue = Queue(llm, oracle)
         if adapter is not None:
             queue.load(adapter)
         for i in range(4):
-            queue.add(f"row {i}", tokens(10, i), max_tokens=60)
+            queue.add(f"row {i}", tokens(10, i), max_tokens=4 * PATIENCE + 12)
         queue.step(3)
         came = queue.step_number
         queue.add("long", tokens(95, 9), adapter)
@@ -34,10 +43,10 @@ def queue_of_the_long_prompt(start, oracle, adapter, policy, **settings):
 
 @POLICIES
 def test_prompts_behind_one_that_does_not_fit_start_at_once(
-    policy, scheduling, tiny_engine, tiny_oracle, tiny_adapters
+    policy, tiny_engine, tiny_oracle, tiny_adapters
 ):
     base, pedro = (
-        queue_of_the_long_prompt(tiny_engine, tiny_oracle, adapter, policy, **scheduling)
+        queue_of_the_long_prompt(tiny_engine, tiny_oracle, adapter, **policy)
         for adapter in (None, tiny_adapters["last"])
     )
     for i in range(6):
@@ -46,11 +55,9 @@ def test_prompts_behind_one_that_does_not_fit_start_at_once(
 
 
 @POLICIES
-def test_a_tenant_without_a_slot_delays_nobody(
-    policy, scheduling, tiny_engine, tiny_oracle, tiny_adapters
-):
+def test_a_tenant_without_a_slot_delays_nobody(policy, tiny_engine, tiny_oracle, tiny_adapters):
     names = ["last", "mean", "other", "max"]
-    with tiny_engine(max_pedros=1, scheduling_policy=policy, **scheduling) as llm:
+    with tiny_engine(max_pedros=1, **policy) as llm:
         queue = Queue(llm, tiny_oracle)
         queue.load(*(tiny_adapters[name] for name in names))
         for i, name in enumerate(names):
@@ -98,11 +105,11 @@ def test_a_stream_of_prompts_does_not_starve_one_that_needs_a_whole_step(
         queue.step()
         came = queue.step_number
         queue.add("long", tokens(64, 9), tiny_adapters["last"])
-        for i in range(20):
+        for i in range(10):
             queue.add(f"base {i}", tokens(150, 10 + i), max_tokens=2)
             queue.step()
         first = queue.finish()
-    assert first["long"] - came <= 3 * PATIENCE
+    assert first["long"] - came <= 3 * PATIENCE < first["base 9"] - came - 5
 
 
 def test_what_cannot_start_for_want_of_blocks_lets_others_get_on(
@@ -137,7 +144,7 @@ def without_a_turn(patch):
 @pytest.mark.parametrize("mutate", [without_passing_over, without_a_turn], ids=lambda f: f.__name__)
 def test_each_half_is_needed(mutate, tiny_engine, tiny_oracle, tiny_adapters, monkeypatch):
     mutate(monkeypatch)
-    found = queue_of_the_long_prompt(tiny_engine, tiny_oracle, tiny_adapters["last"], "fcfs")
+    found = queue_of_the_long_prompt(tiny_engine, tiny_oracle, tiny_adapters["last"])
     if mutate is without_passing_over:
         assert found["short 0"] > 3
     else:

@@ -87,13 +87,17 @@ def test_mixed_batch_equals_the_reference(
     prompts: list = TEXTS
     if eager or current_runner() == "v1":
         oracle, start = smol_oracle, partial(engine, smol)
-        adapters: list[Path | None] = [write_adapter(smol, **v) for v in variants()]
+        made = variants()
+        if current_runner() == "v2":  # it takes a minute; these have each value of each option
+            made = [made[i] for i in (0, 5, 10, 15, 18, 20, 26)]
+            assert len({tuple(v["target_modules"]) for v in made}) == len(SUBSETS)
+        adapters: list[Path | None] = [write_adapter(smol, **v) for v in made]
     else:  # compiling thirty layers for V2 takes minutes
         oracle, start = tiny_oracle, tiny_engine
         adapters = [write_adapter(tiny, **v) for v in tiny_variants()]
         prompts = [{"prompt_token_ids": tokens(4 + 3 * i, i)} for i in range(7)]
     rows = list(zip(itertools.cycle(prompts), [None, *adapters, None, None, None], strict=False))
-    assert len(rows) == 32
+    assert len(rows) == len(adapters) + 4
     count = 12 if current_runner() == "v1" else 5  # V2 samples in Triton's interpreter here
     params = SamplingParams(temperature=0.0, max_tokens=count, prompt_logprobs=0, ignore_eos=True)
     requests = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from engines import write_lora
+from runners import current_runner
 
 from vllm_pedro import PedroRequest
 
@@ -70,14 +71,17 @@ def test_grammars_stops_and_logprobs_on_the_real_model(engine, smol, smol_oracle
     request = PedroRequest("a", 1, str(adapter))
     text = "Question: what colour is the sky? Answer:"
     choices = ["blue as ever", "green", "a shade of red"]
+    length = 24 if current_runner() == "v1" else 10  # a step takes V2 long, in the interpreter
     asked = {
         "grammar": SamplingParams(
             temperature=0.0,
             max_tokens=12,
             structured_outputs=StructuredOutputsParams(choice=choices),
         ),
-        "plain": SamplingParams(temperature=0.0, max_tokens=24, logprobs=2),
-        "min_tokens": SamplingParams(temperature=0.0, max_tokens=30, min_tokens=20, logprobs=0),
+        "plain": SamplingParams(temperature=0.0, max_tokens=length, logprobs=2),
+        "min_tokens": SamplingParams(
+            temperature=0.0, max_tokens=length + 6, min_tokens=length - 2, logprobs=0
+        ),
         "sampled": SamplingParams(temperature=0.8, seed=7, max_tokens=10, logprobs=0),
     }
     with engine(smol) as llm:
@@ -97,7 +101,7 @@ def test_grammars_stops_and_logprobs_on_the_real_model(engine, smol, smol_oracle
         word = whole.split()[2]
         stopped = llm.generate(
             [text],
-            SamplingParams(temperature=0.0, max_tokens=24, stop=[word]),
+            SamplingParams(temperature=0.0, max_tokens=length, stop=[word]),
             lora_request=request,
             use_tqdm=False,
         )[0]
@@ -106,7 +110,7 @@ def test_grammars_stops_and_logprobs_on_the_real_model(engine, smol, smol_oracle
             smol_oracle.check_sampled(output, adapter, 0)
     smol_oracle.check(outputs["plain"], adapter)
     assert outputs["grammar"].outputs[0].text in choices
-    assert len(outputs["min_tokens"].outputs[0].token_ids) >= 20
+    assert len(outputs["min_tokens"].outputs[0].token_ids) >= length - 2
     assert stopped.outputs[0].stop_reason == word
     assert whole.startswith(stopped.outputs[0].text)
     assert word not in stopped.outputs[0].text

@@ -17,8 +17,23 @@ def folder(tmp_path_factory):
 
 @pytest.mark.both_runners
 def test_sample(folder):
-    # V2 takes seconds a case in Triton's interpreter; these meet everything that is looked for.
-    report = run(folder, cases=100 if current_runner() == "v1" else 20)
+    if current_runner() == "v1":
+        report = run(folder, cases=100)
+    else:
+        # Seconds a case in Triton's interpreter: the first few of two engines, of a seed in which
+        # these meet everything that is looked for.
+        report, second = (run(folder, cases=6, seed=434, first=first) for first in (0, 10))
+        report.failures += second.failures
+        report.events += second.events
+        report.near_ties += second.near_ties
+        report.checked_tokens += second.checked_tokens
+        for name, value in (
+            ("async_scheduling", "True"), ("operators", "triton"), ("speculative_config", "2"),
+        ):  # fmt: skip
+            assert value not in report.settings.get(name, ())
+            assert value in second.settings[name]
+        assert report.events["adapter folders taken away"]
+        assert report.events["cache resets under way"]
     assert not report.failures, format_report(report)
     assert not report.blind_spots, format_report(report)
     assert report.near_ties < report.checked_tokens / 100

@@ -35,8 +35,8 @@ def busy_queue(llm, oracle, adapters):
     """Two rows decode, one of them with an adapter."""
     queue = Queue(llm, oracle)
     queue.load(adapters["other"])
-    queue.add("base row", tokens(10), max_tokens=30)
-    queue.add("row", tokens(11, 1), adapters["other"], max_tokens=30)
+    queue.add("base row", tokens(10), max_tokens=16)
+    queue.add("row", tokens(11, 1), adapters["other"], max_tokens=16)
     queue.step(2)
     return queue
 

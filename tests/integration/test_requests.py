@@ -291,7 +291,9 @@ def test_a_name_with_other_content_reaches_the_requests_that_wait(
     running = {r.request_id.partition("-")[0] for r in core.scheduler.running}
     begun = [f"r{i}" in running for i in range(10)]
     assert 6 <= sum(begun) <= 8
-    replaced = core.pedro_replace("mine", str(new), load_adapter(new).digest, True, 4096)
+    replaced = core.pedro_replace(
+        "mine", str(new), load_adapter(new).digest, True, 4096, "sequence"
+    )
     assert replaced == 10 - sum(begun)
     while engine.has_unfinished_requests():
         for output in engine.step():
@@ -370,7 +372,7 @@ def test_chat_and_beam_search_on_the_real_model(engine, smol, write_adapter, smo
         # vLLM sends each step's beams as new prompts; P has to stay that of the first.
         beams = llm.beam_search(
             [text],
-            BeamSearchParams(beam_width=3, max_tokens=8, ignore_eos=True),
+            BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True),
             lora_request=request,
         )[0].sequences
     for output, path in zip(outputs, (adapter, None), strict=True):

@@ -85,7 +85,7 @@ def whole_prompts(start, oracle, a):
     rows = [(tokens(60 - 5 * i, i), a.get(names[i % 5]), None) for i in range(10)]
     rows += [(tokens(150, 50), None, None), (tokens(60, 51), a["last"], None)]
     with start(max_num_batched_tokens=64, max_num_seqs=8, enable_prefix_caching=False) as llm:
-        check_all(oracle, rows, ask(llm, rows))
+        check_all(oracle, rows, ask(llm, rows, greedy(5)))
 
 
 def cached_prompts(start, oracle, a):
@@ -95,26 +95,30 @@ def cached_prompts(start, oracle, a):
             prompt = tokens(length, 7)
             for name in ("last", "other", "mean", "static", None, "last", "max", None, "mean"):
                 rows = [(prompt, a.get(name), None)]
-                check_all(oracle, rows, ask(llm, rows, greedy(4, prompt_logprobs=None)))
+                check_all(oracle, rows, ask(llm, rows, greedy(3, prompt_logprobs=None)))
         shared = tokens(BLOCK * 4, 9)
         for ending in range(3):
             rows = [
                 (shared + tokens(5 + ending, 20 + ending), a[name], None)
                 for name in ("last", "other", "mean")
             ]
-            check_all(oracle, rows, ask(llm, rows))
+            check_all(oracle, rows, ask(llm, rows, greedy(4)))
 
 
 def cached_turns(start, oracle, a):
     """Later turns go on with the first turn's vectors; their cached KV reaches past P."""
+    length = BLOCK + 5
+    rows = [(tokens(length, 11), a[name], length) for name in ("last", "mean", "other")]
     with start(enable_prefix_caching=True) as llm:
-        for name in ("last", "mean", "other"):
-            sequence, length = tokens(BLOCK + 5, 11), BLOCK + 5
-            for turn in range(3):
-                rows = [(sequence, a[name], length)]
-                outputs = ask(llm, rows, greedy(BLOCK + 3))
-                check_all(oracle, rows, outputs)
-                sequence = sequence + list(outputs[0].outputs[0].token_ids) + tokens(9, turn)
+        for turn in range(3):
+            # So many that a later turn finds a block that ends past P.
+            outputs = ask(llm, rows, greedy(BLOCK - 4))
+            check_all(oracle, rows, outputs)
+            assert turn == 0 or all(o.num_cached_tokens > length for o in outputs)
+            rows = [
+                (prompt + list(o.outputs[0].token_ids) + tokens(9, turn), adapter, length)
+                for (prompt, adapter, _), o in zip(rows, outputs, strict=True)
+            ]
 
 
 def forgotten_turns(start, oracle, a):
@@ -123,7 +127,7 @@ def forgotten_turns(start, oracle, a):
     with start(enable_prefix_caching=True, max_num_seqs=1) as llm:
         for name in ("last", "mean"):
             rows = [(first, a[name], None)]
-            outputs = ask(llm, rows, greedy(BLOCK * 2))
+            outputs = ask(llm, rows, greedy(BLOCK - 4))  # the last block ends past P
             check_all(oracle, rows, outputs)
             other = [(tokens(9, 40), a["max"], None)]  # takes the only row of the vector store
             check_all(oracle, other, ask(llm, other))
@@ -150,7 +154,7 @@ def prompt_ends(start, oracle, a):
     ]
     with start(max_num_batched_tokens=64, max_num_seqs=4) as llm:
         for _ in range(2):
-            check_all(oracle, rows, ask(llm, rows))
+            check_all(oracle, rows, ask(llm, rows, greedy(5)))
 
 
 def preemption(start, oracle, a):
@@ -159,10 +163,10 @@ def preemption(start, oracle, a):
     rows = [(tokens(20 + 3 * i, i), a.get(names[i]), None) for i in range(6)]
     for caching in (False, True):
         with start(
-            num_gpu_blocks_override=11, max_num_seqs=6, enable_prefix_caching=caching,
-            disable_log_stats=False, max_num_batched_tokens=256,
+            num_gpu_blocks_override=8, max_model_len=128, max_num_seqs=6, disable_log_stats=False,
+            enable_prefix_caching=caching, max_num_batched_tokens=256,
         ) as llm:  # fmt: skip
-            outputs = ask(llm, rows, greedy(60))
+            outputs = ask(llm, rows, greedy(16))
             preempted = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
         assert sum(preempted) > 0, "nothing was preempted, so this proves nothing"
         check_all(oracle, rows, outputs)
@@ -174,7 +178,7 @@ def device_slots(start, oracle, a):
     memory = max(oracle.adapter_bytes(adapter) for _, adapter, _ in rows)
     for limits in ({"max_pedros": None, "pedro_memory_bytes": memory}, {"max_pedros": 1}):
         with start(max_cpu_pedros=2, **limits) as llm:
-            check_all(oracle, rows, ask(llm, rows))
+            check_all(oracle, rows, ask(llm, rows, greedy(4)))
 
 
 def parallel_samples(start, oracle, a):
@@ -216,7 +220,7 @@ def aborts_and_resets(start, oracle, a):
         for steps in (0, 1, 3):
             ids = [
                 engine.add_request(
-                    f"{steps}-{i}", {"prompt_token_ids": prompt}, greedy(12),
+                    f"{steps}-{i}", {"prompt_token_ids": prompt}, greedy(8),
                     lora_request=PedroRequest("a", 1, str(path)),
                 )
                 for i, (prompt, path, _) in enumerate(rows)
@@ -246,7 +250,7 @@ def unloaded_while_preempted(start, oracle, a):
         runtime = core.model_executor.driver_worker.worker.model_runner.pedro
         for i, (prompt, path, _) in enumerate(rows):
             engine.add_request(
-                str(i), {"prompt_token_ids": prompt}, greedy(20),
+                str(i), {"prompt_token_ids": prompt}, greedy(12),
                 lora_request=PedroRequest(names[i], 1, str(path)),
             )  # fmt: skip
         outputs, away = {}, []
@@ -277,9 +281,14 @@ def speculation(start, oracle, a):
     loop = tokens(6, 3) * 6
     rows = [(loop, a["last"], None), (loop, None, None), (loop, a["mean"], None)]
     config = {"num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    with start(speculative_config=config, enable_prefix_caching=True) as llm:
+    with start(
+        speculative_config=config, enable_prefix_caching=True, disable_log_stats=False
+    ) as llm:
         for _ in range(2):
-            check_all(oracle, rows, ask(llm, rows, greedy(20)))
+            check_all(oracle, rows, ask(llm, rows, greedy(12)))
+        counts = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
+    assert counts["vllm:spec_decode_num_draft_tokens"] > 0
+    assert counts["vllm:spec_decode_num_accepted_tokens"] > 0
 
 
 SCENARIOS = {

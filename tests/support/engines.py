@@ -57,6 +57,10 @@ def start_engine(model: Path | str, pedro: bool = True, **settings: Any) -> Iter
         method = "ngram_gpu" if arguments.get("async_scheduling") else "ngram"
         arguments["speculative_config"] = {"method": method, **arguments["speculative_config"]}
     llm = None
+    if not arguments["enforce_eager"]:
+        # vLLM's oneDNN handlers run an operator in `__del__`; in the midst of a compilation it
+        # leaves torch's dispatch in disorder.
+        gc.collect()
     try:
         with _hide_llvmlite(), _no_collections():
             llm = LLM(str(model), **arguments)

@@ -188,6 +188,7 @@ class Report:
     worst_logprob_error: float = 0.0
     near_ties: int = 0
     near_tie_flips: int = 0
+    ill_conditioned: int = 0
     failures: list[Failure] = field(default_factory=list)
 
     @property
@@ -234,9 +235,10 @@ class Judge:
         start = len(active.prompt) - 1
         raw = torch.log_softmax(logits, -1)
         if active.prompt_logprobs is not None and index == 0 and tokens:
-            self._check_logprobs("prompt token", active.prompt_logprobs[1:], raw[:start], report)
+            self._check_logprobs(active, tokens, 0, active.prompt_logprobs[1:], raw[:start], report)
         if completion.logprobs is not None:
-            self._check_logprobs("token", completion.logprobs, raw[start:-1], report)
+            rows = raw[start:-1]
+            self._check_logprobs(active, tokens, start, completion.logprobs, rows, report)
         report.checked_tokens += len(tokens)
         if draw.temperature > 0 or not tokens:
             return
@@ -254,16 +256,50 @@ class Judge:
                 raise Mismatch(f"token {step} is {token}, not {best}, which is {gap:.4f} better")
             report.near_tie_flips += 1
 
-    @staticmethod
-    def _check_logprobs(what: str, entries: Any, rows: torch.Tensor, report: Report) -> None:
+    def _check_logprobs(
+        self,
+        active: Active,
+        tokens: list[int],
+        first: int,
+        entries: Any,
+        rows: torch.Tensor,
+        report: Report,
+    ) -> None:
+        """Rows and entries are those after token `first` of the sequence, and on."""
         if len(entries) != len(rows):
-            raise Mismatch(f"{len(entries)} log probabilities of {len(rows)} ({what})")
-        for step, (entry, row) in enumerate(zip(entries, rows.tolist(), strict=True)):
+            raise Mismatch(f"{len(entries)} log probabilities of {len(rows)} after token {first}")
+        for step, (entry, row) in enumerate(zip(entries, rows.tolist(), strict=True), first):
             for token, value in entry.items():
                 error = abs(value.logprob - row[token])
-                report.worst_logprob_error = max(report.worst_logprob_error, error)
                 if not error <= LOGPROB_TOLERANCE:
-                    raise Mismatch(f"{what} {step}: log probability of {token} off by {error:.2e}")
+                    # Some random weights make a large difference of a rounding.
+                    if not error <= 4 * self._effect_of_rounding(active, tokens, step, token):
+                        raise Mismatch(
+                            f"after token {step}: log probability of {token} off by {error:.2e}"
+                        )
+                    report.ill_conditioned += 1
+                    continue
+                report.worst_logprob_error = max(report.worst_logprob_error, error)
+
+    def _effect_of_rounding(
+        self, active: Active, tokens: list[int], step: int, token: int
+    ) -> float:
+        """How far a log probability moves when each weight moves by half a unit in the last place."""
+        model = self._models[active.draw.adapter]
+        weights = [(p, p.detach().clone()) for p in model.parameters()]
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        for size in (0.0, *[6e-8] * 6):
+            with torch.no_grad():
+                for parameter, weight in weights:
+                    noise = torch.randn(weight.shape, generator=generator)
+                    parameter.copy_(weight * (1 + size * noise))
+            logits = self.logits(active.draw.adapter, active.prompt + tokens, active.prompt_length)
+            found.append(float(torch.log_softmax(logits[step], -1)[token]))
+        with torch.no_grad():
+            for parameter, weight in weights:
+                parameter.copy_(weight)
+        return max(abs(other - found[0]) for other in found)
 
 
 def _check_end(
@@ -946,6 +982,7 @@ def format_report(report: Report) -> str:
         f"({report.cases / max(report.seconds, 1e-9):.2f} cases/s), seed {report.seed}",
         f"tokens compared {report.checked_tokens}, near-ties {report.near_ties} "
         f"(of which taken the other way {report.near_tie_flips}), "
+        f"log probabilities that hang on a rounding {report.ill_conditioned}, "
         f"largest log probability error {report.worst_logprob_error:.1e}",
     ]
     for title, counter in (("requests", report.requests), ("events", report.events)):

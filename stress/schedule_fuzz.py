@@ -284,7 +284,7 @@ class Judge:
     def _effect_of_rounding(
         self, active: Active, tokens: list[int], step: int, token: int
     ) -> float:
-        """How far a log probability moves when each weight moves by half a unit in the last place."""
+        """How far a log probability moves when each weight moves by half of its last bit."""
         model = self._models[active.draw.adapter]
         weights = [(p, p.detach().clone()) for p in model.parameters()]
         generator = torch.Generator().manual_seed(0)

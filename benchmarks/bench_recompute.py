@@ -9,8 +9,12 @@ as chat clients do. Counted is what vLLM reports as cached for each request.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -53,27 +57,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="model folder; default the 135M model of the demo")
     args = parser.parse_args()
-    adapter = str(ADAPTERS / "brief")
-    rows = {
-        "base rows": (None, False),
-        "PEDRO, P = the whole prompt of each turn": (adapter, False),
-        "PEDRO, P = the first turn's prompt": (adapter, True),
-    }
     settings = {
         "block_size": 32,
         "max_model_len": SYSTEM_TOKENS + TURNS * (USER_TOKENS + ANSWER_TOKENS),
         "max_num_seqs": 2 * CONVERSATIONS,
         "kv_cache_memory_bytes": 1 << 30,
     }
-    base = 0
-    print(f"{'':44}{'prompt':>8}{'computed':>10}{'recomputed':>12}")
+    sequence = str(ADAPTERS / "brief")
     model = args.model or str(fetch_model(progress=False))
-    with start_llm(model, [adapter], **settings) as llm:
-        for name, case in rows.items():
-            total, cached = converse(llm, *case)
-            base = base or total - cached
-            extra = (total - cached - base) / total
-            print(f"{name:44}{total:8}{total - cached:10}{extra:12.1%}")
+    with tempfile.TemporaryDirectory() as folder:
+        answer = shutil.copytree(sequence, Path(folder, "answer"))
+        config = answer / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "scope": "answer"}))
+        rows = {"base rows": (None, False)}
+        for scope, adapter in (("sequence", sequence), ("answer", str(answer))):
+            rows |= {
+                f'scope "{scope}", P = the whole prompt of each turn': (adapter, False),
+                f'scope "{scope}", P = the first turn\'s prompt': (adapter, True),
+            }
+        base = 0
+        print(f"{'':52}{'prompt':>8}{'computed':>10}{'recomputed':>12}")
+        with start_llm(model, [sequence], **settings) as llm:
+            for name, case in rows.items():
+                total, cached = converse(llm, *case)
+                base = base or total - cached
+                extra = (total - cached - base) / total
+                print(f"{name:52}{total:8}{total - cached:10}{extra:12.1%}")
 
 
 if __name__ == "__main__":

@@ -144,19 +144,21 @@ def _latent_kernel(
     if k < rank:
         words = record.to(tl.pointer_type(tl.int32))
         pooling = tl.load(words + 5)
-        j = tl.arange(0, BLOCK)
-        inside = j < d
-        partial = partial_ptr + (prompt * splits).to(tl.int64) * d + j
-        pooled = tl.load(partial, mask=inside, other=0.0)
         shares = tl.where(pooling == 0, 1, splits)
-        for share in range(1, shares):
-            other = tl.load(partial + share * d, mask=inside, other=0.0)
-            greater = (other > pooled) | (other != other)
-            pooled = tl.where(pooling == 2, tl.where(greater, other, pooled), pooled + other)
-        pooled = tl.where(pooling == 1, pooled / length, pooled)
-        w = _weights(_part(record, words, 12), tl.load(words), k.to(tl.int64) * d + j, inside)
-        x = tl.sum(w * pooled, axis=0)
-        x += tl.load(_part(record, words, 10).to(tl.pointer_type(tl.float32)) + k)
+        weights = _part(record, words, 12)
+        x = tl.load(_part(record, words, 10).to(tl.pointer_type(tl.float32)) + k)
+        for first in range(0, d, BLOCK):
+            j = first + tl.arange(0, BLOCK)
+            inside = j < d
+            partial = partial_ptr + (prompt * splits).to(tl.int64) * d + j
+            pooled = tl.load(partial, mask=inside, other=0.0)
+            for share in range(1, shares):
+                other = tl.load(partial + share * d, mask=inside, other=0.0)
+                greater = (other > pooled) | (other != other)
+                pooled = tl.where(pooling == 2, tl.where(greater, other, pooled), pooled + other)
+            pooled = tl.where(pooling == 1, pooled / length, pooled)
+            w = _weights(weights, tl.load(words), k.to(tl.int64) * d + j, inside)
+            x += tl.sum(w * pooled, axis=0)
         kind = tl.load(words + 1)
         if kind == 0:
             y = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
@@ -220,7 +222,7 @@ def generate_vectors(
     block = triton.next_power_of_2(d)
     partial = hidden.new_empty(count, splits, d, dtype=torch.float32)
     latent = hidden.new_empty(count, max(1, max_rank), dtype=torch.float32)
-    warps = 8 if block >= 4096 else 4
+    warps = 16 if block >= 4096 else 4
     if max_rank:
         _pool_kernel[(count, splits)](
             partial, hidden, arena, prefills, hidden.stride(0), d, index, splits,
@@ -228,7 +230,7 @@ def generate_vectors(
         )  # fmt: skip
         _latent_kernel[(count, max_rank)](
             latent, partial, arena, prefills, d, index, splits, max_rank,
-            BLOCK=block, num_warps=warps,
+            BLOCK=min(block, 2048), num_warps=4,
         )  # fmt: skip
     _columns_kernel[(count, triton.cdiv(width, BLOCK))](
         vectors, latent, arena, prefills, width, index, max_rank, BLOCK=BLOCK

@@ -138,6 +138,90 @@ def test_chat_and_responses(client):
     assert json.loads(answer.output_text) == {"answer": "The capital of France is Paris."}
 
 
+def turns(count):
+    """A conversation up to the user's turn of that number."""
+    chat = list(QUESTION)
+    for turn in range(1, count):
+        chat += [
+            {"role": "assistant", "content": f"Paris, I should say, for the time {turn}."},
+            {"role": "user", "content": f"And of Italy, or of country {turn}?"},
+        ]
+    return chat
+
+
+@pytest.mark.both_runners
+def test_a_chat_goes_on_with_its_first_turn(client):
+    def say(number, length, model="r0", **extra):
+        answer = client.chat.completions.with_raw_response.create(
+            model=model, messages=turns(number), temperature=0, max_tokens=8, logprobs=True,
+            extra_body=EXACT | {"vllm_xargs": {"pedro_prompt_length": length}} | extra,
+        )  # fmt: skip
+        pooled = answer.headers.get("x-pedro-prompt"), answer.headers.get("x-pedro-prompt-length")
+        return answer.parse(), pooled
+
+    def answered(answer):
+        choice = answer.choices[0]
+        return choice.token_ids, [entry.logprob for entry in choice.logprobs.content]
+
+    first, pooled = say(1, "first_turn")
+    length = first.usage.prompt_tokens
+    assert pooled == ("first_turn", str(length))
+    for number in (2, 3):
+        answer, pooled = say(number, "first_turn")
+        assert pooled == ("first_turn", str(length))
+        assert answer.prompt_token_ids[:length] == first.prompt_token_ids
+        same, nothing = say(number, length)
+        assert nothing == (None, None)
+        assert answered(answer)[0] == answered(same)[0]
+        assert answered(answer)[1] == pytest.approx(answered(same)[1], abs=1e-5)
+        assert answered(answer)[1] != pytest.approx(answered(say(number, "whole")[0])[1], abs=1e-3)
+    # A later turn's tokens that do not begin with the first turn's.
+    cut = {"truncate_prompt_tokens": length + 5}
+    answer, pooled = say(3, "first_turn", **cut)
+    assert pooled == ("whole", str(length + 5))
+    assert answered(answer)[1] == pytest.approx(answered(say(3, "whole", **cut)[0])[1], abs=1e-5)
+    with pytest.raises(openai.BadRequestError, match="pedro_prompt_length is for requests with"):
+        say(1, "first_turn", model="smol")
+    with pytest.raises(openai.BadRequestError, match="'whole' or 'first_turn', got 'last_turn'"):
+        say(1, "last_turn")
+    with pytest.raises(openai.BadRequestError, match="'first_turn' is for chats"):
+        client.completions.create(
+            model="r0",
+            prompt="Hello",
+            extra_body={"vllm_xargs": {"pedro_prompt_length": "first_turn"}},
+        )
+    stream = client.chat.completions.with_raw_response.create(
+        model="r0", messages=turns(2), max_tokens=2, stream=True,
+        extra_body={"vllm_xargs": {"pedro_prompt_length": "first_turn"}},
+    )  # fmt: skip
+    assert stream.headers["x-pedro-prompt-length"] == str(length)
+    assert len(list(stream.parse())) >= 2
+
+
+def test_a_scored_prompt_ends_where_its_text_does(client):
+    context, scored = "The quick brown fox", " jumps over the lazy dog"
+
+    def score(**extra):
+        answer = client.completions.create(
+            model="r1", prompt=context + scored, max_tokens=1, echo=True, logprobs=1, temperature=0,
+            extra_body={"vllm_xargs": extra} if extra else {},
+        )  # fmt: skip
+        return answer.choices[0].logprobs.token_logprobs[1:-1]
+
+    by_text, by_length = score(pedro_prompt_text=context), score(pedro_prompt_length=4)
+    assert by_text == by_length
+    assert max(abs(a - b) for a, b in zip(by_text, score(), strict=True)) > 1e-3
+    # Within a word: its tokens are not known from the text.
+    assert score(pedro_prompt_text=context + " jum") == by_length
+    for extra, message in (
+        ({"pedro_prompt_text": "A slow"}, "does not begin with the tokens of pedro_prompt_text"),
+        ({"pedro_prompt_text": ""}, "pedro_prompt_text must be text"),
+        ({"pedro_prompt_text": context, "pedro_prompt_length": 4}, "give one"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message):
+            score(**extra)
+
+
 @pytest.mark.both_runners
 def test_streams_are_the_same_text(client):
     for model in ("json", "smol"):

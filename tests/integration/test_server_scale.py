@@ -6,6 +6,7 @@ import json
 import random
 import re
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -66,6 +67,7 @@ def server(folders, smol, tmp_path_factory):
     flags = ["--served-model-name", "smol", "--enforce-eager", "--dtype", "float32"]
     flags += ["--max-model-len", "256", "--kv-cache-memory-bytes", str(128 << 20)]
     flags += ["--max-num-seqs", "8", "--api-server-count", "2"]
+    flags += ["--pedro-prompt-length", "first_turn"]
     flags += ["--enable-pedro", "--max-pedros", "4", "--max-cpu-pedros", "16", "--pedro-modules"]
     flags += [f"a{number}={folders / str(number)}" for number in range(ADAPTERS)]
     log = tmp_path_factory.mktemp("log") / "server.log"
@@ -164,3 +166,36 @@ def test_what_cannot_be_served_stops_the_start(folders, smol, tmp_path):
     models.enable_pedro(AdapterModules([], modules))
     with pytest.raises(ValueError, match=r"2 cannot be served: gone: .*found nothing; smol: the"):
         asyncio.run(models.init_static_loras())
+
+
+def test_a_server_can_pool_the_first_turn_by_default(server):
+    chat = [{"role": "user", "content": "Which river runs through Rome?"}]
+    said = []
+    for _ in range(2):
+        body = {"model": "a1", "messages": chat, "max_tokens": 4, "temperature": 0}
+        for path in ("chat/completions", "messages"):  # OpenAI's and Anthropic's
+            request = urllib.request.Request(
+                f"{server.url}/v1/{path}",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=300) as answer:
+                said.append(
+                    (answer.headers["x-pedro-prompt"], answer.headers["x-pedro-prompt-length"])
+                )
+                json.load(answer)
+        chat += [
+            {"role": "assistant", "content": "The Tiber."},
+            {"role": "user", "content": "And Paris?"},
+        ]
+    assert len(set(said)) == 1
+    assert said[0][0] == "first_turn"
+    body = {"model": "a1", "messages": chat[:-1], "max_tokens": 1}
+    body |= {"vllm_xargs": {"pedro_prompt_length": "whole"}}
+    request = urllib.request.Request(
+        f"{server.url}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        assert "x-pedro-prompt" not in answer.headers

@@ -12,6 +12,7 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.entrypoints.generate.beam_search.utils import BeamSearchInstance
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
@@ -53,6 +54,7 @@ KNOWN = {
     (BeamSearchOnlineMixin, "beam_search"): "e2e6d1893a8f",
     (OpenAIServingModels, "__init__"): "0218cc457c0b",
     (BaseServing, "_check_model"): "5a2f4707ffb7",
+    (OpenAIServingChat, "render_chat_request"): "642ed68ae31d",
     (AsyncLLM, "generate"): "5bd0ee90459b",
     (StatLoggerManager, "__init__"): "6e75cf036af8",
     # overridden

@@ -140,6 +140,13 @@ PATCHES = (
         until="adapters are checked before a stream begins",
     ),
     Patch(
+        "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.render_chat_request",
+        "frontend.prompt_length:render_chat_request",
+        why="only here the turns of a chat are known, and the tokens they became",
+        upstream=f"{VLLM}/issues/32302",
+        until="a plugin may amend a request between rendering and the engine",
+    ),
+    Patch(
         "vllm.v1.metrics.loggers:StatLoggerManager.__init__",
         "frontend.metrics:init",
         why="a plugin's stat logger is made before vLLM's, which drops all metrics named `vllm:`",

@@ -6,7 +6,7 @@ import asyncio
 from types import SimpleNamespace
 
 from vllm_pedro import PedroRequest
-from vllm_pedro.integration.frontend.processor import RefusedRequestError
+from vllm_pedro.integration.frontend.prompt_length import RefusedRequestError
 from vllm_pedro.integration.frontend.readmission import (
     ATTEMPTS,
     _generate,

@@ -19,6 +19,7 @@ from ...config import CONFIG_NAME
 from ...errors import PedroError
 from ..options import CONFIG_KEY, ENABLE_KEYWORD, OPTION_NAMES, PedroOptions
 from .folders import check_name
+from .prompt_length import WHOLE, WORDS, PooledPromptHeaders
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +42,19 @@ class AdapterModules(list[Any]):
 
     pedro: list[PedroModulePath]
     root: Path | None
+    prompt_length: str
 
     def __init__(
         self,
         lora: Iterable[Any] = (),
         pedro: Sequence[PedroModulePath] = (),
         root: Path | None = None,
+        prompt_length: str = WHOLE,
     ) -> None:
         super().__init__(lora)
         self.pedro = list(pedro)
         self.root = root
+        self.prompt_length = prompt_length
 
 
 _MODULE_KEYS = {"name", "path", "base_model_name"}
@@ -146,7 +150,8 @@ def add_flags(parser: Any) -> Any:
     group = parser.add_argument_group(
         "PedroConfig",
         "PEDRO adapters: --enable-pedro, --pedro-modules, --max-pedros, --max-cpu-pedros, "
-        "--pedro-memory-bytes, --max-pedro-rank, --pedro-target-modules, --pedro-root.",
+        "--pedro-memory-bytes, --max-pedro-rank, --pedro-target-modules, --pedro-root, "
+        "--pedro-prompt-length.",
     )
     group.add_argument(
         "--enable-pedro",
@@ -212,6 +217,14 @@ def add_flags(parser: Any) -> Any:
         "loaded from at run time, links resolved; a model name that is not known is looked up in "
         "it. (default: anywhere, and no names are looked up)",
     )
+    group.add_argument(
+        "--pedro-prompt-length",
+        default=argparse.SUPPRESS,
+        choices=WORDS,
+        help="What chats pool where the request's pedro_prompt_length does not say: the whole "
+        "prompt of each turn, or the first turn's prompt in every turn, whose vectors and KV "
+        f"blocks later turns then share. (default: {WHOLE})",
+    )
     return parser
 
 
@@ -223,7 +236,7 @@ def apply_flags(args: Any) -> None:
     """
     if isinstance(getattr(args, "lora_modules", None), AdapterModules):
         return
-    names = (*OPTION_NAMES, "pedro_modules", "pedro_root")
+    names = (*OPTION_NAMES, "pedro_modules", "pedro_root", "pedro_prompt_length")
     given = {name: getattr(args, name, None) for name in names}
     if not getattr(args, ENABLE_KEYWORD, False):
         unused = [f"--{n.replace('_', '-')}" for n, value in given.items() if value is not None]
@@ -262,7 +275,10 @@ def apply_flags(args: Any) -> None:
         root = Path(os.path.realpath(os.path.expanduser(given["pedro_root"])))
         if not root.is_dir():
             raise ValueError(f"--pedro-root {given['pedro_root']}: not a directory")
-    args.lora_modules = AdapterModules(lora, pedro, root)
+    args.lora_modules = AdapterModules(lora, pedro, root, given["pedro_prompt_length"] or WHOLE)
+    if hasattr(args, "middleware"):
+        headers = PooledPromptHeaders
+        args.middleware = [*args.middleware, f"{headers.__module__}.{headers.__qualname__}"]
 
 
 def add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:

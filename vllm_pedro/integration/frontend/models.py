@@ -24,7 +24,14 @@ from ..request import PedroRequest, ServedPedroRequest
 from .flags import AdapterModules, PedroModulePath
 from .folders import check_name, public_reason, resolve_folder
 from .metrics import metrics_of
-from .processor import PROMPT_LENGTH_KEY, RefusedRequestError, check_prompt_length
+from .prompt_length import (
+    FIRST_TURN,
+    LENGTH_KEY,
+    TEXT_KEY,
+    WHOLE,
+    RefusedRequestError,
+    given_prompt,
+)
 from .registry import AdapterRegistry, peft_type_of, read_in_time
 
 logger = logging.getLogger("vllm.vllm_pedro")
@@ -66,6 +73,7 @@ class PedroServingModelsMixin:
         """Called once, after the original `__init__`."""
         given = isinstance(modules, AdapterModules)
         self.pedro_root: Path | None = modules.root if given else None
+        self._pedro_prompt = modules.prompt_length if given else WHOLE
         self._pedro_static: list[PedroModulePath] = modules.pedro if given else []
         self._pedro_registry: AdapterRegistry = self.input_processor.pedro_registry
         self._pedro_starting = False
@@ -240,18 +248,17 @@ class PedroServingModelsMixin:
         name = request.model
         if self._pedro_entry(name) is None:
             return None
+        extra = getattr(request, "vllm_xargs", None) or {}
         try:
-            length = check_prompt_length(
-                (getattr(request, "vllm_xargs", None) or {}).get(PROMPT_LENGTH_KEY)
-            )
+            prompt = given_prompt(extra)
         except RefusedRequestError as error:
-            return _error(str(error), param=PROMPT_LENGTH_KEY)
-        if length is not None and getattr(request, "use_beam_search", False):
-            # vLLM's beam search takes no extra arguments, so P would be lost without a word.
-            return _error(
-                f"{PROMPT_LENGTH_KEY} cannot be given with use_beam_search",
-                param=PROMPT_LENGTH_KEY,
-            )
+            return _error(str(error), param=error.parameter)
+        if prompt == FIRST_TURN and not hasattr(request, "messages"):
+            return _error(f"{LENGTH_KEY} {FIRST_TURN!r} is for chats", param=LENGTH_KEY)
+        for key in (LENGTH_KEY, TEXT_KEY):
+            if key in extra and getattr(request, "use_beam_search", False):
+                # vLLM's beam search takes no extra arguments, so P would be lost without a word.
+                return _error(f"{key} cannot be given with use_beam_search", param=key)
         if isinstance(self.lora_requests[name], ServedPedroRequest):
             return None
         async with self.lora_resolver_lock[name]:
@@ -265,6 +272,13 @@ class PedroServingModelsMixin:
             if self.lora_requests.get(name) is entry:
                 self.lora_requests[name] = read
         return None
+
+    def pedro_prompt_asked(self, request: Any) -> int | str | None:
+        """What P a chat asks for, or the server's default; None without an adapter of PEDRO's."""
+        if self._pedro_entry(request.model) is None:
+            return None
+        extra = request.vllm_xargs or {}
+        return given_prompt(extra) or (None if TEXT_KEY in extra else self._pedro_prompt)
 
     def pedro_current(self, request: ServedPedroRequest) -> ServedPedroRequest:
         """What the name stands for now; for an unloaded one, what was asked for."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.utils.async_utils import make_async
 
@@ -20,42 +19,15 @@ from .. import wire
 from ..options import draft_places, options_of
 from ..patches import become
 from ..request import PedroRequest, ServedPedroRequest
+from .prompt_length import (
+    LENGTH_KEY,
+    TEXT_KEY,
+    RefusedRequestError,
+    given_prompt_length,
+    length_of_text,
+    warn_of_scored_text,
+)
 from .registry import AdapterRegistry, KnownAdapter, pedro_request_of
-
-
-class RefusedRequestError(VLLMValidationError, PedroError):
-    """A request that cannot be served: a 4xx over HTTP, a `ValueError` offline."""
-
-    def __init__(self, message: str, *, parameter: str | None = None, value: Any = None) -> None:
-        super().__init__(message, parameter=parameter, value=value)  # type: ignore[call-arg]
-
-
-PROMPT_LENGTH_KEY = "pedro_prompt_length"
-"""Key of `extra_args` (over HTTP: `vllm_xargs`) that means what `prompt_length` does."""
-
-
-def given_prompt_length(params: Any) -> int | None:
-    """P as a request's `extra_args` give it.
-
-    Raises:
-        RefusedRequestError: It is no positive integer.
-    """
-    extra = getattr(params, "extra_args", None) or {}
-    return check_prompt_length(extra.get(PROMPT_LENGTH_KEY))
-
-
-def check_prompt_length(value: Any) -> int | None:
-    """A prompt length that came from outside; None stays None.
-
-    Raises:
-        RefusedRequestError: It is no positive integer.
-    """
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-        return value
-    raise RefusedRequestError(
-        f"{PROMPT_LENGTH_KEY} must be an integer of at least 1, got {str(value)[:40]!r}",
-        parameter=PROMPT_LENGTH_KEY,
-    )
 
 
 def digest_tokens(tokens: Sequence[int]) -> str:
@@ -120,17 +92,19 @@ class PedroInputProcessorMixin:
                 "lora_request=PedroRequest(...), or by its model name",
                 parameter="extra_args",
             )
-        known, length = None, given_prompt_length(params)
+        known, length = None, None
         pedro_request = pedro_request_of(lora_request)
         if pedro_request is not None:
+            length = given_prompt_length(params)
             self._refuse_what_cannot_be_exact(params, kwargs)
             path, known = self._find_adapter(pedro_request)
             lora_request = pedro_request
-        elif length is not None:
-            raise RefusedRequestError(
-                f"{PROMPT_LENGTH_KEY} is for requests with a PEDRO adapter",
-                parameter=PROMPT_LENGTH_KEY,
-            )
+        else:
+            for key in (LENGTH_KEY, TEXT_KEY):
+                if (getattr(params, "extra_args", None) or {}).get(key) is not None:
+                    raise RefusedRequestError(
+                        f"{key} is for requests with a PEDRO adapter", parameter=key
+                    )
         request = super().process_inputs(  # type: ignore[misc]
             request_id,
             prompt,
@@ -143,6 +117,12 @@ class PedroInputProcessorMixin:
         )
         if known is not None:
             length = lora_request.prompt_length or length
+            text = (params.extra_args or {}).get(TEXT_KEY)
+            if text is not None and length is None and request.prompt_token_ids is not None:
+                tokenizer = self.renderer.get_tokenizer()
+                length = length_of_text(text, request.prompt_token_ids, tokenizer)
+            if params.prompt_logprobs is not None and length is None:
+                warn_of_scored_text()
             self._attach(request, lora_request, path, known, length)
         return request
 

@@ -14,7 +14,7 @@ import msgspec
 
 from ..request import PedroRequest, ServedPedroRequest
 from ..wire import failure_of
-from .processor import RefusedRequestError
+from .prompt_length import RefusedRequestError
 from .registry import pedro_request_of
 
 ATTEMPTS = 4

@@ -30,12 +30,11 @@ def compare(args: argparse.Namespace, model_folder: str) -> dict[str, object]:
     backbone, tokenizer = load_backbone(model_folder, torch.float32)
     model = PedroModel.from_pretrained(backbone, args.adapter)
     prompts = [prompt_tokens(tokenizer, row) for row in rows]
-    local = TransformersEngine(model, pad_token_id(tokenizer)).generate(
-        prompts, args.max_new_tokens
-    )
+    asked = prompts, [len(prompt) for prompt in prompts], args.max_new_tokens
+    local = TransformersEngine(model, pad_token_id(tokenizer)).generate(*asked)
     room = max(len(encode(tokenizer, row)) for row in rows) + args.max_new_tokens + 1
     with start_engine(model_folder, args.adapter, room, "float32") as engine:
-        served = engine.generate(prompts, args.max_new_tokens)
+        served = engine.generate(*asked)
     equal = near_ties = different = 0
     ends = tokenizer.eos_token_id
     for prompt, one, other in zip(prompts, local, served, strict=True):

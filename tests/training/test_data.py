@@ -131,6 +131,38 @@ def test_chat_tokens_are_those_of_the_template() -> None:
     assert TOKENIZER.decode(example.completion) == "answer<eos>"
 
 
+def test_a_chat_can_be_pooled_as_in_its_first_turn(tmp_path: Path) -> None:
+    chat = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "first"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "second"},
+    ]
+    first = encode(TOKENIZER, Row("here", chat[:2], "a"))
+    assert first.prompt_length == len(first.prompt)
+    later = encode(TOKENIZER, Row("here", chat, "answer", pools_first_turn=True))
+    assert later.prompt_length == len(first.prompt) < len(later.prompt)
+    assert later.prompt[: later.prompt_length] == first.prompt
+    whole = encode(TOKENIZER, Row("here", chat, "answer"))
+    assert (whole.prompt, whole.completion) == (later.prompt, later.completion)
+    assert whole.prompt_length == len(whole.prompt)
+    # Where a later turn is not written as the first was, all of it is pooled.
+    numbered = make_tokenizer()
+    numbered.chat_template = "{{ messages | length }}" + str(TOKENIZER.chat_template)
+    again = encode(numbered, Row("here", chat, "answer", pools_first_turn=True))
+    assert again.prompt_length == len(again.prompt)
+    for packed in (False, True):
+        collate = PackedCollator() if packed else CompletionCollator(0)
+        lengths = collate([later, first])["prompt_lengths"].tolist()
+        assert lengths == [later.prompt_length, len(first.prompt)]
+    path = tmp_path / "chats.jsonl"
+    answer = {"role": "assistant", "content": "x"}
+    path.write_text(json.dumps({"messages": [*chat, answer]}))
+    for prompt_length, example in (("first_turn", later), ("whole", whole)):
+        data = load_dataset(path, TOKENIZER, prompt_length=prompt_length)
+        assert data[0].prompt_length == example.prompt_length
+
+
 def test_templates_that_do_not_do() -> None:
     row = Row("here", [{"role": "user", "content": "q"}], "a")
     plain = make_tokenizer()

@@ -31,7 +31,7 @@ class Parrot:
         self.prefer = TOKENIZER(prefer, add_special_tokens=False)["input_ids"]
         self.asked: list[tuple[list[int], int]] = []
 
-    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def generate(self, prompts: Any, lengths: Any, max_new_tokens: int) -> list[list[int]]:
         return [TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in self.answers]
 
     def choose(self, prompts: Any, lengths: Any, allowed: Any) -> list[int]:
@@ -100,7 +100,7 @@ def model(folder: Path, adapter: Path) -> PedroModel:
 def test_transformers_engine_is_the_reference(model: PedroModel) -> None:
     engine = TransformersEngine(model, pad_token_id=0, batch_tokens=40)
     prompts = [prompt_tokens(TOKENIZER, row) for row in ROWS]
-    answers = engine.generate(prompts, 6)
+    answers = engine.generate(prompts, list(map(len, prompts)), 6)
     for prompt, answer in zip(prompts, answers, strict=True):
         # An answer ends after six tokens, or before EOS, which was then the best token.
         want = reference_score(model, prompt, [*answer, 2][:6])
@@ -138,14 +138,16 @@ def test_served_is_trained(folder: Path, adapter: Path, model: PedroModel) -> No
 
     local = TransformersEngine(model, pad_token_id=0)
     prompts = [prompt_tokens(TOKENIZER, row) for row in ROWS]
+    lengths = [len(prompt) - i % 2 for i, prompt in enumerate(prompts)]
     with start_engine(folder, max_model_len=64) as llm:
         served = VllmEngine(llm, str(adapter))
-        answers = served.generate(prompts, 8)
+        answers = served.generate(prompts, lengths, 8)
         scores = {
             metric: evaluate(served, TOKENIZER, ROWS, metric) for metric in ("accuracy", "loss")
         }
-    for prompt, answer, want in zip(prompts, answers, local.generate(prompts, 8), strict=True):
-        assert answer == want or reference_score(model, prompt, want).near_ties
+    found = local.generate(prompts, lengths, 8)
+    for prompt, length, answer, want in zip(prompts, lengths, answers, found, strict=True):
+        assert answer == want or reference_score(model, prompt, want, length).near_ties
     assert scores["accuracy"] == evaluate(local, TOKENIZER, ROWS, "accuracy")
     here = evaluate(local, TOKENIZER, ROWS, "loss")["loss"]
     assert math.isclose(scores["loss"]["loss"], here, rel_tol=1e-5)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import PedroError
-from ..training.choices import DTYPES, METRICS
+from ..training.choices import DTYPES, METRICS, PROMPT_LENGTHS
 from .options import add_adapter_options, config_of
 
 if TYPE_CHECKING:
@@ -38,6 +38,17 @@ _SHOWN: dict[str, tuple[str, str]] = {
 }
 
 
+def add_prompt_length(parser: Any) -> None:
+    """What is pooled of a chat, as `vllm serve --pedro-prompt-length` has it."""
+    parser.add_argument(
+        "--prompt-length",
+        choices=PROMPT_LENGTHS,
+        default=PROMPT_LENGTHS[0],
+        help="what is pooled of rows with 'messages': all before the last one, or the first turn's "
+        "prompt alone, as a server with --pedro-prompt-length first_turn does (%(default)s)",
+    )
+
+
 def add_train_options(parser: argparse.ArgumentParser) -> None:
     """The options of `vllm-pedro train`."""
     data = parser.add_argument_group("model and data")
@@ -55,6 +66,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="what the adapter's config calls the backbone, e.g. its name on the hub (--model)",
     )
+    add_prompt_length(data)
     data.add_argument("--max-length", type=int, metavar="N", help="leave longer rows out")
     data.add_argument("--limit", type=int, metavar="N", help="use the first N rows of --train")
     data.add_argument("--dev-limit", type=int, metavar="N", help="use the first N rows of --dev")
@@ -155,6 +167,7 @@ def add_parsers(commands: Any) -> None:
     evaluate.add_argument("--model", metavar="FOLDER", required=True, help="the backbone's folder")
     evaluate.add_argument("--adapter", metavar="FOLDER", help="without: the plain model")
     evaluate.add_argument("--data", metavar="FILE", required=True, help="JSONL or JSONL.gz")
+    add_prompt_length(evaluate)
     evaluate.add_argument("--metric", choices=METRICS, required=True)
     evaluate.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="(%(default)s)")
     evaluate.add_argument("--dtype", choices=DTYPES, default="auto", help="(%(default)s)")
@@ -184,6 +197,7 @@ def run_train(args: argparse.Namespace, others: Sequence[str], argv: Sequence[st
         max_length=args.max_length,
         limit=args.limit,
         dev_limit=args.dev_limit,
+        prompt_length=args.prompt_length,
         packing=args.packing,
         patience=args.patience,
         resume=args.resume,
@@ -213,6 +227,7 @@ def run_eval(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         limit=args.limit,
         max_new_tokens=args.max_new_tokens,
+        prompt_length=args.prompt_length,
     )
     print(json.dumps(scores, ensure_ascii=False))
     return 0

@@ -24,11 +24,13 @@ class VllmEngine:
         self._llm = llm
         self._adapter = adapter
 
-    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[list[int]], lengths: Sequence[int], max_new_tokens: int
+    ) -> list[list[int]]:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=max_new_tokens)
-        outputs = self._run(prompts, params, [None] * len(prompts))
+        outputs = self._run(prompts, params, lengths)
         answers = []
         for output in outputs:
             completion = output.outputs[0]
@@ -57,7 +59,7 @@ class VllmEngine:
         outputs = self._run(
             [example.prompt + example.completion for example in examples],
             params,
-            [len(example.prompt) for example in examples],
+            [example.prompt_length for example in examples],
         )
         found = []
         for example, output in zip(examples, outputs, strict=True):

@@ -47,7 +47,7 @@ class CompletionCollator:
             "attention_mask": mask,
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
             "labels": labels,
-            "prompt_lengths": torch.tensor([len(example.prompt) for example in examples]),
+            "prompt_lengths": torch.tensor([example.prompt_length for example in examples]),
         }
 
 
@@ -77,5 +77,5 @@ class PackedCollator:
             "input_ids": torch.tensor([ids]),
             "position_ids": torch.tensor([positions]),
             "labels": torch.tensor([labels]),
-            "prompt_lengths": torch.tensor([len(example.prompt) for example in examples]),
+            "prompt_lengths": torch.tensor([example.prompt_length for example in examples]),
         }

@@ -11,6 +11,7 @@ it for states that it never meets again.
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import os
@@ -38,12 +39,14 @@ class Row:
         prompt: the prompt's text, or the messages before the last one.
         completion: the text to learn.
         fields: the whole row.
+        pools_first_turn: of a chat's prompt only the first turn's is pooled.
     """
 
     source: str
     prompt: str | list[dict[str, str]]
     completion: str
     fields: dict[str, Any] = field(repr=False, default_factory=dict)
+    pools_first_turn: bool = False
 
     @property
     def answers(self) -> list[str]:
@@ -59,25 +62,35 @@ class Example:
     """A tokenised row.
 
     Attributes:
-        prompt: the prompt's token ids; all of them are pooled.
+        prompt: the prompt's token ids.
         completion: the completion's, with the token that ends it; all of them are learnt.
         source: file and line.
+        pooled: how many of the prompt's first tokens are pooled; 0 for all.
     """
 
     prompt: list[int]
     completion: list[int]
     source: str = ""
+    pooled: int = 0
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
 
+    @property
+    def prompt_length(self) -> int:
+        """P, the number of tokens that are pooled."""
+        return self.pooled or len(self.prompt)
 
-def read_rows(path: str | os.PathLike[str], limit: int | None = None) -> list[Row]:
+
+def read_rows(
+    path: str | os.PathLike[str], limit: int | None = None, prompt_length: str = "whole"
+) -> list[Row]:
     """Read a JSONL file, or one compressed by gzip (`.gz`).
 
     Args:
         path: the file.
         limit: read no more than this many rows, from the top.
+        prompt_length: one of `PROMPT_LENGTHS`, what is pooled of a chat.
 
     Raises:
         DataError: the file cannot be read, has no rows, or has a bad one.
@@ -86,7 +99,9 @@ def read_rows(path: str | os.PathLike[str], limit: int | None = None) -> list[Ro
     for source, text in _lines(path):
         if limit is not None and len(rows) >= limit:
             break
-        rows.append(_parse(source, text))
+        row = _parse(source, text)
+        is_first = prompt_length == "first_turn"
+        rows.append(dataclasses.replace(row, pools_first_turn=True) if is_first else row)
     if not rows:
         raise DataError(f"{path}: expected at least one row, found none")
     return rows
@@ -166,6 +181,24 @@ def prompt_tokens(tokenizer: Any, row: Row) -> list[int]:
     return _template(tokenizer, row, row.prompt, add_generation_prompt=True)
 
 
+def pooled_length(tokenizer: Any, row: Row, prompt: Sequence[int]) -> int:
+    """How many of a prompt's tokens are pooled, as serving makes it of "first_turn".
+
+    Args:
+        tokenizer: the backbone's.
+        row: the row.
+        prompt: its prompt's tokens.
+    """
+    if not row.pools_first_turn or isinstance(row.prompt, str):
+        return len(prompt)
+    roles = [message["role"] for message in row.prompt]
+    if "user" not in roles:
+        return len(prompt)
+    messages = row.prompt[: roles.index("user") + 1]
+    first = _template(tokenizer, row, messages, add_generation_prompt=True)
+    return len(first) if prompt[: len(first)] == first else len(prompt)
+
+
 def _template(tokenizer: Any, row: Row, messages: Any, **how: Any) -> list[int]:
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(
@@ -216,7 +249,7 @@ def encode(tokenizer: Any, row: Row) -> Example:
         raise DataError(f"{row.source}: the {part} has no token")
     if eos is not None and completion[-1] != eos:
         completion = [*completion, eos]
-    return Example(prompt, completion, row.source)
+    return Example(prompt, completion, row.source, pooled_length(tokenizer, row, prompt))
 
 
 @dataclass(frozen=True)
@@ -251,6 +284,7 @@ def load_dataset(
     tokenizer: Any,
     max_length: int | None = None,
     limit: int | None = None,
+    prompt_length: str = "whole",
 ) -> Dataset:
     """Read and tokenise a data file.
 
@@ -260,11 +294,12 @@ def load_dataset(
         max_length: rows of more tokens are left out, and counted. They are not cut: a cut prompt is
             not the one that serving would pool.
         limit: read no more than this many rows.
+        prompt_length: one of `PROMPT_LENGTHS`, what is pooled of a chat.
 
     Raises:
         DataError: see `read_rows` and `encode`; or every row is too long.
     """
-    examples = [encode(tokenizer, row) for row in read_rows(path, limit)]
+    examples = [encode(tokenizer, row) for row in read_rows(path, limit, prompt_length)]
     short = [e for e in examples if max_length is None or len(e) <= max_length]
     if not short:
         raise DataError(

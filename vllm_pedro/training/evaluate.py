@@ -19,7 +19,7 @@ from ..errors import PedroError
 from ..model import PedroModel
 from .choices import METRICS
 from .collator import CompletionCollator
-from .data import DataError, Example, Row, encode, prompt_tokens
+from .data import DataError, Example, Row, encode, pooled_length, prompt_tokens
 
 MAX_LABELS: Final = 100
 
@@ -27,16 +27,18 @@ MAX_LABELS: Final = 100
 class Engine(Protocol):
     """What a metric needs of an engine."""
 
-    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuations, in the order of the prompts, without the token that ends them."""
+    def generate(
+        self, prompts: Sequence[list[int]], lengths: Sequence[int], max_new_tokens: int
+    ) -> list[list[int]]:
+        """Greedy continuations, in the order of the prompts, without the token that ends them.
+
+        The first `lengths[i]` tokens of prompt i are pooled.
+        """
 
     def choose(
         self, prompts: Sequence[list[int]], lengths: Sequence[int], allowed: Sequence[list[int]]
     ) -> list[int]:
-        """For each prompt the likeliest next token of those allowed.
-
-        The first `lengths[i]` tokens of prompt i are pooled.
-        """
+        """For each prompt the likeliest next token of those allowed; lengths as above."""
 
     def completion_logprobs(self, examples: Sequence[Example]) -> list[list[float]]:
         """The log probability of each token of each completion."""
@@ -83,9 +85,10 @@ def evaluate(
     if metric not in METRICS:
         raise PedroError(f"metric: expected one of {list(METRICS)}, found {metric!r}")
     prompts = [prompt_tokens(tokenizer, row) for row in rows]
+    lengths = [pooled_length(tokenizer, *both) for both in zip(rows, prompts, strict=True)]
     answers = [
         tokenizer.decode(tokens, skip_special_tokens=True)
-        for tokens in engine.generate(prompts, max_new_tokens)
+        for tokens in engine.generate(prompts, lengths, max_new_tokens)
     ]
     pairs = list(zip(answers, rows, strict=True))
     if metric == "exact-match":
@@ -105,7 +108,7 @@ def classify(engine: Engine, tokenizer: Any, rows: Sequence[Row]) -> list[str]:
             f"found {len(labels)}; exact-match or f1-em score free answers"
         )
     prompts = [prompt_tokens(tokenizer, row) for row in rows]
-    lengths = [len(prompt) for prompt in prompts]
+    lengths = [pooled_length(tokenizer, *both) for both in zip(rows, prompts, strict=True)]
     # Each row has its own, because a label's tokens can depend on the end of the prompt.
     left = [
         {
@@ -181,18 +184,20 @@ class TransformersEngine:
         self._batch_tokens = batch_tokens or (512 if on_cpu else 4096)
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[list[int]], lengths: Sequence[int], max_new_tokens: int
+    ) -> list[list[int]]:
         self._model.eval()
         config = self._model.generation_config
         ends = config.eos_token_id
         ends = set(ends) if isinstance(ends, list) else {ends}
         answers: list[list[int]] = [[] for _ in prompts]
         for chosen in self._batches([len(prompt) + max_new_tokens for prompt in prompts]):
-            examples = [Example(prompts[i], []) for i in chosen]
+            examples = [Example(prompts[i], [], pooled=lengths[i]) for i in chosen]
             batch = self._collate(examples)
+            batch.pop("position_ids", None)
             output = self._model.generate(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
+                **batch,
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=self._pad,
@@ -208,9 +213,7 @@ class TransformersEngine:
         self._model.eval()
         answers = [0] * len(prompts)
         for chosen in self._batches([len(prompt) for prompt in prompts]):
-            batch = self._collate([Example(prompts[i], []) for i in chosen])
-            if "prompt_lengths" in batch:
-                batch["prompt_lengths"] = torch.tensor([lengths[i] for i in chosen])
+            batch = self._collate([Example(prompts[i], [], pooled=lengths[i]) for i in chosen])
             logits = self._forward(batch, 1)[:, -1]
             for row, i in enumerate(chosen):
                 scores = logits[row, allowed[i]]

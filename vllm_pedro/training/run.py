@@ -55,6 +55,7 @@ class TrainingJob:
         max_length: rows with more tokens are left out.
         limit: use this many rows of the training data; None for all.
         dev_limit: the same for the dev data.
+        prompt_length: one of `PROMPT_LENGTHS`, what is pooled of a chat.
         packing: pack the sequences of a batch into one row.
         patience: stop after so many evaluations without a better dev loss; None for never.
         resume: go on from the last checkpoint in `output`.
@@ -71,6 +72,7 @@ class TrainingJob:
     max_length: int | None = None
     limit: int | None = None
     dev_limit: int | None = None
+    prompt_length: str = "whole"
     packing: bool = False
     patience: int | None = None
     resume: bool = False
@@ -156,8 +158,10 @@ def train(job: TrainingJob, args: PedroTrainingArguments) -> dict[str, Any]:
     model, tokenizer = load_backbone(job.model, choose_dtype(job.dtype, args.use_cpu))
     longest = getattr(model.config, "max_position_embeddings", None)
     max_length = job.max_length if job.max_length is not None else longest
-    data = load_dataset(job.train, tokenizer, max_length, job.limit)
-    dev = None if job.dev is None else load_dataset(job.dev, tokenizer, max_length, job.dev_limit)
+    data = load_dataset(job.train, tokenizer, max_length, job.limit, job.prompt_length)
+    dev = None
+    if job.dev is not None:
+        dev = load_dataset(job.dev, tokenizer, max_length, job.dev_limit, job.prompt_length)
     _report(job.train, data, max_length)
     if dev is not None:
         _report(str(job.dev), dev, max_length)
@@ -206,6 +210,7 @@ def train(job: TrainingJob, args: PedroTrainingArguments) -> dict[str, Any]:
         "seed": args.seed,
         "learning_rate": args.learning_rate,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "prompt_length": job.prompt_length,
         "digest": digest,
     }
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
@@ -222,6 +227,7 @@ def evaluate_files(
     dtype: str = "auto",
     limit: int | None = None,
     max_new_tokens: int = 64,
+    prompt_length: str = "whole",
 ) -> dict[str, Any]:
     """Score a model in a folder on a data file; see `training.evaluate.evaluate`.
 
@@ -235,11 +241,12 @@ def evaluate_files(
         dtype: one of `DTYPES`.
         limit: use the first rows only.
         max_new_tokens: of a free answer.
+        prompt_length: one of `PROMPT_LENGTHS`, what is pooled of a chat.
 
     Raises:
         PedroError: unusable data, model or adapter.
     """
-    rows = read_rows(data, limit)
+    rows = read_rows(data, limit, prompt_length)
     kind = str(choose_dtype(dtype)).removeprefix("torch.")
     began = time.monotonic()
     if start_engine is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import schedule_fuzz
 from runners import current_runner
@@ -59,3 +61,33 @@ def test_blocks_of_a_step_that_never_ran_are_not_found(tmp_path, monkeypatch):
     if current_runner() == "v1":  # where these cases once failed; V2 schedules them otherwise
         without_eviction(monkeypatch)
         assert schedule_fuzz.run(tmp_path, 10, first=1660, stop_at_failure=True).failures
+
+
+def test_the_same_content_in_a_folder_that_is_gone_ends_its_own_requests_alone(
+    tiny, tiny_engine, tiny_oracle, write_adapter, tmp_path
+):
+    """Two tenants with equal adapters send one prompt, and the first one's folder is away."""
+    from vllm import SamplingParams
+
+    from vllm_pedro import PedroRequest
+
+    for scope in ("sequence", "answer"):
+        here = write_adapter(tiny, seed=5, scale=0.2, down_scale=15.0, scope=scope)
+        gone = shutil.copytree(here, tmp_path / scope)
+        prompts = [{"prompt_token_ids": [(7 * i * i + 3) % 128 for i in range(n)]} for n in (1, 40)]
+        params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, detokenize=False)
+        for prompt in prompts:
+            outputs = {}
+            with tiny_engine(enable_prefix_caching=True) as llm:
+                engine = llm.llm_engine
+                for number, path in enumerate((gone, here, gone, here)):
+                    request = PedroRequest(path.name, number + 1, str(path))
+                    engine.add_request(str(number), prompt, params, lora_request=request)
+                away = gone.rename(tmp_path / "away")
+                while engine.has_unfinished_requests():
+                    outputs |= {output.request_id: output for output in engine.step()}
+                away.rename(gone)
+            reasons = [outputs[str(i)].outputs[0].finish_reason for i in range(4)]
+            assert reasons == ["error", "length", "error", "length"]
+            for number in (1, 3):
+                tiny_oracle.check(outputs[str(number)], here)

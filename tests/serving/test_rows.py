@@ -9,19 +9,19 @@ A, B, C = ("a", "x"), ("b", "x"), ("a", "y")
 
 def generate(rows, request_id, key):
     """A request enters, and the step that generates its vectors is answered."""
-    got = rows.acquire(request_id, key)
+    got = rows.acquire(request_id, key, "folder")
     rows.confirm(got)
     return got
 
 
 def test_same_adapter_and_prompt_share_a_row():
     rows = VectorRows(2)
-    first = rows.acquire("r1", A)
+    first = rows.acquire("r1", A, "folder")
     assert first.must_generate
-    assert rows.acquire("r2", A) == Assignment(first.row, False, first.generation)
-    assert rows.acquire("r3", C).row != first.row
+    assert rows.acquire("r2", A, "folder") == Assignment(first.row, False, first.generation)
+    assert rows.acquire("r3", C, "folder").row != first.row
     with pytest.raises(RuntimeError, match="no free row in the vector store: more than 2"):
-        rows.acquire("r4", B)
+        rows.acquire("r4", B, "folder")
 
 
 def test_vectors_are_cached_until_the_row_is_needed():
@@ -29,13 +29,13 @@ def test_vectors_are_cached_until_the_row_is_needed():
     first = generate(rows, "r1", A)
     rows.free("r1")
     assert rows.num_read == 0
-    assert rows.acquire("r2", A) == Assignment(first.row, False, first.generation)
+    assert rows.acquire("r2", A, "folder") == Assignment(first.row, False, first.generation)
     rows.free("r2")
     generate(rows, "r3", B)
     rows.free("r3")
     generate(rows, "r4", A)
     rows.free("r4")
-    rows.acquire("r5", C)  # B is the least recently used
+    rows.acquire("r5", C, "folder")  # B is the least recently used
     assert rows.has(A)
     assert not rows.has(B)
 
@@ -45,26 +45,37 @@ def test_rows_that_are_read_are_never_taken():
     held = generate(rows, "r1", A).row
     generate(rows, "r2", B)
     rows.free("r2")
-    assert rows.acquire("r3", C).row != held
+    assert rows.acquire("r3", C, "folder").row != held
     assert rows.is_read_by("r1")
+
+
+def test_the_folder_is_known_until_the_vectors_are():
+    rows = VectorRows(2)
+    assert rows.folder_of(A) is None
+    made = rows.acquire("r1", A, "folder")
+    rows.acquire("r2", A, "other")
+    assert rows.folder_of(A) == "folder"
+    rows.confirm(made)
+    assert rows.folder_of(A) is None
+    assert rows.has(A)
 
 
 def test_vectors_that_nobody_confirmed_are_not_cached():
     rows = VectorRows(2)
-    made = rows.acquire("r1", A)
+    made = rows.acquire("r1", A, "folder")
     assert not rows.is_generated_for("r1")
     rows.free("r1")
     assert not rows.has(A)
     rows.confirm(made)  # the answer comes after the abort
     assert not rows.has(A)
-    assert rows.acquire("r2", A).must_generate
+    assert rows.acquire("r2", A, "folder").must_generate
 
 
 def test_a_late_answer_does_not_speak_for_the_rows_next_owner():
     rows = VectorRows(1)
-    made = rows.acquire("r1", A)
+    made = rows.acquire("r1", A, "folder")
     rows.free("r1")
-    rows.acquire("r2", B)
+    rows.acquire("r2", B, "folder")
     rows.confirm(made)
     assert not rows.is_generated_for("r2")
     assert rows.fail(made) == set()
@@ -73,9 +84,9 @@ def test_a_late_answer_does_not_speak_for_the_rows_next_owner():
 
 def test_a_late_answer_does_not_speak_for_a_later_generation_of_the_same_vectors():
     rows = VectorRows(1)
-    made = rows.acquire("r1", A)
+    made = rows.acquire("r1", A, "folder")
     rows.free("r1")
-    again = rows.acquire("r2", A)
+    again = rows.acquire("r2", A, "folder")
     assert again.must_generate
     assert again.row == made.row
     rows.confirm(made)
@@ -84,10 +95,10 @@ def test_a_late_answer_does_not_speak_for_a_later_generation_of_the_same_vectors
 
 def test_failed_vectors_fail_for_all_who_read_them():
     rows = VectorRows(3)
-    bad = rows.acquire("r1", A)
-    rows.acquire("r2", A)
+    bad = rows.acquire("r1", A, "folder")
+    rows.acquire("r2", A, "folder")
     assert rows.fail(bad) == {"r1", "r2"}
-    again = rows.acquire("r3", A)
+    again = rows.acquire("r3", A, "folder")
     assert again.must_generate
     assert again.row != bad.row
     rows.free("r1")
@@ -100,7 +111,7 @@ def test_new_weights_make_all_vectors_stale():
     generate(rows, "r1", A)
     rows.invalidate_all()
     assert not rows.has(A)
-    assert rows.acquire("r2", A).must_generate
+    assert rows.acquire("r2", A, "folder").must_generate
 
 
 def test_freeing_is_harmless_twice():
@@ -121,7 +132,7 @@ def test_no_two_keys_ever_share_a_row_and_none_is_lost(steps):
         name = f"r{request}"
         if action == "+" and name not in held and len(held) < capacity:
             before = rows.has((str(key), ""))
-            got = rows.acquire(name, (str(key), ""))
+            got = rows.acquire(name, (str(key), ""), "folder")
             assert got.must_generate is not before
             held[name] = (got.row, key)
             asked[name] = got

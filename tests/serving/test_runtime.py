@@ -38,7 +38,7 @@ class Harness(PedroRuntime):
         self.resume(name)
 
     def resume(self, name):
-        assignment = self._owners.acquire(name, self._specs[name].vector_key)
+        assignment = self._owners.acquire(name, self._specs[name].vector_key, "")
         self.assign({name: assignment})
         self._owners.confirm(assignment)
 

@@ -148,7 +148,10 @@ def test_a_chat_can_be_pooled_as_in_its_first_turn(tmp_path: Path) -> None:
     assert whole.prompt_length == len(whole.prompt)
     # Where a later turn is not written as the first was, all of it is pooled.
     numbered = make_tokenizer()
-    numbered.chat_template = "{{ messages | length }}" + str(TOKENIZER.chat_template)
+    numbered.chat_template = (
+        "{{ (messages | selectattr('role', 'eq', 'user') | list | length) }}"
+        + str(TOKENIZER.chat_template)
+    )
     again = encode(numbered, Row("here", chat, "answer", pools_first_turn=True))
     assert again.prompt_length == len(again.prompt)
     for packed in (False, True):

@@ -16,7 +16,7 @@ from vllm.v1.request import RequestStatus
 from ..serving.admission import Admission, Turn
 from ..serving.blobs import ALIGNMENT
 from ..serving.loading import Prefetches
-from ..serving.rows import Assignment, VectorRows
+from ..serving.rows import Assignment, VectorKey, VectorRows
 from ..serving.spec import RequestSpec, cache_salt
 from ..serving.stats import merge_stats
 from . import wire
@@ -41,6 +41,8 @@ class PedroSchedulerMixin:
         # whose generators it would run, with the bytes that each takes.
         self._pedro_entering: dict[str, bool] = {}
         self._pedro_step_adapters: dict[str, int] = {}
+        # The folder of the adapter with which this step would generate vectors.
+        self._pedro_step_folders: dict[VectorKey, str] = {}
         self._pedro_admission = Admission(
             self.max_num_scheduled_tokens,  # type: ignore[attr-defined]
             vllm_config.scheduler_config.max_num_batched_tokens,
@@ -106,6 +108,7 @@ class PedroSchedulerMixin:
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._pedro_entering.clear()
         self._pedro_step_adapters.clear()
+        self._pedro_step_folders.clear()
         self._pedro_admission.begin_step(self._pedro_turns())
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         entering = [
@@ -139,7 +142,7 @@ class PedroSchedulerMixin:
 
     def _pedro_assign(self, request_id: str) -> Assignment:
         spec: RequestSpec = self.requests[request_id].pedro  # type: ignore[attr-defined]
-        return self._pedro_rows.acquire(request_id, spec.vector_key)
+        return self._pedro_rows.acquire(request_id, spec.vector_key, spec.path)
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         """Also mends a defect of vLLM 0.32 for requests with an adapter.
@@ -219,10 +222,12 @@ class PedroSchedulerMixin:
         if admission.is_before_turn(request_id, request.priority):
             return True
         spec: RequestSpec | None = request.pedro
-        if spec is None or self._pedro_rows.has(spec.vector_key):
+        if spec is None or num_computed_tokens < spec.first_scaled:
+            return False  # tokens before the pooled one are the backbone's
+        if self._pedro_hangs_on_another_folder(spec):
+            return True
+        if self._pedro_rows.has(spec.vector_key):
             return False
-        if num_computed_tokens < spec.first_scaled:
-            return False  # it may begin with tokens that are the backbone's
         if not self._pedro_prefetches.is_due(request_id, spec):
             return True
         fits = num_computed_tokens + admission.left >= spec.prompt_length
@@ -230,6 +235,15 @@ class PedroSchedulerMixin:
             return False
         admission.pass_over(request_id)
         return True
+
+    def _pedro_hangs_on_another_folder(self, spec: RequestSpec) -> bool:
+        """Whether its vectors are being generated with the same content from another folder.
+
+        That one may be gone, which ends its own requests alone.
+        """
+        key = spec.vector_key
+        folder = self._pedro_rows.folder_of(key) or self._pedro_step_folders.get(key)
+        return folder not in (None, spec.path)
 
     def _pedro_has_room_for(self, spec: RequestSpec) -> bool:
         """One step's prompts read their generators from the device's memory for adapters."""
@@ -267,6 +281,7 @@ class PedroSchedulerMixin:
                     admission.pass_over(request_id)
                     return 0
                 self._pedro_step_adapters[spec.digest] = spec.nbytes
+                self._pedro_step_folders[spec.vector_key] = spec.path
             if num_new_tokens:
                 self._pedro_entering[request_id] = cached
                 admission.started(request_id)
@@ -280,6 +295,8 @@ class PedroSchedulerMixin:
         admission, request_id = self._pedro_admission, request.request_id
         is_past = computed + tokens > spec.first_scaled
         if tokens and is_past and not self._pedro_rows.is_read_by(request_id):
+            if self._pedro_hangs_on_another_folder(spec):
+                return max(0, spec.first_scaled - computed)
             cached = self._pedro_rows.has(spec.vector_key)
             if not cached:
                 is_running = request.status == RequestStatus.RUNNING
@@ -287,6 +304,7 @@ class PedroSchedulerMixin:
                 if not is_due or not self._pedro_has_room_for(spec):
                     return max(0, spec.first_scaled - computed)
                 self._pedro_step_adapters[spec.digest] = spec.nbytes
+                self._pedro_step_folders[spec.vector_key] = spec.path
             self._pedro_entering[request_id] = cached
         if tokens and request.status != RequestStatus.RUNNING:
             admission.started(request_id)

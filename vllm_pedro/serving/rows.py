@@ -32,6 +32,7 @@ class Assignment:
 @dataclass(slots=True)
 class _Entry:
     key: VectorKey
+    folder: str
     generation: int
     readers: set[str] = field(default_factory=set)
     is_generated: bool = False
@@ -67,6 +68,14 @@ class VectorRows:
         """Whether some row holds these vectors."""
         return key in self._row_of_key
 
+    def folder_of(self, key: VectorKey) -> str | None:
+        """The folder of the adapter with which these vectors are being generated; None once they
+        are, and where they are not."""
+        row = self._row_of_key.get(key)
+        if row is None or self._entries[row].is_generated:
+            return None
+        return self._entries[row].folder
+
     def is_read_by(self, request_id: str) -> bool:
         """Whether the request has a row."""
         return request_id in self._row_of_request
@@ -76,8 +85,13 @@ class VectorRows:
         row = self._row_of_request.get(request_id)
         return row is not None and self._entries[row].is_generated
 
-    def acquire(self, request_id: str, key: VectorKey) -> Assignment:
+    def acquire(self, request_id: str, key: VectorKey, folder: str) -> Assignment:
         """Give a request its row: the one that holds its vectors, or else one to generate them in.
+
+        Args:
+            request_id: The request.
+            key: Its vectors'.
+            folder: Its adapter's.
 
         Raises:
             RuntimeError: More requests run than there are rows.
@@ -87,7 +101,7 @@ class VectorRows:
         if row is None:
             row = self._allocate()
             self._generations += 1
-            self._entries[row] = _Entry(key, self._generations)
+            self._entries[row] = _Entry(key, folder, self._generations)
             self._row_of_key[key] = row
         self._cached.pop(row, None)
         self._entries[row].readers.add(request_id)

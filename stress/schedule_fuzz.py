@@ -18,7 +18,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import contextlib
-import gc
 import json
 import random
 import signal
@@ -38,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "suppo
 
 # isort: split
 from engines import Mismatch, Oracle, make_tiny_model, start_engine, write_random_adapter
+from offloading import offloading
 from runners import current_runner, triton_operators, use_v2
 
 # isort: split
@@ -390,6 +390,8 @@ def draw_settings(
     settings["memory"] = random.Random(f"{seed}:memory:{group}").choice([None, 1, 1.5, 3])
     # Milliseconds that each adapter takes longer to be read.
     settings["late"] = random.Random(f"{seed}:late:{group}").choice([0, 0, 4, 30])
+    # Whether KV blocks are moved out of the device and back in.
+    settings["offload"] = caching and random.Random(f"{seed}:offload:{group}").random() < 0.25
     return settings
 
 
@@ -609,7 +611,13 @@ class Bench:
                     adapters.add(request.pedro.digest)
             events["steps that prefill several adapters"] += len(adapters) > 1
 
+        def loaded(_: Any, request: Any, blocks: Any, count: int) -> None:
+            if count:
+                events[f"KV loaded from host memory {suffix(request)}"] += 1
+
         after(scheduler, "_preempt_request", preempted)
+        if scheduler.connector is not None:
+            after(scheduler.connector, "update_state_after_alloc", loaded)
         after(scheduler.kv_cache_manager, "record_prefix_cache_stats", looked_up)
         after(scheduler, "schedule", scheduled)
         spec = scheduler.make_spec_decoding_stats
@@ -647,7 +655,7 @@ class Bench:
             if reset is not None and step >= reset:
                 reset = None
                 self.report.events["cache resets under way"] += 1
-                self.engine.reset_prefix_cache(reset_running_requests=True)
+                self.engine.reset_prefix_cache(True, reset_connector=self.settings["offload"])
             for output in self.engine.step():
                 self._take(actives[output.request_id], output, step)
             step += 1
@@ -851,19 +859,6 @@ class Bench:
 
 
 @contextlib.contextmanager
-def quick_engine(model: Path, **settings: Any) -> Iterator[Any]:
-    """An engine whose start and end collect garbage once instead of nine times, 0.3 s each."""
-    collect = gc.collect
-    gc.collect = lambda *args: 0
-    try:
-        with start_engine(model, skip_tokenizer_init=True, block_size=BLOCK, **settings) as llm:
-            yield llm
-    finally:
-        gc.collect = collect
-        gc.collect()
-
-
-@contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
     """A step that never returns is a hang too."""
 
@@ -901,14 +896,17 @@ def run_group(
         # vLLM compiles a helper of its sampler even when eager: seconds, and again for new shapes.
         stance = "default" if compiled else "force_eager"
         operators = triton_operators if settings.get("operators") == "triton" else nullcontext
-        given = {k: v for k, v in settings.items() if k not in ("operators", "memory", "late")}
+        own = ("operators", "memory", "late", "offload")
+        given = {k: v for k, v in settings.items() if k not in own}
+        if settings["offload"]:
+            given["kv_transfer_config"] = offloading()
         if settings["memory"] is not None:
             given["pedro_memory_bytes"] = int(settings["memory"] * shop.largest)
         with (
             torch.compiler.set_stance(stance),
             operators(),
             late_adapters(settings["late"] / 1000),
-            quick_engine(shop.model, **given) as llm,
+            start_engine(shop.model, skip_tokenizer_init=True, block_size=BLOCK, **given) as llm,
         ):
             bench = Bench(llm, settings, shop, report)
             while todo:

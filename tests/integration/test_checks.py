@@ -119,7 +119,17 @@ def test_longest_prompt_names_the_option_that_limits_it(tiny):
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not supported yet"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-            "unset kv_transfer_config",
+            "KV connector ExampleConnector .*use OffloadingConnector, or unset kv_transfer_config",
+        ),
+        (
+            {
+                "kv_transfer_config": {
+                    "kv_connector": "OffloadingConnector",
+                    "kv_role": "kv_both",
+                    "kv_load_failure_policy": "recompute",
+                }
+            },
+            "kv_load_failure_policy: fail",
         ),
         (
             {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},

@@ -9,6 +9,10 @@ import hashlib
 import inspect
 
 import pytest
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
+    OffloadingConnectorScheduler,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.entrypoints.generate.beam_search.utils import BeamSearchInstance
@@ -57,6 +61,11 @@ KNOWN = {
     (OpenAIServingChat, "render_chat_request"): "642ed68ae31d",
     (AsyncLLM, "generate"): "5bd0ee90459b",
     (StatLoggerManager, "__init__"): "6e75cf036af8",
+    # relied upon: what limits loads and stores
+    (OffloadingConnector, "_max_loadable_tokens"): "8625ed2fb371",
+    (OffloadingConnectorScheduler, "get_num_new_matched_tokens"): "35f88263c324",
+    (OffloadingConnectorScheduler, "_calc_num_offloadable_tokens"): "014ed11f8bd2",
+    (OffloadingConnectorScheduler, "_build_store_jobs"): "91e3ed502d4d",
     # overridden
     (InputProcessor, "process_inputs"): "e22b5f772979",
     (Scheduler, "schedule"): "da4f2cf2fc39",

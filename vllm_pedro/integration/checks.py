@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..backbone import ARCHITECTURES
+from .offloading import CONNECTORS
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -55,8 +56,16 @@ def _reasons(config: Any) -> list[str]:
         found.append("dual-batch overlap splits a batch in two (turn enable_dbo off)")
     if model.enable_prompt_embeds:
         found.append("prompt embeddings have no token ids to key the cache (enable_prompt_embeds)")
-    if config.kv_transfer_config is not None:
-        found.append("KV transfer can load cache past the pooled token (unset kv_transfer_config)")
+    transfer = config.kv_transfer_config
+    if transfer is not None and transfer.kv_connector not in CONNECTORS:
+        offloads = config.cache_config.kv_offloading_size is not None
+        found.append(
+            f"KV connector {transfer.kv_connector} may load blocks of another adapter, or past the "
+            f"pooled token (use {' or '.join(CONNECTORS)}, or unset "
+            f"{'kv_offloading_size' if offloads else 'kv_transfer_config'})"
+        )
+    elif transfer is not None and transfer.kv_load_failure_policy != "fail":
+        found.append("blocks that failed to load must end a request (kv_load_failure_policy: fail)")
     if config.ec_transfer_config is not None:
         found.append("encoder caches are for multimodal models (unset ec_transfer_config)")
     if getattr(config.compilation_config.pass_config, "enable_sp", False):

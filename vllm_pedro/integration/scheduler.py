@@ -20,6 +20,7 @@ from ..serving.rows import Assignment, VectorKey, VectorRows
 from ..serving.spec import RequestSpec, cache_salt
 from ..serving.stats import merge_stats
 from . import wire
+from .offloading import Offloading
 from .options import draft_places, options_of
 
 WAITING = (RequestStatus.WAITING, RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR)
@@ -52,6 +53,8 @@ class PedroSchedulerMixin:
         self._pedro_prefetches = Prefetches(
             self._pedro_memory // 2, max(1, min(32, options.max_cpu_pedros or 32) // 2)
         )
+        connector = self.connector  # type: ignore[attr-defined]
+        self._pedro_offloading = None if connector is None else Offloading(connector)
         # Counts that wait for the next statistics.
         self._pedro_stats: dict[str, Any] = {}
 
@@ -60,6 +63,8 @@ class PedroSchedulerMixin:
         if spec is not None and not self._pedro_rows.has(spec.vector_key):
             self._pedro_prefetches.want(request.request_id, spec)
         super().add_request(request)  # type: ignore[misc]
+        if self._pedro_offloading is not None:
+            self._pedro_offloading.hold(request)
 
     def pedro_replace(
         self,
@@ -120,6 +125,8 @@ class PedroSchedulerMixin:
         entering.sort(key=lambda i: not self._pedro_entering[i])
         wire.put_assignments(output, {i: self._pedro_assign(i) for i in entering})
         for request_id in entering:
+            if self._pedro_offloading and self._pedro_rows.is_generated_for(request_id):
+                self._pedro_offloading.release(request_id)
             self._pedro_admission.forget(request_id)
             self._pedro_prefetches.forget(request_id)
         wire.put_prefetches(output, self._pedro_prefetches.take())
@@ -153,12 +160,16 @@ class PedroSchedulerMixin:
         if request.pedro is not None:
             self._pedro_evict(request.request_id, request.num_computed_tokens)
         self._pedro_free(request)
+        if self._pedro_offloading is not None:
+            self._pedro_offloading.hold(request)
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         self._pedro_free(request)
         self._pedro_admission.forget(request.request_id)
         self._pedro_prefetches.forget(request.request_id)
+        if self._pedro_offloading is not None:
+            self._pedro_offloading.forget(request.request_id)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _pedro_free(self, request: Any) -> None:
@@ -320,7 +331,9 @@ class PedroSchedulerMixin:
             if not assignment.must_generate:
                 continue
             if request_id not in report.failed:
-                self._pedro_rows.confirm(assignment)
+                for reader in self._pedro_rows.confirm(assignment):
+                    if self._pedro_offloading is not None:
+                        self._pedro_offloading.release(reader)
                 continue
             for reader in self._pedro_rows.fail(assignment):
                 self._pedro_fail(reader, model_runner_output)

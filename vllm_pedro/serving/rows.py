@@ -108,11 +108,13 @@ class VectorRows:
         self._row_of_request[request_id] = row
         return Assignment(row, must_generate, self._entries[row].generation)
 
-    def confirm(self, assignment: Assignment) -> None:
-        """The workers have generated these vectors."""
+    def confirm(self, assignment: Assignment) -> set[str]:
+        """The workers have generated these vectors; returns the requests that read the row."""
         entry = self._entry_of(assignment)
-        if entry is not None:
-            entry.is_generated = True
+        if entry is None:
+            return set()
+        entry.is_generated = True
+        return set(entry.readers)
 
     def fail(self, assignment: Assignment) -> set[str]:
         """The workers could not generate these vectors; returns the requests that read the row."""

@@ -127,3 +127,40 @@ def test_the_boundary_is_exact(pooled, shared, start, tiny_oracle, adapters) -> 
         tiny_oracle.check(first, adapters["answer"], pooled)
         tiny_oracle.check(second, None)
         assert second.num_cached_tokens == shared
+
+
+def test_events_name_the_blocks_by_what_they_are_of(tiny_engine, tiny_oracle, adapters) -> None:
+    """What a router reads: blocks before the pooled one with a base row's hashes and no key."""
+    from vllm.config import KVEventsConfig
+
+    events = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+    stored = []
+    with tiny_engine(block_size=BLOCK, enable_prefix_caching=True, kv_events_config=events) as llm:
+        core = llm.llm_engine.engine_core.engine_core
+        taken: list = []
+        publish = core.scheduler.kv_event_publisher.publish
+
+        def note(batch):
+            taken.extend(batch.events)
+            publish(batch)
+
+        core.scheduler.kv_event_publisher.publish = note
+        for case in ((None, DOCUMENT), ("answer", DOCUMENT), ("answer", DOCUMENT, 97)):
+            llm.reset_prefix_cache()
+            taken.clear()
+            (output,) = ask(llm, adapters, case)
+            tiny_oracle.check(output, adapters[case[0]], *case[2:])
+            new = [event for event in taken if type(event).__name__ == "BlockStored"]
+            assert [token for event in new for token in event.token_ids] == DOCUMENT[:128]
+            hashes = [key for event in new for key in event.block_hashes]
+            keys = [keys for event in new for keys in event.extra_keys or [None] * 4]
+            stored.append((hashes, keys))
+    (base, none), (whole, no_keys), (first, some) = stored
+    assert not any(none)
+    # Token 129 is pooled, and no block that holds it is full.
+    assert (whole, no_keys) == (base, none)
+    # Token 96 is pooled, the first of the fourth block.
+    assert first[:3] == base[:3]
+    assert first[3] != base[3]
+    assert some[:3] == none[:3]
+    assert str(some[3][0]).startswith("pedro:")

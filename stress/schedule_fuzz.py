@@ -790,7 +790,8 @@ class Bench:
         if draw.adapter is not None:
             if active.prompt_length > len(active.prompt):
                 return "prompt_length beyond the prompt"
-            if active.prompt_length > step_limit(settings) and draw.adapter not in ANSWERS:
+            needs_whole = draw.adapter not in ANSWERS and config["r"] > 0
+            if active.prompt_length > step_limit(settings) and needs_whole:
                 return "P longer than a step takes"
         return None
 

@@ -292,7 +292,7 @@ def test_a_name_with_other_content_reaches_the_requests_that_wait(
     begun = [f"r{i}" in running for i in range(10)]
     assert 6 <= sum(begun) <= 8
     replaced = core.pedro_replace(
-        "mine", str(new), load_adapter(new).digest, True, 4096, "sequence"
+        "mine", str(new), load_adapter(new).digest, "all", 4096, "sequence"
     )
     assert replaced == 10 - sum(begun)
     while engine.has_unfinished_requests():

@@ -92,7 +92,7 @@ def without_cache_bypass_for_mean_pooling(patch):
     patch.setattr(
         RequestSpec,
         "from_wire",
-        classmethod(lambda cls, value: from_wire(cls, {**value, "needs_all_states": False})),
+        classmethod(lambda cls, value: from_wire(cls, {**value, "pools": "last"})),
     )
 
 

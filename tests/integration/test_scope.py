@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from engines import Mismatch
 
-from vllm_pedro import PedroRequest
+from vllm_pedro import PedroRequest, load_adapter
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
@@ -21,6 +21,8 @@ def adapters(tiny, write_adapter):
         "answer": write_adapter(tiny, seed=1, scale=0.2, down_scale=15.0, scope="answer"),
         "other": write_adapter(tiny, seed=2, scale=0.2, down_scale=15.0, scope="answer"),
         "sequence": write_adapter(tiny, seed=1, scale=0.2, down_scale=15.0),
+        "static": write_adapter(tiny, seed=3, scale=0.2, r=0),
+        "static answer": write_adapter(tiny, seed=4, scale=0.2, r=0, scope="answer"),
         None: None,
     }
 
@@ -164,3 +166,37 @@ def test_events_name_the_blocks_by_what_they_are_of(tiny_engine, tiny_oracle, ad
     assert first[3] != base[3]
     assert some[:3] == none[:3]
     assert str(some[3][0]).startswith("pedro:")
+
+
+@pytest.mark.parametrize("name", ["static", "static answer"])
+def test_static_vectors_need_no_prompt(name, start, tiny_oracle, adapters) -> None:
+    """Any chunks, any cached blocks, and one row for all prompts of a tenant."""
+    from vllm import SamplingParams
+
+    with start() as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        asked = [(name, DOCUMENT[:n]) for n in (1, 100, 130, 97)]
+        first, *later = ask(llm, adapters, *asked)
+        for output in (first, *later):
+            tiny_oracle.check(output, adapters[name])
+        assert [o.num_cached_tokens for o in later] == [0, 96, 96]
+        # The vectors are gone, the blocks are not.
+        rows = [("sequence", DOCUMENT[n : n + 9]) for n in range(8)]
+        ask(llm, adapters, *rows)
+        assert not scheduler._pedro_rows.has((load_adapter(adapters[name]).digest, ""))
+        (again,) = ask(llm, adapters, (name, DOCUMENT[:130]))
+        tiny_oracle.check(again, adapters[name])
+        assert again.num_cached_tokens == 128
+        params = SamplingParams(temperature=0, max_tokens=4, detokenize=False)
+        prompts = [{"prompt_token_ids": DOCUMENT[i : i + 20]} for i in range(4)]
+        request = PedroRequest(name, 9, str(adapters[name]))
+        most = 0
+        for i, prompt in enumerate(prompts):
+            llm.llm_engine.add_request(str(i), prompt, params, lora_request=request)
+        done = {}
+        while llm.llm_engine.has_unfinished_requests():
+            done |= {output.request_id: output for output in llm.llm_engine.step()}
+            most = max(most, scheduler._pedro_rows.num_read)
+        assert most == 1
+        for i in range(4):
+            tiny_oracle.check(done[str(i)], adapters[name])

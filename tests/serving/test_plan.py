@@ -50,3 +50,11 @@ def test_tokens_that_are_not_scaled_read_the_identity() -> None:
     assert plan.lengths.tolist() == [2, 2, 3, 4, 1]
     assert plan.num_tokens == 12
     assert plan.prefills == [Prefill("b", 4, 1, 4, "digest")]
+
+
+def test_static_vectors_are_generated_wherever_a_request_is():
+    plan = plan_step(
+        ["a", "b"], [1, 2], [3, 4], [0, 50],
+        {"b": Pending("digest", 0)},
+    )  # fmt: skip
+    assert [(p.request_id, p.row, p.length) for p in plan.prefills] == [("b", 2, 1)]

@@ -63,8 +63,8 @@ def loadable(request: Any, num_computed_tokens: int) -> int | None:
     them.
     """
     spec: RequestSpec | None = request.pedro
-    if spec is None:
+    if spec is None or spec.is_static:
         return None
-    if spec.needs_all_states:
+    if spec.pools == "all":
         return 0
     return max(0, spec.prompt_length - 1 - num_computed_tokens)

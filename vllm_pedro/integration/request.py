@@ -49,12 +49,12 @@ class ServedPedroRequest(  # type: ignore[call-arg]
 
     Args:
         digest: Content digest of the adapter; what the folder holds later does not count.
-        needs_all_states: Whether its pooling reads every prompt token.
+        pools: Whose states generate its vectors: "last", "all" or "none".
         nbytes: What it takes of the device's memory for adapters.
         scope: Which tokens it scales: "sequence" or "answer".
     """
 
     digest: str = ""
-    needs_all_states: bool = False
+    pools: str = "last"
     nbytes: int = 0
     scope: str = "sequence"

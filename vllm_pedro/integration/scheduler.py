@@ -71,7 +71,7 @@ class PedroSchedulerMixin:
         name: str,
         path: str,
         digest: str,
-        needs_all_states: bool,
+        pools: str,
         nbytes: int,
         scope: str,
     ) -> int:
@@ -90,16 +90,16 @@ class PedroSchedulerMixin:
                 continue
             if request.status not in WAITING or request.num_computed_tokens:
                 continue
-            if scope == "sequence" and old.prompt_length > self.max_num_scheduled_tokens:  # type: ignore[attr-defined]
-                continue  # it was admitted for scope "answer", and would never fit one step
             new = replace(
                 old,
                 path=path,
                 digest=digest,
-                needs_all_states=needs_all_states,
+                pools=pools,
                 nbytes=nbytes,
                 scope=scope,
             )
+            if scope == "sequence" and new.pooled_end > self.max_num_scheduled_tokens:  # type: ignore[attr-defined]
+                continue  # it was admitted for content that needs no whole prompt
             request.pedro = new
             self._pedro_prefetches.want(request.request_id, new)
             wire.put_spec(request.sampling_params, new)
@@ -139,7 +139,7 @@ class PedroSchedulerMixin:
         for request_id in self._pedro_admission.candidates():
             request = self.requests[request_id]  # type: ignore[attr-defined]
             spec: RequestSpec = request.pedro
-            tokens = spec.prompt_length - spec.first_scaled
+            tokens = max(1, spec.pooled_end - spec.first_scaled)
             yield Turn(request_id, tokens, request.priority)
 
     def _pedro_is_entered(self, request_id: str) -> bool:
@@ -206,9 +206,9 @@ class PedroSchedulerMixin:
         """
         spec: RequestSpec | None = request.pedro
         manager = self.kv_cache_manager  # type: ignore[attr-defined]
-        if spec is None or self._pedro_rows.has(spec.vector_key):
+        if spec is None or spec.is_static or self._pedro_rows.has(spec.vector_key):
             return super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
-        if spec.needs_all_states:
+        if spec.pools == "all":
             return manager.empty_kv_cache_blocks, 0, 0, False
         hit = super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
         if hit[1] < spec.prompt_length:
@@ -241,7 +241,7 @@ class PedroSchedulerMixin:
             return False
         if not self._pedro_prefetches.is_due(request_id, spec):
             return True
-        fits = num_computed_tokens + admission.left >= spec.prompt_length
+        fits = num_computed_tokens + admission.left >= spec.pooled_end
         if fits and self._pedro_has_room_for(spec):
             return False
         admission.pass_over(request_id)
@@ -287,7 +287,7 @@ class PedroSchedulerMixin:
             cached = self._pedro_rows.has(spec.vector_key)
             if not cached:
                 # It fits, see above, unless another cap came between.
-                is_whole = num_computed_tokens + num_new_tokens >= spec.prompt_length
+                is_whole = num_computed_tokens + num_new_tokens >= spec.pooled_end
                 if not is_whole or not self._pedro_has_room_for(spec):
                     admission.pass_over(request_id)
                     return 0

@@ -197,14 +197,14 @@ async def replace(
     name: str,
     path: str,
     digest: str,
-    needs_all_states: bool,
+    pools: str,
     nbytes: int,
     scope: str,
 ) -> int:
     """Give a name's new content to the requests that have not begun; how many those are."""
     return int(
         await engine_client.engine_core.call_utility_async(
-            "pedro_replace", name, path, digest, needs_all_states, nbytes, scope
+            "pedro_replace", name, path, digest, pools, nbytes, scope
         )
     )
 
@@ -232,14 +232,12 @@ def add_core_methods(engine_core: type) -> None:
         name: str,
         path: str,
         digest: str,
-        needs_all_states: bool,
+        pools: str,
         nbytes: int,
         scope: str,
     ) -> int:
         """Called by a front end: see `PedroSchedulerMixin.pedro_replace`."""
-        return int(
-            self.scheduler.pedro_replace(name, path, digest, needs_all_states, nbytes, scope)
-        )
+        return int(self.scheduler.pedro_replace(name, path, digest, pools, nbytes, scope))
 
     engine_core.pedro_replace = pedro_replace  # type: ignore[attr-defined]
 

@@ -69,12 +69,12 @@ class Pending:
 
     Attributes:
         digest: Content digest of its adapter.
-        prompt_length: P.
+        pooled_end: P; 0 if the vectors are static.
         is_answer: The adapter scales from token P - 1 on, and pools that one alone.
     """
 
     digest: str
-    prompt_length: int
+    pooled_end: int
     is_answer: bool = False
 
 
@@ -102,7 +102,8 @@ def plan_step(
 
     Returns:
         The plan, with a prefill for each pending request of the batch: its pooled token is computed
-        in this step (`computed <= P - 1 < computed + length`).
+        in this step (`computed <= P - 1 < computed + length`), or its vectors are static and no
+        state of it is read.
 
     Raises:
         RuntimeError: A request would go on without its vectors. The scheduler keeps prompts whole
@@ -125,16 +126,16 @@ def plan_step(
         request = pending.get(request_id)
         if request is not None:
             before = int(computed[index])
-            length = request.prompt_length - before
+            length = request.pooled_end - before if request.pooled_end else 1
             if length < 1:
                 raise RuntimeError(
                     f"request {request_id!r} goes on at token {before} without vectors: its "
-                    f"pooled token {request.prompt_length - 1} was never computed"
+                    f"pooled token {request.pooled_end - 1} was never computed"
                 )
             if count < length:
                 raise RuntimeError(
                     f"the prompt of request {request_id!r} was split: {count} tokens after "
-                    f"{before}, but its first {request.prompt_length} belong in one step"
+                    f"{before}, but its first {request.pooled_end} belong in one step"
                 )
             skipped = length - 1 if request.is_answer else 0
             plan.prefills.append(

@@ -82,7 +82,7 @@ class PedroRuntime:
             self._rows[request_id] = assignment.row
             if assignment.must_generate:
                 self._pending[request_id] = Pending(
-                    spec.digest, spec.prompt_length, spec.scope == "answer"
+                    spec.digest, spec.pooled_end, spec.scope == "answer"
                 )
             else:
                 self._pending.pop(request_id, None)

@@ -20,8 +20,8 @@ class RequestSpec:
         prompt_length: P, the number of leading tokens that are pooled; at least 1. Preemption,
             beams and appended tokens never change it.
         prompt_digest: Digest of the first P tokens; the vectors depend on it and `digest` alone.
-        needs_all_states: Whether the pooling reads every prompt token (mean, max), so that
-            generating the vectors takes no cache hit.
+        pools: Whose states generate the vectors: the pooled token's ("last"), those of all P
+            ("all"), or nobody's, as the vectors are static ("none").
         is_pinned: Whether the request keeps this content when its name is given another: the beams
             of one search must all have one adapter's vectors.
         nbytes: What the adapter takes of the device's memory for adapters.
@@ -34,7 +34,7 @@ class RequestSpec:
     digest: str
     prompt_length: int
     prompt_digest: str
-    needs_all_states: bool = False
+    pools: str = "last"
     is_pinned: bool = False
     nbytes: int = 0
     scope: str = "sequence"
@@ -42,7 +42,17 @@ class RequestSpec:
     @property
     def vector_key(self) -> VectorKey:
         """What the vectors depend on."""
-        return (self.digest, self.prompt_digest)
+        return (self.digest, "" if self.is_static else self.prompt_digest)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the vectors are the same for all prompts, and made without one."""
+        return self.pools == "none"
+
+    @property
+    def pooled_end(self) -> int:
+        """Where the tokens end that one step has to compute to generate the vectors."""
+        return 0 if self.is_static else self.prompt_length
 
     @property
     def first_scaled(self) -> int:
@@ -60,12 +70,14 @@ class RequestSpec:
 
 
 def cache_key(spec: RequestSpec) -> str:
-    """Key for the prefix cache: the adapter's content and the whole pooled prompt.
+    """Key for the prefix cache: the adapter's content and the whole pooled prompt, if any.
 
     It is hashed with the block of the first token that is scaled and so, through the chain of block
     hashes, with all blocks from there on: KV computed under one adapter and prompt is found by no
     other. Blocks before that one are the backbone's own, and anybody's.
     """
+    if spec.is_static and spec.scope == "sequence":
+        return f"pedro:{spec.digest}"
     return f"pedro:{spec.digest}:{spec.prompt_length}:{spec.prompt_digest}"
 
 

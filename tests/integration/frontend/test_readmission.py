@@ -127,7 +127,7 @@ def test_a_request_with_a_prompt_length_takes_the_new_content_as_any_other():
 
 
 def test_beams_are_pinned_and_have_the_first_prompts_length():
-    request = for_beams(served(needs_all_states=True), 7)
-    assert (request.prompt_length, request.digest, request.needs_all_states) == (7, "one", True)
+    request = for_beams(served(pools="all"), 7)
+    assert (request.prompt_length, request.digest, request.pools) == (7, "one", "all")
     assert request.is_pinned
     assert for_beams(request, 9).prompt_length == 7

@@ -333,7 +333,7 @@ class PedroServingModelsMixin:
             folder,
             base_model_name=self._pedro_base(base_model_name),
             digest=known.digest,
-            needs_all_states=known.needs_all_states,
+            pools=known.pools,
             nbytes=known.nbytes,
             scope=known.scope,
         )
@@ -353,7 +353,7 @@ class PedroServingModelsMixin:
                     entry.lora_name,
                     entry.lora_path,
                     entry.digest,
-                    entry.needs_all_states,
+                    entry.pools,
                     entry.nbytes,
                     entry.scope,
                 )

@@ -130,7 +130,7 @@ class PedroInputProcessorMixin:
         if isinstance(lora_request, ServedPedroRequest):
             return lora_request.lora_path, KnownAdapter(
                 lora_request.digest,
-                lora_request.needs_all_states,
+                lora_request.pools,
                 lora_request.nbytes,
                 (),
                 lora_request.scope,
@@ -177,7 +177,7 @@ class PedroInputProcessorMixin:
                 value=length,
             )
         limit, option = longest_prompt(self.vllm_config)
-        if length > limit and known.scope == "sequence":
+        if length > limit and known.scope == "sequence" and known.pools != "none":
             raise RefusedRequestError(
                 f"the prompt of {length} tokens is longer than the {limit} that one step takes: a "
                 f"PEDRO adapter's vectors need the whole prompt in one step. Shorten it, or start "
@@ -191,7 +191,7 @@ class PedroInputProcessorMixin:
             known.digest,
             length,
             digest_tokens(tokens[:length]),
-            known.needs_all_states,
+            known.pools,
             lora_request.is_pinned,
             known.nbytes,
             known.scope,

@@ -28,14 +28,14 @@ class KnownAdapter:
 
     Attributes:
         digest: Content digest.
-        needs_all_states: mean or max pooling: every prompt token has to be computed.
+        pools: Whose states generate its vectors: "last", "all" (mean, max) or "none" (static).
         nbytes: What it takes of the device's memory for adapters.
         signature: What the files looked like, to notice that they changed.
         scope: Which tokens it scales: "sequence" or "answer".
     """
 
     digest: str
-    needs_all_states: bool
+    pools: str
     nbytes: int
     signature: Signature
     scope: str = "sequence"
@@ -80,9 +80,8 @@ class AdapterRegistry:
             check=lambda config: self.limits.check_config(config, path),
         )
         nbytes = self.limits.check_bytes(config, dtype, path)
-        known = KnownAdapter(
-            digest, config.pooling != "last", nbytes, signature or (), config.scope
-        )
+        pools = "none" if config.r == 0 else "last" if config.pooling == "last" else "all"
+        known = KnownAdapter(digest, pools, nbytes, signature or (), config.scope)
         with self._lock:
             self._known[path] = known
             self._known.move_to_end(path)

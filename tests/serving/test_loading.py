@@ -215,6 +215,19 @@ def test_one_that_was_put_out_is_asked_for_again_but_not_for_ever():
     assert attempts == Prefetches.MAX_ATTEMPTS + 1
 
 
+def test_a_worker_that_does_not_answer_is_asked_again(monkeypatch):
+    asked = Prefetches(100)
+    asked.want("1", spec("a"))
+    assert len(asked.take()) == 1
+    assert not asked.is_due("1", spec("a"))
+    assert not asked.take()
+    monkeypatch.setattr(Prefetches, "PATIENCE", 0.0)
+    assert not asked.is_due("1", spec("a"))
+    assert len(asked.take()) == 1
+    asked.report({spec("a").digest: True}, [])
+    assert asked.is_due("1", spec("a"))
+
+
 def test_what_failed_is_let_through_and_asked_for_again_for_who_comes_later():
     asked = Prefetches(100)
     asked.want("1", spec("a"))

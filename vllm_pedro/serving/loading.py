@@ -8,6 +8,7 @@ adapter that is not there when a step needs it is read then.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -240,6 +241,7 @@ class _Wanted:
         is_ready: The worker reported; what failed is ready, too: the step says why.
         has_failed: It could not be read.
         attempts: How often a worker was asked.
+        asked: When it was, by `time.monotonic`.
     """
 
     spec: RequestSpec
@@ -247,6 +249,7 @@ class _Wanted:
     is_ready: bool = False
     has_failed: bool = False
     attempts: int = 0
+    asked: float = math.inf
 
 
 class Prefetches:
@@ -259,6 +262,9 @@ class Prefetches:
 
     MAX_ATTEMPTS = 3
     """An adapter that is put out of memory so often before its step is read in that step."""
+
+    PATIENCE = 60.0
+    """Seconds after which a worker that has not answered is asked again: its limit is half."""
 
     def __init__(self, max_bytes: int, max_adapters: int = 16) -> None:
         self._max_bytes = max_bytes
@@ -298,6 +304,9 @@ class Prefetches:
         wanted = self._wanted[spec.digest]
         if is_urgent:
             self._urgent.add(spec.digest)
+        if time.monotonic() - wanted.asked > self.PATIENCE:
+            wanted.asked = math.inf
+            self._asked.pop(spec.digest, None)
         return wanted.is_ready or wanted.attempts > self.MAX_ATTEMPTS
 
     def forget(self, request_id: str) -> None:
@@ -324,6 +333,7 @@ class Prefetches:
                 break
             self._asked[digest] = wanted.spec.nbytes
             wanted.attempts += 1
+            wanted.asked = time.monotonic()
             taken.append(wanted.spec)
         return taken
 

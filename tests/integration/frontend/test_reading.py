@@ -62,6 +62,16 @@ def test_a_read_that_hangs_fails_and_others_go_on(tmp_path, hanging, monkeypatch
     assert found.digest == spec.digest
 
 
+def test_a_folder_that_hangs_does_not_hold_up_who_asks(tmp_path, hanging, monkeypatch):
+    """Where a request names a folder itself, and nobody has loaded it."""
+    monkeypatch.setattr(registry, "READ_SECONDS", 0.2)
+    known, spec = AdapterRegistry(LIMITS), write(tmp_path / "a")
+    with pytest.raises(AdapterError, match=r"took more than 0\.2 s"):
+        known.lookup(spec.path)
+    hanging.set()
+    assert known.lookup(spec.path).digest == spec.digest
+
+
 def test_a_file_that_is_rewritten_with_its_old_time_is_read_again(tmp_path):
     known, old = AdapterRegistry(LIMITS), write(tmp_path / "a", seed=0)
     assert known.lookup(old.path).digest == old.digest

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from threading import BoundedSemaphore, Lock, Thread
@@ -57,7 +56,7 @@ class AdapterRegistry:
         """The adapter in a folder.
 
         Raises:
-            AdapterError: What is wrong with it.
+            AdapterError: What is wrong with it; or that reading it took too long.
         """
         signature = _signature(path)
         with self._lock:
@@ -65,7 +64,10 @@ class AdapterRegistry:
             if known is not None and known.signature == signature and signature is not None:
                 self._known.move_to_end(path)
                 return known
-        return self.read(path)
+        try:
+            return _start_reading(self, path).result(READ_SECONDS)
+        except TimeoutError:
+            raise _overdue(path) from None
 
     def read(self, path: str) -> KnownAdapter:
         """Read a folder whether it seems to have changed or not, values included.
@@ -119,35 +121,38 @@ async def read_in_time(registry: AdapterRegistry, path: str) -> KnownAdapter:
     Raises:
         AdapterError: What is wrong with the folder; or that it took too long.
     """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[KnownAdapter] = loop.create_future()
+    future = _start_reading(registry, path)
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(future), READ_SECONDS)
+    except TimeoutError:
+        raise _overdue(path) from None
 
-    def finish(set_it: Callable[[Any], None], value: Any) -> None:
-        if not future.done():
-            set_it(value)
+
+def _start_reading(registry: AdapterRegistry, path: str) -> Future[KnownAdapter]:
+    future: Future[KnownAdapter] = Future()
 
     def run() -> None:
+        future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
         try:
-            outcome = (future.set_result, registry.read(path))
+            future.set_result(registry.read(path))
         except Exception as error:
-            outcome = (future.set_exception, error)  # type: ignore[assignment]
+            future.set_exception(error)
         finally:
             _reads.release()
-        with contextlib.suppress(RuntimeError):  # the server has ended
-            loop.call_soon_threadsafe(finish, *outcome)
 
     if not _reads.acquire(blocking=False):
         raise AdapterError(
             f"{path}: not read, as {MAX_READS} reads of adapters are under way or hang"
         )
     Thread(target=run, name="pedro-read", daemon=True).start()
-    try:
-        return await asyncio.wait_for(future, READ_SECONDS)
-    except TimeoutError:
-        raise AdapterError(
-            f"{path}: reading the adapter took more than {READ_SECONDS:g} s: the disk or file "
-            "server that it is on does not answer"
-        ) from None
+    return future
+
+
+def _overdue(path: str) -> AdapterError:
+    return AdapterError(
+        f"{path}: reading the adapter took more than {READ_SECONDS:g} s: the disk or file server "
+        "that it is on does not answer"
+    )
 
 
 def _signature(path: str) -> Signature | None:

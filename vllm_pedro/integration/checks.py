@@ -7,6 +7,9 @@ from typing import Any
 from ..backbone import ARCHITECTURES
 from .offloading import CONNECTORS
 
+SPECULATION = ("ngram", "ngram_gpu", "draft_model", "eagle")
+"""Methods that were run. What proposes has no adapter; it changes how many drafts are accepted."""
+
 
 def check_engine(vllm_config: Any) -> None:
     """Refuse configurations whose PEDRO rows would not be exact.
@@ -73,8 +76,9 @@ def _reasons(config: Any) -> list[str]:
     if config.cache_config.kv_sharing_fast_prefill:
         found.append("kv_sharing_fast_prefill skips prompt tokens in some layers")
     speculative = config.speculative_config
-    if speculative is not None and speculative.method not in ("ngram", "ngram_gpu"):
+    if speculative is not None and speculative.method not in SPECULATION:
         found.append(
-            f"speculative decoding by {speculative.method!r} is not supported yet (use 'ngram')"
+            f"speculative decoding by {speculative.method!r} is not supported yet (use one of "
+            f"{', '.join(SPECULATION)})"
         )
     return found

@@ -254,7 +254,7 @@ def test_the_fake_configuration_passes():
         ({"parallel_config__use_ubatching": True}, "turn enable_dbo off"),
         ({"cache_config__kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
         ({"ec_transfer_config": SimpleNamespace()}, "unset ec_transfer_config"),
-        ({"speculative_config": SimpleNamespace(method="eagle")}, "'eagle' is not supported yet"),
+        ({"speculative_config": SimpleNamespace(method="mtp")}, "'mtp' is not supported yet"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
 )

@@ -215,6 +215,7 @@ def test_a_scored_prompt_ends_where_its_text_does(client):
     assert score(pedro_prompt_text=context + " jum") == by_length
     for extra, message in (
         ({"pedro_prompt_text": "A slow"}, "does not begin with the tokens of pedro_prompt_text"),
+        ({"pedro_prompt_text": "The quick brown dog"}, "does not begin with the tokens"),
         ({"pedro_prompt_text": ""}, "pedro_prompt_text must be text"),
         ({"pedro_prompt_text": context, "pedro_prompt_length": 4}, "give one"),
     ):

@@ -96,7 +96,10 @@ def length_of_text(text: str, tokens: Sequence[int], tokenizer: Any) -> int:
         own = tokenizer.encode(text, add_special_tokens=special)
         alike = next((i for i, (a, b) in enumerate(zip(own, tokens)) if a != b), None)  # noqa: B905
         alike = min(len(own), len(tokens)) if alike is None else alike
-        if len(tokenizer.decode(own[alike:]).split()) <= 1:
+        rest = tokenizer.decode(own[alike:])
+        # A token has a byte at least. Both from their beginnings, as the first space may get lost.
+        begins = tokenizer.decode(tokens[: alike + len(rest.encode())])
+        if len(rest.split()) <= 1 and begins.startswith(tokenizer.decode(own)):
             best = max(best, alike)
     if not best:
         raise RefusedRequestError(

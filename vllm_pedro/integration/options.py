@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..backbone import TARGET_MODULES
+from ..files import is_int
 
 CONFIG_KEY = "pedro"
 """Key in vLLM's `additional_config`, which reaches every process and is hashed into the key of
@@ -45,7 +46,7 @@ class PedroOptions:
             value = getattr(self, name)
             if value is None and name != "max_pedro_rank":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_int(value) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.max_pedros and self.max_cpu_pedros and self.max_cpu_pedros < self.max_pedros:
             raise ValueError(

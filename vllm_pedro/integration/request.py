@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from vllm.lora.request import LoRARequest
 
+from ..files import is_int
+
 
 class PedroRequest(  # type: ignore[call-arg]
     LoRARequest,
@@ -34,9 +36,7 @@ class PedroRequest(  # type: ignore[call-arg]
     def __post_init__(self) -> None:
         super().__post_init__()
         length = self.prompt_length
-        if length is not None and (
-            isinstance(length, bool) or not isinstance(length, int) or length < 1
-        ):
+        if length is not None and not (is_int(length) and length >= 1):
             raise ValueError(f"prompt_length must be an integer of at least 1, got {length!r}")
 
 

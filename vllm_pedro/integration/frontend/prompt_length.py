@@ -14,6 +14,7 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 
 from ...errors import PedroError
+from ...files import is_int
 
 logger = logging.getLogger("vllm.vllm_pedro")
 
@@ -52,7 +53,7 @@ def given_prompt(extra: Mapping[str, Any] | None) -> int | str | None:
         )
     if value is None or value in WORDS:
         return value
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+    if is_int(value) and value >= 1:
         return value
     raise RefusedRequestError(
         f"{LENGTH_KEY} must be an integer of at least 1, or {' or '.join(map(repr, WORDS))}, got "

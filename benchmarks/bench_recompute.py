@@ -31,7 +31,7 @@ from vllm_pedro.integration.llm import start_llm
 from vllm_pedro.integration.request import PedroRequest
 
 CONVERSATIONS, TURNS = 8, 4
-DOCUMENT_TOKENS, TENANTS = 2000, 50
+DOCUMENT_TOKENS = 2000
 SYSTEM_TOKENS, USER_TOKENS, ANSWER_TOKENS = 256, 40, 60
 
 
@@ -60,22 +60,20 @@ def converse(llm: Any, adapter: str | None, ends: bool) -> tuple[int, int]:
     return total, cached
 
 
-def share_document(model: str, folder: Path) -> None:
+def share_document(model: str, folder: Path, count: int) -> None:
     """Tenants ask about one document, each its own question."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     params = SamplingParams(temperature=0.0, max_tokens=1)
     settings = {"max_model_len": 2048, "max_num_seqs": 4, "kv_cache_memory_bytes": 1 << 30}
-    paths = {
-        kind: write_adapters(model, folder / kind, kind, TENANTS) for kind in ("pedro", "lora")
-    }
+    paths = {kind: write_adapters(model, folder / kind, kind, count) for kind in ("pedro", "lora")}
     answers = [with_scope(path, folder / "answer" / path.name, "answer") for path in paths["pedro"]]
-    lora = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": TENANTS, "max_lora_rank": 16}
+    lora = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": count, "max_lora_rank": 16}
     engines: list[tuple[dict[str, Any], Any, dict[str, Any]]] = [
         (
-            {"base rows": [None] * TENANTS, 'scope "sequence"': paths["pedro"],
-             'scope "answer"': answers},
+            {"base rows": [None] * count, 'scope "answer"': answers,
+             'scope "sequence"': paths["pedro"]},
             PedroRequest,
             {"adapters": [str(path) for path in paths["pedro"]]},
         ),
@@ -114,12 +112,13 @@ def with_scope(adapter: Path, copy: Path, scope: str) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="model folder; default the 135M model of the demo")
-    parser.add_argument("--document", action="store_true", help="50 tenants, 2,000 tokens")
+    parser.add_argument("--document", action="store_true", help="of 2,000 tokens")
+    parser.add_argument("--tenants", type=int, default=50, help="of the document (%(default)s)")
     args = parser.parse_args()
     model = args.model or str(fetch_model(progress=False))
     if args.document:
         with tempfile.TemporaryDirectory() as folder:
-            share_document(model, Path(folder))
+            share_document(model, Path(folder), args.tenants)
         return
     settings = {
         "block_size": 32,

@@ -37,7 +37,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "suppo
 
 # isort: split
 from engines import Mismatch, Oracle, make_tiny_model, start_engine, write_random_adapter
-from offloading import offloading
 from runners import current_runner, triton_operators, use_v2
 
 # isort: split
@@ -900,6 +899,8 @@ def run_group(
         own = ("operators", "memory", "late", "offload")
         given = {k: v for k, v in settings.items() if k not in own}
         if settings["offload"]:
+            from offloading import offloading  # imports vLLM, whose runner is chosen before
+
             given["kv_transfer_config"] = offloading()
         if settings["memory"] is not None:
             given["pedro_memory_bytes"] = int(settings["memory"] * shop.largest)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 import schedule_fuzz
 from runners import current_runner
@@ -44,6 +48,19 @@ def test_larger_sample(folder):
     report = run(folder, cases=1000, seed=1)
     assert not report.failures, format_report(report)
     assert not report.blind_spots, format_report(report)
+
+
+def test_the_command_chooses_the_runner(tmp_path):
+    """Before vLLM is imported, after which it is too late."""
+    command = [sys.executable, schedule_fuzz.__file__, "--runner", "v2", "--cases", "1"]
+    done = subprocess.run(
+        [*command, "--seed", "434", "--json", str(tmp_path / "report.json")],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["cases"] == 1
+    assert report["settings"]["async_scheduling"]
 
 
 def test_a_case_is_drawn_from_its_number_alone():

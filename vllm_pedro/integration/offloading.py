@@ -21,12 +21,17 @@ class Offloading:
     """What the scheduler does with the connector for requests with an adapter.
 
     Args:
-        connector: An `OffloadingConnector`, on the scheduler's side.
+        connector: An `OffloadingConnector`, on the scheduler's side; None: nothing is offloaded.
     """
 
     def __init__(self, connector: Any) -> None:
-        self._states = connector.connector_scheduler._req_status
+        self._states: dict[str, Any] = {}
         self._given: dict[str, int | None] = {}
+        if connector is None:
+            return
+        # vLLM has no hook for either: its limits come with a request, from the client.
+        # `test_upstream.py` holds what is relied upon.
+        self._states = connector.connector_scheduler._req_status
         given = connector._max_loadable_tokens
 
         def max_loadable_tokens(request: Any, num_computed_tokens: int) -> int | None:

@@ -53,8 +53,7 @@ class PedroSchedulerMixin:
         self._pedro_prefetches = Prefetches(
             self._pedro_memory // 2, max(1, min(32, options.max_cpu_pedros or 32) // 2)
         )
-        connector = self.connector  # type: ignore[attr-defined]
-        self._pedro_offloading = None if connector is None else Offloading(connector)
+        self._pedro_offloading = Offloading(self.connector)  # type: ignore[attr-defined]
         # Counts that wait for the next statistics.
         self._pedro_stats: dict[str, Any] = {}
 
@@ -63,8 +62,7 @@ class PedroSchedulerMixin:
         if spec is not None and not self._pedro_rows.has(spec.vector_key):
             self._pedro_prefetches.want(request.request_id, spec)
         super().add_request(request)  # type: ignore[misc]
-        if self._pedro_offloading is not None:
-            self._pedro_offloading.hold(request)
+        self._pedro_offloading.hold(request)
 
     def pedro_replace(
         self,
@@ -125,7 +123,7 @@ class PedroSchedulerMixin:
         entering.sort(key=lambda i: not self._pedro_entering[i])
         wire.put_assignments(output, {i: self._pedro_assign(i) for i in entering})
         for request_id in entering:
-            if self._pedro_offloading and self._pedro_rows.is_generated_for(request_id):
+            if self._pedro_rows.is_generated_for(request_id):
                 self._pedro_offloading.release(request_id)
             self._pedro_admission.forget(request_id)
             self._pedro_prefetches.forget(request_id)
@@ -160,16 +158,14 @@ class PedroSchedulerMixin:
         if request.pedro is not None:
             self._pedro_evict(request.request_id, request.num_computed_tokens)
         self._pedro_free(request)
-        if self._pedro_offloading is not None:
-            self._pedro_offloading.hold(request)
+        self._pedro_offloading.hold(request)
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         self._pedro_free(request)
         self._pedro_admission.forget(request.request_id)
         self._pedro_prefetches.forget(request.request_id)
-        if self._pedro_offloading is not None:
-            self._pedro_offloading.forget(request.request_id)
+        self._pedro_offloading.forget(request.request_id)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _pedro_free(self, request: Any) -> None:
@@ -332,8 +328,7 @@ class PedroSchedulerMixin:
                 continue
             if request_id not in report.failed:
                 for reader in self._pedro_rows.confirm(assignment):
-                    if self._pedro_offloading is not None:
-                        self._pedro_offloading.release(reader)
+                    self._pedro_offloading.release(reader)
                 continue
             for reader in self._pedro_rows.fail(assignment):
                 self._pedro_fail(reader, model_runner_output)

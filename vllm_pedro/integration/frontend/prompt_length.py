@@ -15,6 +15,7 @@ from vllm.exceptions import VLLMValidationError
 
 from ...errors import PedroError
 from ...files import is_int
+from ...training.choices import PROMPT_LENGTHS
 
 logger = logging.getLogger("vllm.vllm_pedro")
 
@@ -24,8 +25,7 @@ LENGTH_KEY = "pedro_prompt_length"
 TEXT_KEY = "pedro_prompt_text"
 """Key of `extra_args`: the text of the tokens that are pooled."""
 
-WHOLE, FIRST_TURN = "whole", "first_turn"
-WORDS = (WHOLE, FIRST_TURN)
+WHOLE, FIRST_TURN = WORDS = PROMPT_LENGTHS
 
 
 class RefusedRequestError(VLLMValidationError, PedroError):

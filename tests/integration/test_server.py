@@ -35,7 +35,7 @@ def root(tmp_path_factory, smol, write_adapter):
     for name in ("json", "brief", "pirate"):
         shutil.copytree(ADAPTERS / name, folder / name)
     for seed, config in enumerate(
-        ({}, {"pooling": "mean"}, {"r": 0}, {"activation": "gelu", "pooling": "max"})
+        ({}, {"pooling": "mean"}, {"r": 0}, {"activation": "gelu", "pooling": "max"}, {"r": 5})
     ):
         write_adapter(smol, folder=folder / f"random-{seed}", seed=seed, scale=0.15, **config)
     return folder
@@ -548,9 +548,10 @@ def test_a_stream_beside_failures_is_unharmed(server, client, smol_oracle, root)
 def test_metrics_and_memory(server, client, root):
     """More adapters than fit; then all are unloaded and the memory is free."""
     before = metrics(server.url)
-    names = [f"m{i}" for i in range(4)]
-    for number, name in enumerate(names):
-        assert load(server, name, f"random-{number}")[0] == 200
+    # Not the static one: its row may have stayed since an earlier test.
+    names = [f"m{i}" for i in (0, 1, 3, 4)]
+    for name in names:
+        assert load(server, name, f"random-{name[1:]}")[0] == 200
     registered = metrics(server.url)["adapters_registered"]
     for turn in range(2):
         for name in names:
@@ -564,8 +565,7 @@ def test_metrics_and_memory(server, client, root):
     # max_cpu_pedros; on the CPU both are one.
     assert after["adapters_resident{tier=device}"] == 3
     assert after["adapters_resident{tier=host}"] == 3
-    # Static vectors serve any prompt: in the second turn they may be cached.
-    states = ("device", "host", "disk", "cached")
+    states = ("device", "host", "disk")
     assert sum(grown(f"prefills_total{{state={state}}}") for state in states) == 8
     assert grown("prefills_total{state=disk}") == grown("adapter_loads_total{tier=host}") > 0
     assert grown("adapter_evictions_total{tier=host}") > 0

@@ -74,13 +74,17 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     },
     "mean-rational": {
         "r": 12, "pooling": "mean", "down_scale": 30.0, "target_modules": ["v_proj", "up_proj"],
+        "down_bias": True,
     },
-    "rank-1": {"r": 1, "activation": "relu", "down_scale": 30.0, "target_modules": ["v_proj"]},
+    "rank-1": {
+        "r": 1, "activation": "relu", "down_scale": 30.0, "target_modules": ["v_proj"],
+        "down_bias": True,
+    },
     # The content of "last" in another folder: one digest, so these two share slots and KV blocks.
     "twin": {"r": 4, "down_scale": 15.0},
 }  # fmt: skip
 ANSWERS: dict[str, dict[str, Any]] = {
-    "answer": {"r": 4, "down_scale": 15.0, "scope": "answer"},
+    "answer": {"r": 4, "down_scale": 15.0, "scope": "answer", "down_bias": True},
     "answer-static": {
         "r": 0, "scope": "answer", "target_modules": ["v_proj", "k_proj", "gate_proj"],
     },

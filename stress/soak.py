@@ -46,7 +46,7 @@ CONFIGS: tuple[dict[str, Any], ...] = (
     {"r": 4, "pooling": "mean", "activation": "gelu"},
     {"r": 8, "pooling": "max", "activation": "relu"},
     {"r": 0},
-    {"r": 6, "target_modules": ["q_proj", "v_proj"]},
+    {"r": 6, "target_modules": ["q_proj", "v_proj"], "down_bias": True},
 )
 
 

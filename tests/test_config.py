@@ -33,6 +33,7 @@ def test_defaults_are_the_papers() -> None:
         "target_modules": ["q_proj", "v_proj", "up_proj"],
         "pooling": "last",
         "input_norm": None,
+        "down_bias": False,
         "scope": "sequence",
         "activation": "rational",
         "rational_order": [6, 5],
@@ -61,6 +62,9 @@ def test_parameter_count_without_generators_or_coefficients() -> None:
     assert PedroConfig(r=0).num_parameters(LLAMA_2_7B, paper=True) == 0
     mixed = PedroConfig(activation=["rational"] * 3 + ["gelu"] * 29)
     assert mixed.num_parameters(LLAMA_2_7B) == 8_945_664 + 32 * width + 3 * 12
+    biased = PedroConfig(activation="gelu", down_bias=True)
+    assert biased.num_parameters(LLAMA_2_7B) == 8_945_664 + 32 * (width + 12)
+    assert biased.num_parameters(LLAMA_2_7B, paper=True) == 8_945_664
 
 
 @given(
@@ -73,6 +77,7 @@ def test_parameter_count_without_generators_or_coefficients() -> None:
     activation=st.sampled_from(ACTIVATIONS) | st.lists(st.sampled_from(ACTIVATIONS), min_size=1),
     order=st.tuples(st.integers(1, 32), st.integers(1, 32)),
     inference_mode=st.booleans(),
+    down_bias=st.booleans(),
 )
 def test_dict_round_trip(
     r: int,
@@ -82,6 +87,7 @@ def test_dict_round_trip(
     activation: str | list[str],
     order: tuple[int, int],
     inference_mode: bool,
+    down_bias: bool,
 ) -> None:
     config = PedroConfig(
         r=r,
@@ -91,6 +97,7 @@ def test_dict_round_trip(
         activation=activation,
         rational_order=order,
         inference_mode=inference_mode,
+        down_bias=down_bias,
     )
     assert PedroConfig.from_dict(json.loads(config.to_json())) == config
     assert config.target_modules == modules  # the order is the order of the split
@@ -114,6 +121,8 @@ def test_dict_round_trip(
         ("pooling", ["last"], "'last', 'mean', 'max'"),
         ("input_norm", "layer", "'rms'"),
         ("input_norm", False, "'rms'"),
+        ("down_bias", None, "true or false"),
+        ("down_bias", 1, "true or false"),
         ("activation", "silu", "'rational', 'gelu', 'relu'"),
         ("activation", [], "one a layer"),
         ("activation", ["gelu", None], "one a layer"),

@@ -174,8 +174,9 @@ def naive_vectors(
     if config.r == 0:
         return bias
     inner = []
-    for row in tensors["down_proj.weight"]:
-        x = sum(w * v for w, v in zip(row, p, strict=True))
+    offsets = tensors.get("down_proj.bias", [0.0] * config.r)
+    for row, offset in zip(tensors["down_proj.weight"], offsets, strict=True):
+        x = sum(w * v for w, v in zip(row, p, strict=True)) + offset
         if kind == "gelu":
             x = exact_gelu(x)
         elif kind == "relu":
@@ -195,10 +196,18 @@ def naive_vectors(
 @pytest.mark.parametrize("input_norm", INPUT_NORMS)
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_forward_is_the_formula(pooling: str, kind: str, input_norm: str | None, r: int) -> None:
+@pytest.mark.parametrize("down_bias", [False, True])
+def test_forward_is_the_formula(
+    down_bias: bool, pooling: str, kind: str, input_norm: str | None, r: int
+) -> None:
     modules = ["up_proj", "k_proj", "q_proj"]  # not the canonical order
     config = PedroConfig(
-        r=r, target_modules=modules, pooling=pooling, input_norm=input_norm, activation=kind
+        r=r,
+        target_modules=modules,
+        pooling=pooling,
+        input_norm=input_norm,
+        activation=kind,
+        down_bias=down_bias,
     )
     layer = random_generator(config)
     hidden = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
@@ -215,7 +224,12 @@ def test_forward_is_the_formula(pooling: str, kind: str, input_norm: str | None,
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_gradients(pooling: str, kind: str, input_norm: str | None) -> None:
     config = PedroConfig(
-        r=3, target_modules=["k_proj"], pooling=pooling, input_norm=input_norm, activation=kind
+        r=3,
+        target_modules=["k_proj"],
+        pooling=pooling,
+        input_norm=input_norm,
+        activation=kind,
+        down_bias=pooling != "max",
     )
     layer = random_generator(config).double()
     hidden = torch.randn(
@@ -233,8 +247,11 @@ def test_gradients(pooling: str, kind: str, input_norm: str | None) -> None:
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize("r", [0, 4])
-def test_fresh_generator_is_exactly_one(kind: str, r: int) -> None:
-    config = PedroConfig(r=r, target_modules=list(TARGET_MODULES), activation=kind)
+@pytest.mark.parametrize("down_bias", [False, True])
+def test_fresh_generator_is_exactly_one(down_bias: bool, kind: str, r: int) -> None:
+    config = PedroConfig(
+        r=r, target_modules=list(TARGET_MODULES), activation=kind, down_bias=down_bias
+    )
     vectors = VectorGenerator(config, SHAPE, 0)(1000 * torch.randn(2, 5, 16))
     for name, width in SHAPE.widths.items():
         assert torch.equal(vectors[name], torch.ones(2, width))
@@ -266,7 +283,8 @@ def test_state_dict_names() -> None:
     assert names(r=4, activation=["gelu", "rational"], rational_order=(3, 2)) == (
         linear | rational_names
     )
-    assert names(r=0) == {"up_proj.bias": [48]}
+    assert names(r=4, activation="gelu", down_bias=True) == linear | {"down_proj.bias": [4]}
+    assert names(r=0) == names(r=0, down_bias=True) == {"up_proj.bias": [48]}
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

@@ -56,6 +56,8 @@ class PedroConfig:
         target_modules: the scaled projections; their order is the order of the split of l.
         pooling: how the prompt's hidden states become one vector: "last", "mean" or "max".
         input_norm: None (the paper: raw hidden states) or "rms".
+        down_bias: whether the generators have b_down, `g(p @ W_down + b_down)` (the paper: no).
+            Without meaning when `r` is 0.
         scope: "sequence" (the paper: every token is scaled) or "answer": only the pooled token
             P - 1 and those after it, so that earlier ones are the plain backbone's and their KV
             cache is shared with everybody. "answer" needs the pooling "last".
@@ -75,6 +77,7 @@ class PedroConfig:
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj", "up_proj"])
     pooling: str = "last"
     input_norm: str | None = None
+    down_bias: bool = False
     scope: str = "sequence"
     activation: str | list[str] = "rational"
     rational_order: tuple[int, int] = (6, 5)
@@ -108,6 +111,7 @@ class PedroConfig:
         require(name is None or isinstance(name, str), "base_model_name_or_path", "a string")
         require(is_int(self.r) and self.r >= 0, "r", "an int, 0 (static vectors) or more")
         require(isinstance(self.inference_mode, bool), "inference_mode", "true or false")
+        require(isinstance(self.down_bias, bool), "down_bias", "true or false")
 
         modules = self.target_modules
         require(
@@ -224,7 +228,7 @@ class PedroConfig:
 
         Args:
             shape: the backbone.
-            paper: count as the paper does, without b_up and the activations' coefficients.
+            paper: count as the paper does, without biases and the activations' coefficients.
         """
         width = sum(shape.split_widths(self.target_modules))
         total = shape.num_layers * self.r * (shape.hidden_size + width)
@@ -235,4 +239,5 @@ class PedroConfig:
             m, n = self.rational_order
             kinds = [self.activation_of(layer) for layer in range(shape.num_layers)]
             total += kinds.count("rational") * (m + 1 + n)
+            total += shape.num_layers * self.r * self.down_bias
         return total

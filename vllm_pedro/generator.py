@@ -5,7 +5,9 @@ its sibling with GELU for g; training and serving both call it. r = 0 leaves b_u
 (IA)^3 (arXiv 2205.05638). For layer i, with h the residual stream at the layer's input and P the
 pooled length:
 
-    p = Pooler(h[0:P]),   l = g(p @ W_down) @ W_up + b_up,   l_q, l_v, l_u = Split(l)
+    p = Pooler(h[0:P]),   l = g(p @ W_down + b_down) @ W_up + b_up,   l_q, l_v, l_u = Split(l)
+
+b_down is an extension, which the paper does not have.
 
 Everything is computed in float32 (float64 for float64 inputs) whatever dtype comes in and
 whatever autocast says: the residual stream of real models reaches an RMS of 30 and more, and the
@@ -154,9 +156,13 @@ def generate_vectors(
 
 
 class _DownProj(nn.Module):
-    def __init__(self, r: int, hidden_size: int) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, r: int, hidden_size: int, has_bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(r, hidden_size, dtype=torch.float32))
+        bias = nn.Parameter(torch.empty(r, dtype=torch.float32)) if has_bias else None
+        self.register_parameter("bias", bias)
 
 
 class _UpProj(nn.Module):
@@ -178,9 +184,9 @@ class VectorGenerator(nn.Module):
     """One layer's vector generator.
 
     The names in its `state_dict` are those on disk after `vector_generator.`:
-    `down_proj.weight` [r, d], `up_proj.weight` [D, r], `up_proj.bias` [D], and for the rational
-    activation `activation.numerator` [m + 1], `activation.denominator` [n]. With r = 0 there is
-    only `up_proj.bias`.
+    `down_proj.weight` [r, d], with a down bias `down_proj.bias` [r], `up_proj.weight` [D, r],
+    `up_proj.bias` [D], and for the rational activation `activation.numerator` [m + 1],
+    `activation.denominator` [n]. With r = 0 there is only `up_proj.bias`.
 
     Args:
         config: the adapter's config.
@@ -206,18 +212,20 @@ class VectorGenerator(nn.Module):
         self.is_static = config.r == 0
         self.up_proj = _UpProj(sum(self.split_widths), config.r)
         if not self.is_static:
-            self.down_proj = _DownProj(config.r, shape.hidden_size)
+            self.down_proj = _DownProj(config.r, shape.hidden_size, config.down_bias)
             if self.kind == "rational":
                 self.activation = _RationalCoefficients(config.rational_order)
         self.reset_parameters(random)
 
     @torch.no_grad()
     def reset_parameters(self, random: torch.Generator | None = None) -> None:
-        """W_down ~ N(0, 0.02^2), W_up = 0, b_up = 1, g close to GELU: the vectors are all ones."""
+        """W_down ~ N(0, 0.02^2), b_up = 1, the others 0, g near GELU: the vectors are all ones."""
         self.up_proj.bias.fill_(1.0)
         if self.is_static:
             return
         self.down_proj.weight.normal_(0.0, DOWN_PROJ_STD, generator=random)
+        if self.down_proj.bias is not None:
+            self.down_proj.bias.zero_()
         self.up_proj.weight.zero_()
         if self.kind == "rational":
             numerator, denominator = fit_gelu_rational(self.order)
@@ -249,6 +257,7 @@ class VectorGenerator(nn.Module):
             self.kind,
             self.activation.numerator if is_rational else None,
             self.activation.denominator if is_rational else None,
+            None if self.is_static else self.down_proj.bias,
         )
         parts = torch.split(vectors, self.split_widths, dim=-1)
         return dict(zip(self.target_modules, parts, strict=True))

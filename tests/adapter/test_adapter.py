@@ -100,19 +100,22 @@ def test_load(folder: Path, shape: BackboneShape | None) -> None:
 
 def test_layer(folder: Path) -> None:
     adapter = load_adapter(folder)
-    down, up, bias, numerator, denominator = adapter.layer(1)
+    down, up, bias, numerator, denominator, down_bias = adapter.layer(1)
     name = "base_model.model.model.layers.1.vector_generator."
     assert down is adapter.tensors[name + "down_proj.weight"]
     assert up is adapter.tensors[name + "up_proj.weight"]
     assert bias is adapter.tensors[name + "up_proj.bias"]
     assert numerator is adapter.tensors[name + "activation.numerator"]
     assert denominator is adapter.tensors[name + "activation.denominator"]
+    assert down_bias is None
+    biased = init_adapter(PedroConfig(r=3, down_bias=True), SHAPE)
+    assert biased.layer(1).down_bias is biased.tensors[name + "down_proj.bias"]
     with pytest.raises(IndexError):
         adapter.layer(2)
     static = init_adapter(PedroConfig(r=0), SHAPE)
     assert static.num_layers == 2
     assert static.layer(0)[:2] == (None, None)
-    assert static.layer(0)[3:] == (None, None)
+    assert static.layer(0)[3:] == (None, None, None)
 
 
 def test_which_tensors_an_adapter_has() -> None:
@@ -129,6 +132,11 @@ def test_which_tensors_an_adapter_has() -> None:
         prefix + "1.vector_generator.activation.numerator": (7,),
         prefix + "1.vector_generator.activation.denominator": (5,),
     }
+    config.down_bias = True
+    added = init_adapter(config, SHAPE).tensors.keys() - adapter.tensors.keys()
+    assert added == {f"{prefix}{i}.vector_generator.down_proj.bias" for i in range(2)}
+    static = PedroConfig(r=0, down_bias=True)
+    assert len(init_adapter(static, SHAPE).tensors) == 2  # without meaning there
     with pytest.raises(PedroError, match="each of the 3 layers, found 2"):
         init_adapter(config, BackboneShape(3, 16, WIDTHS))
 
@@ -143,6 +151,7 @@ def test_which_tensors_an_adapter_has() -> None:
     | st.lists(st.sampled_from(ACTIVATIONS), min_size=2, max_size=2),
     order=st.tuples(st.integers(1, 8), st.integers(1, 8)),
     dtype=st.sampled_from([None, torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    down_bias=st.booleans(),
 )
 def test_save_and_load(
     r: int,
@@ -150,8 +159,15 @@ def test_save_and_load(
     activation: str | list[str],
     order: tuple[int, int],
     dtype: torch.dtype | None,
+    down_bias: bool,
 ) -> None:
-    config = PedroConfig(r=r, target_modules=modules, activation=activation, rational_order=order)
+    config = PedroConfig(
+        r=r,
+        target_modules=modules,
+        activation=activation,
+        rational_order=order,
+        down_bias=down_bias,
+    )
     adapter = init_adapter(config, SHAPE, seed=r, scale=0.3)
     assert config.num_parameters(SHAPE) == sum(t.numel() for t in adapter.tensors.values())
     with TemporaryDirectory() as name:
@@ -201,15 +217,16 @@ DTYPES = {
     r=st.integers(0, 3),
     dtypes=st.sampled_from([[name] for name in DTYPES] + [["F16", "BF16", "F64"]]),
     order=st.sampled_from(["sorted", "reversed", "shuffled"]),
+    down_bias=st.booleans(),
     data=st.data(),
 )
 def test_blocks_are_the_layers_wherever_they_lie(
-    layers: int, r: int, dtypes: list[str], order: str, data: st.DataObject
+    layers: int, r: int, dtypes: list[str], order: str, down_bias: bool, data: st.DataObject
 ) -> None:
     shape = BackboneShape(layers, 4, dict.fromkeys(WIDTHS, 3))
     kinds = st.lists(st.sampled_from(ACTIVATIONS), min_size=layers, max_size=layers)
     activation = data.draw(st.sampled_from(ACTIVATIONS) | kinds)
-    config = PedroConfig(r=r, activation=activation, rational_order=(3, 2))
+    config = PedroConfig(r=r, activation=activation, rational_order=(3, 2), down_bias=down_bias)
     adapter = init_adapter(config, shape, seed=layers, scale=0.3)
     names = sorted(adapter.tensors, reverse=order == "reversed")
     if order == "shuffled":
@@ -550,6 +567,8 @@ def test_width_of_a_projection_that_is_not_adapted_does_not_matter(folder: Path)
             {"peft_type": "LORA"},
             {"pooling": "none"},
             {"input_norm": "none"},
+            {"down_bias": True},
+            {"down_bias": "true"},
             {"vector_scale": 1.0},
         ]
     ),
@@ -571,6 +590,36 @@ def test_other_target_modules_need_the_backbone_to_be_noticed(folder: Path) -> N
 def test_unknown_key(folder: Path) -> None:
     write(folder, CONFIG.to_dict() | {"vector_scale": 1.0}, ADAPTER.tensors)
     refused(folder, "adapter_config.json", "unknown keys 'vector_scale'")
+
+
+def test_a_down_bias_is_there_if_and_only_if_the_config_says_so(folder: Path) -> None:
+    name = tensor_name(0, "down_proj.bias")
+    config = CONFIG.to_dict() | {"down_bias": True}
+    write(folder, config, ADAPTER.tensors)
+    refused(folder, "missing tensors", name)
+    biases = {tensor_name(i, "down_proj.bias"): torch.randn(3) for i in range(2)}
+    write(folder, CONFIG.to_dict(), ADAPTER.tensors | biases)
+    refused(folder, "unexpected tensors", name, "down_bias false")
+    write(folder, config, ADAPTER.tensors | biases)
+    assert equal(load_adapter(folder, SHAPE).tensors, ADAPTER.tensors | biases)
+    write(folder, config, ADAPTER.tensors | biases | {name: torch.randn(4)})
+    refused(folder, f"{name}: expected shape [3] for this backbone (r 3), found [4]")
+    write(folder, config, ADAPTER.tensors | biases | {name: torch.tensor([0, torch.nan, 0])})
+    refused(folder, f"{name}: expected finite values, found 1 NaN")
+
+
+def test_an_adapter_from_before_down_biases_is_read_as_it_was(folder: Path) -> None:
+    """Without the key there is none, and the bytes and their digest are the file's own."""
+    config = CONFIG.to_dict()
+    del config["down_bias"]
+    write(folder, config, ADAPTER.tensors)
+    loaded = load_adapter(folder, SHAPE)
+    assert loaded.config == CONFIG
+    assert equal(loaded.tensors, ADAPTER.tensors)
+    config_bytes = (folder / "adapter_config.json").read_bytes()
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    assert loaded.digest == reading.digest_of(config_bytes, weights)
+    assert loaded.digest != ADAPTER.digest
 
 
 def test_wrong_rank_is_not_blamed_on_the_backbone(folder: Path) -> None:

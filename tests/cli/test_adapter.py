@@ -47,7 +47,7 @@ def test_init_writes_what_was_asked_for(
     path = str(tmp_path / "new" / "adapter")
     argv = ["init", "--model", model, "--output", path, "--r", "5", "--pooling", "mean"]
     argv += ["--target-modules", "up_proj", "q_proj", "--input-norm", "rms"]
-    argv += ["--activation", "relu", "gelu", "rational"]
+    argv += ["--activation", "relu", "gelu", "rational", "--down-bias"]
     assert cli.main(argv) == 0
     config = load_adapter(path).config
     assert config.base_model_name_or_path == model
@@ -55,9 +55,10 @@ def test_init_writes_what_was_asked_for(
     assert config.pooling == "mean"
     assert config.target_modules == ["up_proj", "q_proj"]
     assert config.input_norm == "rms"
+    assert config.down_bias
     assert config.activation == ["relu", "gelu", "rational"]
-    # 3 layers of r * (d + D) + D, and one layer's 12 coefficients.
-    assert "1,932 parameters" in capsys.readouterr().out
+    # 3 layers of r * (d + D) + D + r, and one layer's 12 coefficients.
+    assert "1,947 parameters" in capsys.readouterr().out
 
 
 def test_init_is_the_identity_unless_a_scale_is_given(model: str, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def variants() -> list[dict]:
                 "pooling": pooling,
                 "input_norm": norm,
                 "r": [0, 2, 12, 5][(i // 3) % 4],
+                "down_bias": i % 5 in (0, 3),
                 "seed": i,
                 "scale": SCALES[norm] * (MAX_POOLING[norm] if pooling == "max" else 1.0),
             }
@@ -91,6 +92,7 @@ def test_mixed_batch_equals_the_reference(
         if current_runner() == "v2":  # it takes a minute; these have each value of each option
             made = [made[i] for i in (0, 5, 10, 15, 18, 20, 26)]
             assert len({tuple(v["target_modules"]) for v in made}) == len(SUBSETS)
+            assert any(v["down_bias"] and v["r"] for v in made)
         adapters: list[Path | None] = [write_adapter(smol, **v) for v in made]
     else:  # compiling thirty layers for V2 takes minutes
         oracle, start = tiny_oracle, tiny_engine

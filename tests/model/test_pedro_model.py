@@ -167,7 +167,7 @@ def naive_llama(model: PedroModel, ids: list[int], pooled_length: int) -> Tensor
         if pedro.input_norm == "rms":
             prompt = prompt / (prompt.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         p = {"last": prompt[-1], "mean": prompt.mean(0), "max": prompt.max(0).values}[pedro.pooling]
-        x = state["down_proj.weight"] @ p
+        x = state["down_proj.weight"] @ p + state.get("down_proj.bias", 0.0)
         kind = pedro.activation_of(index)
         if kind == "rational":
             a, b = state["activation.numerator"], state["activation.denominator"]
@@ -230,6 +230,7 @@ def naive_llama(model: PedroModel, ids: list[int], pooled_length: int) -> Tensor
         ),
         PedroConfig(r=4, activation=["rational", "relu", "gelu"]),
         PedroConfig(r=5, target_modules=["v_proj", "q_proj"], rational_order=(3, 2)),
+        PedroConfig(r=4, down_bias=True, activation=["rational", "relu", "gelu"]),
     ],
     ids=str,
 )
@@ -598,6 +599,7 @@ def test_disable_and_enable() -> None:
         CONFIG,
         PedroConfig(r=0),
         PedroConfig(r=3, activation=["rational", "gelu", "relu"], pooling="max", input_norm="rms"),
+        PedroConfig(r=3, activation="gelu", down_bias=True),
     ],
     ids=str,
 )

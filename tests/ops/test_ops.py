@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vllm_pedro import ops
+from vllm_pedro.config import ACTIVATIONS
 from vllm_pedro.generator import generate_vectors as generate
 from vllm_pedro.generator import pool_prompt
 from vllm_pedro.ops import reference, samples
@@ -33,7 +34,7 @@ def test_the_reference_scales_by_definition():
 def test_the_reference_makes_vectors_by_definition():
     g = samples.generate_sample(samples.SIZES[0], torch.float32)
     reference.generate_vectors(*g.args())
-    without = []
+    without, kinds, biased = [], set(), 0
     for start, length, row, place in g.prefills[:7].tolist():
         record = read_record(g.arena, place, samples.LAYER)
         want = torch.ones_like(g.vectors[row])
@@ -44,6 +45,8 @@ def test_the_reference_makes_vectors_by_definition():
                 g.hidden[start : start + length], record.pooling, record.input_norm
             )
             is_static = not len(record.down)
+            kinds |= set() if is_static else {record.activation}
+            biased += bool(record.down_bias.any())
             made = generate(
                 pooled,
                 None if is_static else record.down,
@@ -60,6 +63,8 @@ def test_the_reference_makes_vectors_by_definition():
                 at += width
         torch.testing.assert_close(g.vectors[row], want)
     assert len(without) == 1
+    assert kinds == set(ACTIVATIONS)
+    assert biased == 2
 
 
 def test_each_vector_of_a_static_adapter_is_its_bias_exactly():

@@ -159,7 +159,11 @@ def check_blob(adapters, spec):
                 assert torch.equal(up, weights.up[start : start + width])
             start += width
         assert int((store >= 0).sum()) == start == len(record.bias)
-        assert not record.down_bias.any()
+        if weights.down_bias is None:
+            assert not record.down_bias.any()
+        else:
+            assert torch.equal(record.down_bias, weights.down_bias)
+            assert record.down_bias.all()
         if weights.down is None:
             assert len(record.down) == 0
         else:
@@ -187,6 +191,7 @@ def test_blobs_are_their_adapters_bit_by_bit_whatever_lay_there_before(tmp_path,
                 rational_order=(draw.randint(1, 6), draw.randint(1, 6)),
                 pooling=draw.choice(POOLINGS),
                 input_norm=draw.choice([None, "rms"]),
+                down_bias=draw.choice([False, True]),
             )
         )
     limits = AdapterLimits(shape, 6)

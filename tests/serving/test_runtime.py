@@ -16,7 +16,13 @@ from vllm_pedro.serving.store import VectorStore
 SHAPE = BackboneShape(3, 8, {"q_proj": 8, "k_proj": 4, "v_proj": 4, "gate_proj": 16, "up_proj": 16})
 LIMITS = AdapterLimits(SHAPE, 6)
 VARIANTS = [
-    {"pooling": pooling, "activation": activation, "input_norm": norm, "r": r}
+    {
+        "pooling": pooling,
+        "activation": activation,
+        "input_norm": norm,
+        "r": r,
+        "down_bias": (norm is None) == (pooling == "mean"),
+    }
     for pooling, activation, norm, r in itertools.product(
         ("last", "mean", "max"),
         ("rational", "gelu", ["relu", "rational", "gelu"]),

@@ -52,6 +52,7 @@ def test_gradients_are_those_of_finite_differences(
         pooling=pooling,
         activation="gelu" if activation == "static" else activation,
         input_norm=norm,
+        down_bias=pooling != "max",
         target_modules=list(targets),
     )
     model = make(config)

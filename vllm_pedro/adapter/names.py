@@ -26,6 +26,7 @@ LAYER_NAME = re.compile(re.escape(TENSOR_PREFIX) + r"(0|[1-9][0-9]{0,8})\.vector
 """Matches a tensor's name; the groups are its layer and the suffix, one of those below."""
 
 DOWN: Final = "down_proj.weight"
+DOWN_BIAS: Final = "down_proj.bias"
 UP: Final = "up_proj.weight"
 BIAS: Final = "up_proj.bias"
 NUMERATOR: Final = "activation.numerator"

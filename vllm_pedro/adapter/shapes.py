@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from ..backbone import BackboneShape
 from ..config import PedroConfig
 from ..errors import AdapterError, PedroError
 from ..files import shorten
-from .names import BIAS, DENOMINATOR, DOWN, LAYER_NAME, NUMERATOR, UP, tensor_name
+from .names import BIAS, DENOMINATOR, DOWN, DOWN_BIAS, LAYER_NAME, NUMERATOR, UP, tensor_name
 
 
 class _Size(NamedTuple):
@@ -29,22 +30,22 @@ def _size(config: PedroConfig, shape: BackboneShape) -> _Size:
 
 def _expected(config: PedroConfig, size: _Size) -> Mapping[str, tuple[int, ...]]:
     config.validate(size.num_layers)
-    kinds = config.activation
-    return _expected_of(
-        config.r, kinds if isinstance(kinds, str) else tuple(kinds), config.rational_order, size
-    )
+    kinds = config.activation if isinstance(config.activation, str) else tuple(config.activation)
+    return _expected_of(config.r, config.down_bias, kinds, config.rational_order, size)
 
 
 # Cached, because a server's adapters are mostly of a few sizes, and its steps wait for it.
 @functools.lru_cache(maxsize=16)
 def _expected_of(
-    r: int, kinds: str | tuple[str, ...], order: tuple[int, int], size: _Size
+    r: int, down_bias: bool, kinds: str | tuple[str, ...], order: tuple[int, int], size: _Size
 ) -> Mapping[str, tuple[int, ...]]:
     m, n = order
     result: dict[str, tuple[int, ...]] = {}
     for layer in range(size.num_layers):
         if r > 0:
             result[tensor_name(layer, DOWN)] = (r, size.hidden_size)
+            if down_bias:
+                result[tensor_name(layer, DOWN_BIAS)] = (r,)
             result[tensor_name(layer, UP)] = (size.width, r)
         result[tensor_name(layer, BIAS)] = (size.width,)
         if r > 0 and (kinds if isinstance(kinds, str) else kinds[layer]) == "rational":
@@ -118,7 +119,7 @@ def check_shapes(
     if extra:
         raise AdapterError(
             f"{source}: unexpected tensors {shorten(extra)}; the config asks for r = {config.r}, "
-            f"activation {config.activation!r}"
+            f"down_bias {json.dumps(config.down_bias)}, activation {config.activation!r}"
         )
     for name, want in expected.items():
         found = shapes[name]
@@ -136,6 +137,8 @@ def check_shapes(
 def _reason(name: str, config: PedroConfig, shape: BackboneShape) -> str:
     if name.endswith((NUMERATOR, DENOMINATOR)):
         return f"rational_order {list(config.rational_order)}"
+    if name.endswith(DOWN_BIAS):
+        return f"r {config.r}"
     if name.endswith(DOWN):
         return f"hidden_size {shape.hidden_size}"
     widths = zip(config.target_modules, shape.split_widths(config.target_modules), strict=True)

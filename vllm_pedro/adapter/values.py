@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import PedroConfig
 from .header import Header, Run
-from .names import BIAS, DENOMINATOR, DOWN, NUMERATOR, UP, Array, tensor_name
+from .names import BIAS, DENOMINATOR, DOWN, DOWN_BIAS, NUMERATOR, UP, Array, tensor_name
 
 
 class LayerTensors(NamedTuple):
@@ -25,6 +25,7 @@ class LayerTensors(NamedTuple):
     bias: Tensor  # [D]
     numerator: Tensor | None  # [m + 1]
     denominator: Tensor | None  # [n]
+    down_bias: Tensor | None  # [r]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,7 @@ class Adapter:
             self.tensors[tensor_name(index, BIAS)],
             get(tensor_name(index, NUMERATOR)),
             get(tensor_name(index, DENOMINATOR)),
+            get(tensor_name(index, DOWN_BIAS)),
         )
 
 
@@ -70,6 +72,7 @@ class LayerArrays(NamedTuple):
     bias: Array  # [layers, D]
     numerator: Array | None  # [layers, m + 1]
     denominator: Array | None  # [layers, n]
+    down_bias: Array | None  # [layers, r]
 
 
 def widen(values: Array, out: Array) -> None:
@@ -127,6 +130,7 @@ class StoredAdapter:
                     cast(Array, self._view(run, BIAS)),
                     self._view(run, NUMERATOR),
                     self._view(run, DENOMINATOR),
+                    self._view(run, DOWN_BIAS),
                 ),
             )
 

@@ -15,7 +15,7 @@ from ..config import CONFIG_NAME, PedroConfig
 from ..errors import AdapterError, PedroError
 from ..files import replace_file
 from ..generator import VectorGenerator
-from .names import BIAS, TORCH_DTYPES, UP, WEIGHTS_NAME, tensor_name
+from .names import BIAS, DOWN_BIAS, TORCH_DTYPES, UP, WEIGHTS_NAME, tensor_name
 from .reading import check_finite, check_folder, digest_of
 from .shapes import check_shapes
 from .values import Adapter
@@ -93,7 +93,8 @@ def init_adapter(
         shape: the backbone.
         seed: of the random numbers; the same seed gives the same adapter.
         scale: None for a fresh adapter. Otherwise W_up ~ N(0, scale^2) and
-            b_up ~ N(1, scale^2), so that every vector differs from one: for tests and demos.
+            b_up ~ N(1, scale^2), so that every vector differs from one: for tests and demos; and
+            b_down ~ N(0, 1), if there is one.
 
     Returns:
         The adapter, with the digest it gets when it is saved in float32.
@@ -104,7 +105,8 @@ def init_adapter(
     for layer in range(shape.num_layers):
         generator = VectorGenerator(config, shape, layer, random)
         for suffix, tensor in generator.state_dict().items():
-            if scale is not None and suffix in (UP, BIAS):
-                tensor += torch.randn(tensor.shape, generator=random) * scale
+            if scale is not None and suffix in (UP, BIAS, DOWN_BIAS):
+                by = 1.0 if suffix == DOWN_BIAS else scale
+                tensor += torch.randn(tensor.shape, generator=random) * by
             tensors[tensor_name(layer, suffix)] = tensor
     return Adapter(config, tensors, digest_of(config.to_json(), serialise(tensors)))

@@ -28,6 +28,9 @@ def add_adapter_options(parser: argparse._ActionsContainer, input_norm: str) -> 
         "--input-norm", choices=("none", "rms"), default=input_norm, help="(%(default)s)"
     )
     parser.add_argument(
+        "--down-bias", action="store_true", help="give the generators a bias b_down after W_down"
+    )
+    parser.add_argument(
         "--scope",
         choices=SCOPES,
         default=defaults.scope,
@@ -51,6 +54,7 @@ def config_of(args: argparse.Namespace, inference_mode: bool = False) -> PedroCo
         target_modules=args.target_modules,
         pooling=args.pooling,
         input_norm=None if args.input_norm == "none" else args.input_norm,
+        down_bias=args.down_bias,
         scope=args.scope,
         activation=args.activation[0] if len(args.activation) == 1 else args.activation,
         inference_mode=inference_mode,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..config import POOLINGS
-from .layout import ACTIVATION_CODES, UNIT, BlobLayout, aligned
 from .layout import DTYPES as STORED
+from .layout import UNIT, BlobLayout, aligned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -135,12 +135,13 @@ def generate_sample(
         ranges = [(third, 7)] if slot == 4 else ranges
         columns = sum(w for _, w in ranges)
         layout = BlobLayout(2, d, rank, columns, STORED[(0, 1, 1, 2, 1, 2, 0)[slot]])
-        order = ((6, 5), (1, 1), (3, 2))[slot % 3]
+        kind = ("rational", "relu", "gelu", "rational", "gelu", "relu", "gelu")[slot]
+        order = (6, 5) if slot == 0 else (3, 2)
         blob = np.full(layout.nbytes, 0xFF, np.uint8)
         views = layout.begin(
             blob,
             ranges,
-            [ACTIVATION_CODES[slot % 3]] * 2,
+            [kind] * 2,
             order,
             POOLINGS[(slot // 2) % 3],
             slot % 2 == 1,

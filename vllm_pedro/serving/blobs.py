@@ -80,6 +80,7 @@ def pack(
         for values, part in (
             (weights.numerator, views.numerator),
             (weights.denominator, views.denominator),
+            (weights.down_bias, views.down_bias),
         ):
             if values is None:
                 continue

@@ -35,6 +35,7 @@ _STRUCTURE = (
     "target_modules",
     "pooling",
     "input_norm",
+    "down_bias",
     "scope",
     "activation",
     "rational_order",

@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from hub import fake_hub
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
@@ -66,7 +67,8 @@ if __name__ == "__main__":
 """
 
 
-def test_requests_reach_an_engine_in_another_process(tiny, tiny_oracle, write_adapter):
+def test_requests_reach_an_engine_in_another_process(tiny, tiny_oracle, write_adapter, tmp_path):
+    """One of them names a repository of the hub."""
     adapters = [
         None,
         write_adapter(tiny, seed=1, scale=0.2, down_scale=15.0),
@@ -76,8 +78,9 @@ def test_requests_reach_an_engine_in_another_process(tiny, tiny_oracle, write_ad
     for i in range(6):
         path = adapters[i % 3]
         length = 9 if i == 4 else None
+        path = "org/name" if i == 5 else path and str(path)
         prompt = [(31 * i + 7 * k * k + 3 * k) % 128 for k in range(12 + 5 * i)]
-        rows.append({"prompt": prompt, "adapter": [f"a{i}", path and str(path), length]})
+        rows.append({"prompt": prompt, "adapter": [f"a{i}", path, length]})
     settings = {
         "model": str(tiny),
         "skip_tokenizer_init": True,
@@ -90,15 +93,19 @@ def test_requests_reach_an_engine_in_another_process(tiny, tiny_oracle, write_ad
         "enable_pedro": True,
         "max_pedros": 1,
     }
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        input=json.dumps([settings, rows]),
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
+    with fake_hub() as hub:
+        hub.commit("org/name", adapters[2])
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            input=json.dumps([settings, rows]),
+            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **hub.variables(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=400,
+        )
+    # Twice asked, by two engines.
+    assert sorted(hub.downloads()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert done.returncode == 0, done.stderr[-4000:]
     offline, online, refusal = json.loads(done.stdout.partition("RESULT")[2])
     assert "expected an adapter folder" in refusal

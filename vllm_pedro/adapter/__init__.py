@@ -10,10 +10,12 @@ One verb for each use:
 - `read_adapter`: a `StoredAdapter`, as wide as its file, for workers.
 - `verify_adapter`: the same checks and the digest, without keeping the weights, for front ends.
 - `inspect_adapter`: the config and the header of the weights alone, before anything is started.
+- `fetch_adapter`: a repository of the hub into huggingface_hub's cache; the folder there.
 """
 
 from __future__ import annotations
 
+from .hub import Repository, fetch_adapter, fetch_config, may_be_repository, repository_of
 from .names import WEIGHTS_NAME, Array, tensor_name
 from .reading import (
     inspect_adapter,
@@ -29,11 +31,16 @@ __all__ = [
     "Adapter",
     "Array",
     "LayerTensors",
+    "Repository",
     "StoredAdapter",
+    "fetch_adapter",
+    "fetch_config",
     "init_adapter",
     "inspect_adapter",
     "load_adapter",
+    "may_be_repository",
     "read_adapter",
+    "repository_of",
     "save_adapter",
     "tensor_name",
     "verify_adapter",

@@ -28,6 +28,15 @@ def _size(config: PedroConfig, shape: BackboneShape) -> _Size:
     return _Size(shape.num_layers, shape.hidden_size, width)
 
 
+def expected_shapes(config: PedroConfig, shape: BackboneShape) -> Mapping[str, tuple[int, ...]]:
+    """Shape of each tensor, by its on-disk name.
+
+    Raises:
+        PedroError: the config does not fit the backbone.
+    """
+    return _expected(config, _size(config, shape))
+
+
 def _expected(config: PedroConfig, size: _Size) -> Mapping[str, tuple[int, ...]]:
     config.validate(size.num_layers)
     kinds = config.activation if isinstance(config.activation, str) else tuple(config.activation)

@@ -21,7 +21,8 @@ class PedroRequest(  # type: ignore[call-arg]
         lora_name: The adapter's name, for logs and outputs.
         lora_int_id: A positive integer, as for LoRA. PEDRO itself tells adapters apart by the
             content of their folders.
-        lora_path: The adapter's folder (`adapter_config.json`, `adapter_model.safetensors`).
+        lora_path: The adapter's folder (`adapter_config.json`, `adapter_model.safetensors`), or a
+            repository of the Hugging Face hub: `org/name` or `org/name@revision`.
         prompt_length: P, how many leading tokens of the prompt are pooled into the vectors; default
             the whole prompt. A chat's later turns can give the length of the first turn, and so go
             on with its vectors and its cached KV.

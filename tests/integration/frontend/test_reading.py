@@ -8,10 +8,17 @@ import threading
 
 import pytest
 from banks import LIMITS, write
+from hub import fake_hub, use_hub
 
+from vllm_pedro.adapter import load_adapter
 from vllm_pedro.errors import AdapterError
 from vllm_pedro.integration.frontend import registry
-from vllm_pedro.integration.frontend.registry import AdapterRegistry, read_in_time
+from vllm_pedro.integration.frontend.registry import (
+    AdapterRegistry,
+    locate_in_time,
+    read_in_time,
+)
+from vllm_pedro.integration.request import PedroRequest
 
 
 @pytest.fixture
@@ -83,3 +90,27 @@ def test_a_file_that_is_rewritten_with_its_old_time_is_read_again(tmp_path):
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
         assert file.stat().st_mtime_ns == before.st_mtime_ns
     assert known.lookup(old.path).digest == new.digest != old.digest
+
+
+def test_a_hub_that_hangs_fails_its_own_after_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "FETCH_SECONDS", 0.3)
+    known, spec = AdapterRegistry(LIMITS), write(tmp_path / "a")
+    request = PedroRequest("a", 1, "org/name@v1")
+    with fake_hub() as hub:
+        use_hub(monkeypatch, hub.url, tmp_path / "cache")
+        hub.commit("org/name", tmp_path / "a", "v1")
+        hub.goes_on.clear()
+        late = (
+            r"^org/name@v1: downloading the adapter took more than 0\.3 s: the hub does not answer$"
+        )
+        with pytest.raises(AdapterError, match=late):
+            known.locate(request.lora_path)
+        with pytest.raises(AdapterError, match=late):
+            asyncio.run(locate_in_time(known, request))
+        hub.goes_on.set()
+        monkeypatch.setattr(registry, "FETCH_SECONDS", 30)
+        found = asyncio.run(locate_in_time(known, request))
+        assert load_adapter(found.lora_path).digest == spec.digest
+        hub.asked.clear()
+        assert known.locate(request.lora_path) == found.lora_path
+        assert not hub.asked  # once in a process

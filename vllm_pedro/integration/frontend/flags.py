@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...adapter import repository_of
 from ...backbone import TARGET_MODULES
 from ...config import CONFIG_NAME
 from ...errors import PedroError
@@ -28,7 +29,7 @@ class PedroModulePath:
 
     Attributes:
         name: Its model name.
-        path: Its folder.
+        path: Its folder, or a repository of the hub.
         base_model_name: The name among those of the base model that `/v1/models` gives as parent.
     """
 
@@ -165,7 +166,8 @@ def add_flags(parser: Any) -> Any:
         nargs="+",
         action=_ModulesAction,
         metavar="NAME=PATH",
-        help="Adapters and the model names they are served under: name=path, or JSON as "
+        help="Adapters and the model names they are served under: name=path, name=org/repo or "
+        "name=org/repo@revision of the Hugging Face hub, or JSON as "
         '--lora-modules takes it: {"name": "...", "path": "...", "base_model_name": "..."}, or a '
         "list of such objects.",
     )
@@ -265,7 +267,12 @@ def apply_flags(args: Any) -> None:
             f"names in --pedro-modules and in --lora-modules: {', '.join(sorted(twice))}"
         )
     # Whole folders are checked once the model's shape is known; a slip in a path need not wait.
-    missing = [m for m in pedro if not os.path.isfile(Path(m.path).expanduser() / CONFIG_NAME)]
+    missing = [
+        m
+        for m in pedro
+        if repository_of(m.path) is None
+        and not os.path.isfile(Path(m.path).expanduser() / CONFIG_NAME)
+    ]
     if missing:
         shown = ", ".join(f"{module.name}={module.path}" for module in missing[:10])
         more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""

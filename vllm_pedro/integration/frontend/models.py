@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+from ...adapter import repository_of
 from ...errors import PedroError
 from .. import wire
 from ..options import options_of
@@ -32,7 +33,13 @@ from .prompt_length import (
     RefusedRequestError,
     given_prompt,
 )
-from .registry import AdapterRegistry, peft_type_of, read_in_time
+from .registry import (
+    AdapterRegistry,
+    fetch_config_in_time,
+    fetch_in_time,
+    peft_type_of,
+    read_in_time,
+)
 
 logger = logging.getLogger("vllm.vllm_pedro")
 
@@ -97,16 +104,16 @@ class PedroServingModelsMixin:
             ValueError: Names every module that cannot be served.
         """
         start = time.perf_counter()
-        wrong = await asyncio.to_thread(self._pedro_inspect)
+        folders, wrong = await asyncio.to_thread(self._pedro_inspect)
         if wrong:
             shown = "; ".join(wrong[:10])
             more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
             raise ValueError(f"--pedro-modules: {len(wrong)} cannot be served: {shown}{more}")
-        for module in self._pedro_static:
+        for module, folder in zip(self._pedro_static, folders, strict=True):
             self.lora_requests[module.name] = PedroRequest(
                 module.name,
                 self.lora_id_counter.inc(1),
-                os.path.realpath(os.path.expanduser(module.path)),
+                folder,
                 base_model_name=self._pedro_base(module.base_model_name),
             )
         if self._pedro_static:
@@ -122,16 +129,18 @@ class PedroServingModelsMixin:
             self._pedro_starting = False
         self._pedro_count()
 
-    def _pedro_inspect(self) -> list[str]:
-        wrong = []
+    def _pedro_inspect(self) -> tuple[list[str], list[str]]:
+        """Modules' folders, and what is wrong with modules."""
+        folders, wrong = [], []
         for module in self._pedro_static:
             try:
                 if self.is_base_model(module.name):  # type: ignore[attr-defined]
                     raise PedroError("the name is that of the base model")
-                self._pedro_registry.inspect(os.path.realpath(os.path.expanduser(module.path)))
+                folders.append(self._pedro_registry.locate(module.path))
+                self._pedro_registry.inspect(folders[-1])
             except PedroError as error:
                 wrong.append(f"{module.name}: {error}")
-        return wrong
+        return folders, wrong
 
     # At run time.
 
@@ -151,10 +160,15 @@ class PedroServingModelsMixin:
         name, given = request.lora_name, request.lora_path
         if not name or not given:
             return await super().load_lora_adapter(request, base_model_name)  # type: ignore[misc]
+        root = None if self._pedro_starting else self.pedro_root
         try:
-            folder = resolve_folder(given, None if self._pedro_starting else self.pedro_root)
-            if not await self._pedro_takes(folder):
-                if self.pedro_root is not None and not self._pedro_starting:
+            if root is None and await asyncio.to_thread(repository_of, given) is not None:
+                folder, takes = await self._pedro_fetch(given)
+            else:
+                folder = resolve_folder(given, root)
+                takes = await self._pedro_takes(folder)
+            if not takes:
+                if root is not None:
                     request = request.model_copy(update={"lora_path": folder})
                 answer = await self._load_lora(request, base_model_name)
                 self._pedro_count()
@@ -180,6 +194,22 @@ class PedroServingModelsMixin:
         if old is not None and self._pedro_entry(request.lora_name) is None:
             await self._pedro_release(old)
         return answer
+
+    async def _pedro_fetch(self, path: str) -> tuple[str, bool]:
+        """The folder of a repository of the hub; False if that is LoRA's to load.
+
+        Raises:
+            PedroError: It cannot be had.
+        """
+        if self.engine_client.vllm_config.lora_config is not None:
+            from vllm import envs
+
+            if envs.VLLM_USE_MODELSCOPE:
+                return path, False
+            config = await fetch_config_in_time(path)
+            if await asyncio.to_thread(peft_type_of, config) not in ("PEDRO", None):
+                return path, False
+        return await fetch_in_time(self._pedro_registry, path), True
 
     async def _pedro_takes(self, folder: str) -> bool:
         """Whether a folder is PEDRO's to load, or to refuse; otherwise it is LoRA's."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from vllm.sampling_params import SamplingParams
@@ -135,8 +134,8 @@ class PedroInputProcessorMixin:
                 (),
                 lora_request.scope,
             )
-        path = str(Path(lora_request.lora_path).expanduser().resolve())
         try:
+            path = self.pedro_registry.locate(lora_request.lora_path)
             return path, self.pedro_registry.lookup(path)
         except PedroError as error:
             raise RefusedRequestError(

@@ -12,10 +12,11 @@ from typing import Any
 
 import msgspec
 
+from ...errors import PedroError
 from ..request import PedroRequest, ServedPedroRequest
 from ..wire import failure_of
 from .prompt_length import RefusedRequestError
-from .registry import pedro_request_of
+from .registry import AdapterRegistry, locate_in_time, pedro_request_of
 
 ATTEMPTS = 4
 
@@ -35,16 +36,27 @@ def generate(original: Callable[..., Any]) -> Callable[..., Any]:
 
         if not isinstance(lora_request, PedroRequest):
             return start(lora_request)
-        return _generate(start, lora_request, getattr(self, "pedro_models", None))
+        registry = getattr(self.input_processor, "pedro_registry", None)
+        return _generate(start, lora_request, getattr(self, "pedro_models", None), registry)
 
     return wrapped
 
 
 async def _generate(
-    start: Callable[[Any], AsyncGenerator[Any, None]], adapter: Any, models: Any
+    start: Callable[[Any], AsyncGenerator[Any, None]],
+    adapter: Any,
+    models: Any,
+    registry: AdapterRegistry | None = None,
 ) -> AsyncGenerator[Any, None]:
     served = isinstance(adapter, ServedPedroRequest)
     reason = ""
+    if not served and registry is not None:
+        try:
+            adapter = await locate_in_time(registry, adapter)
+        except PedroError as error:
+            raise RefusedRequestError(
+                f"adapter {adapter.lora_name!r}: {error}", parameter="lora_request"
+            ) from error
     if served and not adapter.is_pinned:
         # The name may have been given other content since the model was looked up. Nothing is
         # awaited from here until the request is on its way to the scheduler.

@@ -6,17 +6,30 @@ import asyncio
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from threading import BoundedSemaphore, Lock, Thread
-from typing import Any
+from typing import Any, TypeVar
 
-from ...adapter import WEIGHTS_NAME, inspect_adapter, verify_adapter
+import msgspec
+
+from ...adapter import (
+    WEIGHTS_NAME,
+    fetch_adapter,
+    fetch_config,
+    inspect_adapter,
+    may_be_repository,
+    repository_of,
+    verify_adapter,
+)
 from ...config import CONFIG_NAME, MAX_CONFIG_BYTES
 from ...errors import AdapterError
 from ...serving.adapters import AdapterLimits
 from ..request import PedroRequest
+
+T = TypeVar("T")
 
 Signature = tuple[tuple[int, ...], ...]
 
@@ -50,7 +63,23 @@ class AdapterRegistry:
         self.limits = limits
         self._capacity = capacity
         self._known: OrderedDict[str, KnownAdapter] = OrderedDict()
+        self._fetched: dict[str, str] = {}
         self._lock = Lock()
+
+    def fetch(self, path: str) -> str:
+        """The folder that a path means; of a repository of the hub, after asking it anew.
+
+        Raises:
+            AdapterError: It cannot be had.
+        """
+        repository = repository_of(path)
+        if repository is None:
+            return os.path.realpath(os.path.expanduser(path))
+        limits = self.limits
+        folder = str(fetch_adapter(repository, limits.shape, limits.check_config).resolve())
+        with self._lock:
+            self._fetched[path] = folder
+        return folder
 
     def lookup(self, path: str) -> KnownAdapter:
         """The adapter in a folder.
@@ -64,10 +93,17 @@ class AdapterRegistry:
             if known is not None and known.signature == signature and signature is not None:
                 self._known.move_to_end(path)
                 return known
-        try:
-            return _start_reading(self, path).result(READ_SECONDS)
-        except TimeoutError:
-            raise _overdue(path) from None
+        return READING.wait(path, lambda: self.read(path))
+
+    def locate(self, path: str) -> str:
+        """The folder that a request's path means; a repository is fetched once in a process.
+
+        Raises:
+            AdapterError: It cannot be had; or that took too long.
+        """
+        if not may_be_repository(path):
+            return self.fetch(path)
+        return self._fetched.get(path) or FETCHING.wait(path, lambda: self.fetch(path))
 
     def read(self, path: str) -> KnownAdapter:
         """Read a folder whether it seems to have changed or not, values included.
@@ -109,50 +145,118 @@ class AdapterRegistry:
 READ_SECONDS = 30.0
 """What reading a folder may take: a file server may not answer."""
 
+FETCH_SECONDS = 600.0
+"""What asking the hub and downloading may take."""
+
 MAX_READS = 64
-"""Folders that are read at a time, those that hang included."""
+"""Folders that are read or fetched at a time, those that hang included."""
 
 _reads = BoundedSemaphore(MAX_READS)
 
 
+@dataclass(frozen=True, slots=True)
+class TimedWork:
+    """Work in a thread of its own, which is left behind if it hangs.
+
+    Attributes:
+        name: What it does with an adapter, for messages.
+        seconds: Reads what it may take.
+        culprit: What does not answer then.
+    """
+
+    name: str
+    seconds: Callable[[], float]
+    culprit: str
+
+    def wait(self, path: str, work: Callable[[], T]) -> T:
+        """The work's result.
+
+        Raises:
+            AdapterError: Of the work; or that it took too long.
+        """
+        try:
+            return self._start(path, work).result(self.seconds())
+        except TimeoutError:
+            raise self._overdue(path) from None
+
+    async def wait_async(self, path: str, work: Callable[[], T]) -> T:
+        """`wait`, beside the event loop."""
+        try:
+            future = self._start(path, work)
+            return await asyncio.wait_for(asyncio.wrap_future(future), self.seconds())
+        except TimeoutError:
+            raise self._overdue(path) from None
+
+    def _start(self, path: str, work: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+
+        def run() -> None:
+            future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+            finally:
+                _reads.release()
+
+        if not _reads.acquire(blocking=False):
+            raise AdapterError(
+                f"{path}: not read, as {MAX_READS} reads of adapters are under way or hang"
+            )
+        Thread(target=run, name="pedro-read", daemon=True).start()
+        return future
+
+    def _overdue(self, path: str) -> AdapterError:
+        return AdapterError(
+            f"{path}: {self.name} the adapter took more than {self.seconds():g} s: {self.culprit} "
+            "does not answer"
+        )
+
+
+READING = TimedWork("reading", lambda: READ_SECONDS, "the disk or file server that it is on")
+FETCHING = TimedWork("downloading", lambda: FETCH_SECONDS, "the hub")
+
+
 async def read_in_time(registry: AdapterRegistry, path: str) -> KnownAdapter:
-    """`AdapterRegistry.read` in a thread of its own, which is left behind if it hangs.
+    """`AdapterRegistry.read` beside the event loop.
 
     Raises:
         AdapterError: What is wrong with the folder; or that it took too long.
     """
-    future = _start_reading(registry, path)
-    try:
-        return await asyncio.wait_for(asyncio.wrap_future(future), READ_SECONDS)
-    except TimeoutError:
-        raise _overdue(path) from None
+    return await READING.wait_async(path, lambda: registry.read(path))
 
 
-def _start_reading(registry: AdapterRegistry, path: str) -> Future[KnownAdapter]:
-    future: Future[KnownAdapter] = Future()
+async def fetch_in_time(registry: AdapterRegistry, path: str) -> str:
+    """`AdapterRegistry.fetch` beside the event loop; the hub is asked each time.
 
-    def run() -> None:
-        future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
-        try:
-            future.set_result(registry.read(path))
-        except Exception as error:
-            future.set_exception(error)
-        finally:
-            _reads.release()
-
-    if not _reads.acquire(blocking=False):
-        raise AdapterError(
-            f"{path}: not read, as {MAX_READS} reads of adapters are under way or hang"
-        )
-    Thread(target=run, name="pedro-read", daemon=True).start()
-    return future
+    Raises:
+        AdapterError: It cannot be had; or that took too long.
+    """
+    return await FETCHING.wait_async(path, lambda: registry.fetch(path))
 
 
-def _overdue(path: str) -> AdapterError:
-    return AdapterError(
-        f"{path}: reading the adapter took more than {READ_SECONDS:g} s: the disk or file server "
-        "that it is on does not answer"
-    )
+async def fetch_config_in_time(path: str) -> str:
+    """The folder of a repository, with its config alone.
+
+    Raises:
+        AdapterError: It cannot be had; or that took too long.
+    """
+    repository = repository_of(path)
+    assert repository is not None, path
+    return str(await FETCHING.wait_async(path, lambda: fetch_config(repository)))
+
+
+async def locate_in_time(registry: AdapterRegistry, request: PedroRequest) -> PedroRequest:
+    """A request for the folder of the one given, which may name a repository.
+
+    Raises:
+        AdapterError: See `AdapterRegistry.locate`.
+    """
+    path = request.lora_path
+    if not may_be_repository(path):
+        return request
+    folder = await FETCHING.wait_async(path, lambda: registry.locate(path))
+    return msgspec.structs.replace(request, lora_path=folder)
 
 
 def _signature(path: str) -> Signature | None:

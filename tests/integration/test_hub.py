@@ -1,0 +1,113 @@
+"""A server whose adapters come from a hub: a real one on loopback, and huggingface_hub's cache."""
+
+from __future__ import annotations
+
+import threading
+
+import openai
+import pytest
+from engines import write_lora
+from hub import fake_hub
+from server import check_greedy, curl
+
+from vllm_pedro.bench.servers import serve
+
+pytestmark = pytest.mark.engine
+
+PROMPT = [(31 * k * k + 7 * k) % 128 for k in range(20)]
+
+
+@pytest.fixture(scope="module")
+def hub(tiny_adapters, tiny, tmp_path_factory):
+    with fake_hub() as it:
+        it.commit("org/static", tiny_adapters["static"], "v1")
+        it.commit("org/moving", tiny_adapters["last"])
+        it.commit("org/broken", tiny_adapters["last"], **{"adapter_config.json": b"{}"})
+        it.commit("org/lora", write_lora(tiny, tmp_path_factory.mktemp("lora") / "lora"))
+        yield it
+
+
+@pytest.fixture(scope="module")
+def server(hub, tiny, tmp_path_factory):
+    flags = ["--served-model-name", "tiny", "--enforce-eager", "--dtype", "float32"]
+    flags += ["--max-model-len", "128", "--kv-cache-memory-bytes", str(1 << 26)]
+    flags += ["--max-num-seqs", "4", "--skip-tokenizer-init", "--block-size", "32"]
+    flags += ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "8"]
+    flags += ["--enable-pedro", "--pedro-modules", "given=org/static@v1"]
+    folder = tmp_path_factory.mktemp("server")
+    variables = {"OMP_NUM_THREADS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    with serve(tiny, flags, folder / "log", **variables, **hub.variables(folder)) as it:
+        yield it
+
+
+def tokens_of(server, model):
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0, timeout=120)
+    answer = client.completions.create(
+        model=model,
+        prompt=PROMPT,
+        max_tokens=8,
+        temperature=0,
+        extra_body={"return_token_ids": True, "ignore_eos": True},
+    )
+    return answer.choices[0].token_ids
+
+
+def load(server, name, path, **more):
+    body = {"lora_name": name, "lora_path": path, **more}
+    return curl(f"{server.url}/v1/load_lora_adapter", body)
+
+
+def test_a_module_of_the_command_line(server, hub, tiny_oracle, tiny_adapters):
+    check_greedy(tiny_oracle, PROMPT, tokens_of(server, "given"), tiny_adapters["static"])
+
+
+def test_a_repository_is_loaded_and_asked_again_when_it_is_loaded_again(
+    server, hub, tiny_oracle, tiny_adapters
+):
+    assert load(server, "moving", "org/moving")[0] == 200
+    check_greedy(tiny_oracle, PROMPT, tokens_of(server, "moving"), tiny_adapters["last"])
+    hub.commit("org/moving", tiny_adapters["mean"])
+    check_greedy(tiny_oracle, PROMPT, tokens_of(server, "moving"), tiny_adapters["last"])
+    assert load(server, "moving", "org/moving", load_inplace=True)[0] == 200
+    check_greedy(tiny_oracle, PROMPT, tokens_of(server, "moving"), tiny_adapters["mean"])
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("org/nothing", "neither a folder here nor a repository of"),
+        ("org/static@v2", "no such revision"),
+        ("org/broken", "adapter_config.json: peft_type: expected 'PEDRO'"),
+    ],
+)
+def test_what_cannot_be_had_is_a_400_with_the_reason(path, reason, server):
+    status, text = load(server, "bad", path)
+    assert status == 400
+    assert path.partition("@")[0] in text
+    assert reason in text
+    assert "/hub/models--" not in text
+
+
+def test_a_lora_of_the_hub_is_loras(server, hub):
+    assert load(server, "lora", "org/lora")[0] == 200
+    assert tokens_of(server, "lora") != tokens_of(server, "tiny")
+
+
+def test_others_are_answered_while_the_hub_hangs(server, hub, tiny_oracle, tiny_adapters):
+    hub.commit("org/slow", tiny_adapters["max"])
+    hub.goes_on.clear()
+    answers: list[tuple[int, str]] = []
+    thread = threading.Thread(target=lambda: answers.append(load(server, "slow", "org/slow")))
+    thread.start()
+    try:
+        while not any("org/slow" in path for _, path in hub.asked):
+            thread.join(0.01)
+        for name in ("tiny", "given"):
+            tokens = tokens_of(server, name)
+            check_greedy(tiny_oracle, PROMPT, tokens, {"given": tiny_adapters["static"]}.get(name))
+        assert not answers
+    finally:
+        hub.goes_on.set()
+        thread.join(60)
+    assert answers[0][0] == 200
+    check_greedy(tiny_oracle, PROMPT, tokens_of(server, "slow"), tiny_adapters["max"])

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from graphs import Tape, chosen_graphs
+from graphs import Tape, chosen_graphs, compiled_in_pieces
 from runners import current_runner
 from scenarios import BLOCK, SCENARIOS, ask, check_all, greedy, tokens
 
@@ -41,7 +41,7 @@ NAMES = [
 ]
 
 
-def test_no_step_that_generates_replays_a_graph(
+def test_without_pieces_no_step_that_generates_replays_a_graph(
     scheduling, tiny_engine, tiny_oracle, tiny_adapters
 ):
     """And all others replay the one that vLLM chooses by itself."""
@@ -65,7 +65,50 @@ def test_no_step_that_generates_replays_a_graph(
     assert all(c.chosen == c.alone for c in found if not c.generates)
 
 
-def test_the_test_above_would_notice(tiny_engine, tiny_oracle, tiny_adapters, monkeypatch):
+def test_steps_that_generate_replay_piecewise_graphs(tiny_engine, tiny_oracle, tiny_adapters):
+    """Base's, where vLLM compiles in pieces: the generators run between them."""
+
+    def start(**settings):
+        return tiny_engine(enforce_eager=False, **settings)
+
+    with compiled_in_pieces("eager") as compiled:
+        found = choices_of(NAMES[:1] + NAMES[3:5], start, tiny_oracle, tiny_adapters)
+    attention = "vllm.unified_kv_cache_update vllm.unified_attention_with_output"
+    for pieces in compiled:
+        assert pieces == ["", "vllm_pedro.generate_vectors.default", "", attention] * 3 + [""]
+    generating = Counter((c.alone, c.chosen) for c in found if c.generates)
+    assert set(generating) <= {("FULL", "PIECEWISE"), ("PIECEWISE", "PIECEWISE"), ("NONE", "NONE")}
+    assert generating["FULL", "PIECEWISE"] >= 2, generating
+    assert generating["PIECEWISE", "PIECEWISE"] >= 2, generating
+    assert all(c.chosen == c.alone for c in found if not c.generates)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_in_pieces_base_rows_are_bit_equal_to_a_plain_engine(dtype, tiny_engine, tiny_adapters):
+    """Compiled by Inductor; the split leaves what it computes for base rows as it is."""
+    rows = [(tokens(BLOCK + i, i), None, None) for i in range(4)]
+    scaled = [(prompt, tiny_adapters["last"], None) for prompt, _, _ in rows]
+
+    def start(**settings):
+        return tiny_engine(enforce_eager=False, dtype=dtype, max_num_batched_tokens=512, **settings)
+
+    def values(outputs):
+        return [
+            (o.outputs[0].token_ids, [list(p.items()) for p in o.prompt_logprobs[1:]])
+            for o in outputs
+        ]
+
+    params = greedy(prompt_logprobs=3)
+    with compiled_in_pieces("inductor") as compiled:
+        with start() as llm:
+            with_pedro = values(ask(llm, rows, params))
+            assert values(ask(llm, scaled, params)) != with_pedro
+        with start(pedro=False) as llm:
+            assert values(ask(llm, rows, params)) == with_pedro
+    assert [len(pieces) for pieces in compiled] == [13, 7]
+
+
+def test_the_tests_of_choices_would_notice(tiny_engine, tiny_oracle, tiny_adapters, monkeypatch):
     if current_runner() == "v2":
         from vllm_pedro.integration.worker.runner_v2 import PedroGraphsMixin
 

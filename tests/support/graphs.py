@@ -8,9 +8,11 @@ step itself then runs without a graph.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from runners import current_runner
@@ -51,6 +53,59 @@ def chosen_graphs(
             _record_v1(runner.model_runner, now, choices)
         _observe_steps(runner.model_runner, now)
         yield llm
+
+
+@contextlib.contextmanager
+def compiled_in_pieces(backend: str) -> Iterator[list[list[str]]]:
+    """On the CPU, have vLLM compile a model as it does for a GPU: in pieces.
+
+    Args:
+        backend: What compiles a piece: "eager" or "inductor".
+
+    Yields:
+        For each model that was compiled, its pieces: the operators at which it is split, and "" for
+        what lies between them.
+    """
+    from vllm.compilation import backends
+    from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    found: list[list[str]] = []
+    split, check = backends.split_graph, CpuPlatform.check_and_update_config
+
+    def split_graph(*args: Any) -> Any:
+        result = split(*args)
+        found.append(
+            [
+                " ".join(str(node.target) for node in item.graph.graph.nodes if _is_custom(node))
+                if item.is_splitting_graph
+                else ""
+                for item in result[1]
+            ]
+        )
+        return result
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        check(vllm_config)
+        config = vllm_config.compilation_config
+        config.mode, config.backend = CompilationMode.VLLM_COMPILE, backend
+        config.compile_sizes = []
+
+    with (
+        mock.patch.object(backends, "split_graph", split_graph),
+        mock.patch.object(
+            CpuPlatform, "check_and_update_config", staticmethod(check_and_update_config)
+        ),
+        # It asks for operators that only a GPU's build has; there is nothing for it to do here.
+        mock.patch.object(FixFunctionalizationPass, "__call__", return_value=None),
+        mock.patch.dict(os.environ, {"VLLM_DISABLE_COMPILE_CACHE": "1"}),
+    ):
+        yield found
+
+
+def _is_custom(node: Any) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
 
 
 def _observe_steps(runner: Any, now: dict[str, bool]) -> None:

@@ -15,6 +15,9 @@ the compile cache: a graph with PEDRO and one without must not share an entry.""
 
 ENABLE_KEYWORD = "enable_pedro"
 
+GENERATORS = "vllm_pedro::generate_vectors"
+"""The operator, as vLLM's `splitting_ops` names it."""
+
 MAX_MEMORY = 32 << 30
 """Most bytes for adapters: their places are int32, in units of 16 bytes."""
 

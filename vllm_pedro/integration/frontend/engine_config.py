@@ -9,7 +9,7 @@ from typing import Any
 
 from ...backbone import BackboneShape
 from ...serving.adapters import AdapterLimits
-from ..options import CONFIG_KEY, PedroOptions, options_of, tokens_for_any_prompt
+from ..options import CONFIG_KEY, GENERATORS, PedroOptions, options_of, tokens_for_any_prompt
 
 logger = logging.getLogger("vllm.vllm_pedro")
 
@@ -33,6 +33,7 @@ def create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
                     f"scheduler_cls={scheduler.scheduler_cls!r}"
                 )
             scheduler.scheduler_cls = scheduler_path(bool(scheduler.async_scheduling))
+            split_at_generators(config.compilation_config)
             _advise_on_budget(config)
         return config
 
@@ -77,6 +78,17 @@ def _fill_in_memory(config: Any, options: PedroOptions) -> None:
         **config.additional_config,
         CONFIG_KEY: replace(options, pedro_memory_bytes=memory).to_config(),
     }
+
+
+def split_at_generators(compilation: Any) -> None:
+    """Have the pieces of a compiled graph end at the generators, as they do at attention.
+
+    Then steps that generate vectors replay piecewise CUDA graphs, and the generators run between
+    them. Without CUDA graphs the split costs nothing but calls; where vLLM does not split at
+    attention (fused quantisation, full graphs alone), it would not split here.
+    """
+    if compilation.is_attention_compiled_piecewise():
+        compilation.splitting_ops = [*compilation.splitting_ops, GENERATORS]
 
 
 def _advise_on_budget(config: Any) -> None:

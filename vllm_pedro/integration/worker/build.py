@@ -15,7 +15,7 @@ from ...serving.runtime import PedroRuntime
 from ...serving.store import VectorStore
 from .. import wire
 from ..options import options_of
-from .layers import HookedModel, is_compiled
+from .layers import HookedModel, is_compiled, is_split
 
 logger = logging.getLogger("vllm.vllm_pedro")
 
@@ -37,6 +37,7 @@ def build(runner: Any, model: nn.Module) -> HookedModel:
         BackboneShape.from_hf_config(runner.vllm_config.model_config.hf_config),
         _build_runtime(runner),
         is_compiled=is_compiled(runner.vllm_config),
+        is_split=is_split(runner.vllm_config),
     )
 
 

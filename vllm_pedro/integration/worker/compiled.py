@@ -15,20 +15,44 @@ from ...serving.layer import PedroLayer
 from ...serving.store import VectorStore
 
 
-def input_hook(state: PedroLayer, store: VectorStore) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+class Generation:
+    """Where a layer's vectors are generated.
+
+    Compiled, not at the input norm but behind the layer's first scaled projection: where the graph
+    is split there, the norm stays in one piece with what quantises its output.
+
+    Args:
+        state: The layer.
+        store: Whose vectors they are.
+        is_split: Whether the compiled graph is split at the generators, so that the pieces between
+            them are CUDA graphs of steps that generate, too.
+    """
+
+    def __init__(self, state: PedroLayer, store: VectorStore, is_split: bool) -> None:
+        self._state = state
+        self._store = store
+        self._is_split = is_split
+        self._waiting: list[torch.Tensor] = []
+
+    def input_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Behind the layer's input norm."""
         # vLLM's norms take (x, residual) and return (normed, residual + x), which is the layer's
         # input; in the first layer, and in models without the fused form, the argument itself is.
         hidden = output[1] if isinstance(output, tuple) else args[0]
-        if torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
+            if self._store.has_prefills:
+                self._state.generate(hidden)
+            return
+        if not self._is_split:
             # A copy, not the residual itself: Inductor keeps that in float32 across fused kernels,
             # and an operator that reads it would force it into 16 bits there, for base rows too.
-            hidden = hidden * state.one
-        elif not store.has_prefills:
-            return
-        state.generate(hidden)
+            hidden = hidden * self._state.one
+        self._waiting.append(hidden)
 
-    return hook
+    def projection_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Behind the layer's first scaled projection, before it is scaled."""
+        if torch.compiler.is_compiling():
+            self._state.generate(self._waiting.pop())
 
 
 def scale_hook(

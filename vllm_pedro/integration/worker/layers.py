@@ -12,7 +12,8 @@ from ...serving.layer import PedroLayer
 from ...serving.plan import Ints
 from ...serving.runtime import PedroRuntime
 from ...serving.store import VectorStore
-from .compiled import activation_hook, input_hook, scale_hook, value_hook
+from ..options import GENERATORS
+from .compiled import Generation, activation_hook, scale_hook, value_hook
 from .eager import ForwardSwitch
 
 
@@ -60,6 +61,15 @@ def is_compiled(vllm_config: Any) -> bool:
     return bool(vllm_config.compilation_config.mode)
 
 
+def is_split(vllm_config: Any) -> bool:
+    """Whether vLLM splits the compiled graph at the generators, see `split_at_generators`."""
+    from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
+
+    # Breakable graphs are captured around the model, not around its compiled pieces.
+    splits = vllm_config.compilation_config.splitting_ops or ()
+    return GENERATORS in splits and not is_breakable_cudagraph_enabled()
+
+
 class HookedModel:
     """A vLLM model with PEDRO's part in each decoder layer, and the steps it is prepared for.
 
@@ -70,19 +80,26 @@ class HookedModel:
         shape: The backbone's shape by its configuration.
         runtime: Whose vectors the layers generate and read.
         is_compiled: Whether vLLM compiles the model; steps outside of the graph work all the same.
+        is_split: Whether the compiled graph is split at the generators.
 
     Raises:
         ValueError: The model is not of the shape that its configuration promised.
     """
 
     def __init__(
-        self, model: nn.Module, shape: BackboneShape, runtime: PedroRuntime, is_compiled: bool
+        self,
+        model: nn.Module,
+        shape: BackboneShape,
+        runtime: PedroRuntime,
+        is_compiled: bool,
+        is_split: bool = False,
     ) -> None:
         layers = find_decoder_layers(model)
         if len(layers) != shape.num_layers:
             raise ValueError(f"the model has {len(layers)} decoder layers, not {shape.num_layers}")
         expected = {module: shape.widths[module] for module in TARGET_MODULES}
         self.runtime = runtime
+        self.is_split = is_split
         self._switch = None if is_compiled else ForwardSwitch()
         for index, layer in enumerate(layers):
             if layer_widths(layer) != expected:
@@ -90,7 +107,7 @@ class HookedModel:
                     f"layer {index} has projections of widths {layer_widths(layer)}, "
                     f"expected {expected}"
                 )
-            _hook_layer(layer, runtime.layers[index], runtime.store, self._switch)
+            _hook_layer(layer, runtime.layers[index], runtime.store, self._switch, is_split)
 
     def prepare_step(self, request_ids: Sequence[str], lengths: Ints, computed: Ints) -> None:
         """See `PedroRuntime.prepare_step`."""
@@ -110,7 +127,7 @@ class HookedModel:
 
 
 def _hook_layer(
-    layer: Any, state: PedroLayer, store: VectorStore, switch: ForwardSwitch | None
+    layer: Any, state: PedroLayer, store: VectorStore, switch: ForwardSwitch | None, is_split: bool
 ) -> None:
     """Hooks for the compiler to trace, or, without one, forwards to switch."""
     layer.add_module("pedro", state)
@@ -120,7 +137,11 @@ def _hook_layer(
     if switch is not None:
         switch.add_generator(layer.input_layernorm, state)
     else:
-        layer.input_layernorm.register_forward_hook(input_hook(state, store))
+        generation = Generation(state, store, is_split)
+        layer.input_layernorm.register_forward_hook(generation.input_hook)
+        first = next(name for name, packed in PACKED.items() if _columns(stored, packed))
+        projection = getattr(getattr(layer, BLOCKS[first]), first)
+        projection.register_forward_hook(generation.projection_hook)
         if "v_proj" in stored and isinstance(getattr(attention, "attn", None), nn.Module):
             attention.attn.register_forward_pre_hook(value_hook(state))
         if "up_proj" in stored and "gate_proj" not in stored and hasattr(mlp, "act_fn"):

@@ -47,15 +47,27 @@ class PedroRunnerV1Mixin:
         return execute(self.pedro, original, scheduler_output, *args)
 
     def _determine_batch_execution_and_padding(
-        self, *args: Any, force_eager: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        force_eager: bool = False,
+        force_uniform_decode: bool | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """No CUDA graph for a step that generates vectors.
+        """No full CUDA graph for a step that generates vectors.
 
         A one-token prompt, or a prompt that hits the cache up to its last token, looks like a
-        decode and would replay a graph in which the generators never ran.
+        decode and would replay a graph in which the generators never ran. Piecewise graphs are
+        right where the generators run between the pieces.
         """
+        if self.pedro.generates_vectors:
+            mode = self.cudagraph_dispatcher.cudagraph_mode  # type: ignore[attr-defined]
+            # Where full graphs are those of decodes, no other batch replays one.
+            if self.pedro_model.is_split and mode.separate_routine():
+                force_uniform_decode = False
+            else:
+                force_eager = True
         return super()._determine_batch_execution_and_padding(  # type: ignore[misc]
-            *args, force_eager=force_eager or self.pedro.generates_vectors, **kwargs
+            *args, force_eager=force_eager, force_uniform_decode=force_uniform_decode, **kwargs
         )
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:

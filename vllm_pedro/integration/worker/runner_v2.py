@@ -6,14 +6,18 @@ that the model asks for. The order of a step, all on the host and without a devi
 1. the runner removes finished and preempted requests and adds new and resumed ones:
    `PedroModelStateMixin.remove_request`, `PedroModelStateMixin.add_request`;
 2. it gathers the batch: here the step is planned, because what comes next depends on it;
-3. it picks a CUDA graph: none if the step generates vectors (`PedroGraphsMixin`);
-4. the forward pass, or the replay of a graph in which generators never run.
+3. it picks a CUDA graph: no full one if the step generates vectors (`PedroGraphsMixin`);
+4. the forward pass, or the replay of graphs: of a full one, in which generators never run, or of
+   pieces, between which they do.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
+
+from vllm.config.compilation import CUDAGraphMode
 
 from .. import wire
 from ..patches import become
@@ -56,6 +60,7 @@ class PedroGraphsMixin:
     """What the CUDA graph manager does differently."""
 
     pedro: Any
+    pedro_model: Any
 
     def dispatch(
         self,
@@ -66,28 +71,35 @@ class PedroGraphsMixin:
         max_query_len: int | None = None,
         num_ubatches: int = 1,
     ) -> Any:
-        """No CUDA graph for a step that generates vectors.
+        """No full CUDA graph for a step that generates vectors.
 
         A one-token prompt, or a prompt that hits the cache up to its last token, looks like a
-        decode and would replay a graph in which the generators never ran.
+        decode and would replay a graph in which the generators never ran. Piecewise graphs are
+        right where the generators run between the pieces.
         """
-        if self.pedro.generates_vectors:
-            from vllm.config.compilation import CUDAGraphMode
-            from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
-
-            return BatchExecutionDescriptor(
-                cg_mode=CUDAGraphMode.NONE,
-                num_tokens=num_tokens,
-                num_reqs=num_reqs,
-                num_active_loras=self._resolve_effective_loras(num_active_loras),  # type: ignore[attr-defined]
-                num_ubatches=num_ubatches,
-            )
-        return super().dispatch(  # type: ignore[misc]
+        generates = self.pedro.generates_vectors
+        if generates:
+            # What vLLM says of a batch with a prefill: it is in no graph of decodes.
+            uniform_token_count = max_query_len = None
+        found = super().dispatch(  # type: ignore[misc]
             num_reqs,
             num_tokens,
             uniform_token_count,
             num_active_loras,
             max_query_len=max_query_len,
+            num_ubatches=num_ubatches,
+        )
+        if not generates or found.cg_mode == CUDAGraphMode.NONE:
+            return found
+        if found.cg_mode == CUDAGraphMode.PIECEWISE and self.pedro_model.is_split:
+            return found
+        return replace(
+            found,
+            cg_mode=CUDAGraphMode.NONE,
+            num_tokens=num_tokens,
+            num_reqs=num_reqs,
+            uniform_token_count=None,
+            max_query_len=None,
             num_ubatches=num_ubatches,
         )
 
@@ -115,6 +127,7 @@ class PedroRunnerV2Mixin:
         if self.cudagraph_manager is not None:
             become(self.cudagraph_manager, PedroGraphsMixin)
             self.cudagraph_manager.pedro = self.pedro
+            self.cudagraph_manager.pedro_model = self.pedro_model
         return result
 
     def finish_requests(self, scheduler_output: Any) -> None:

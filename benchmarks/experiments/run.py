@@ -27,6 +27,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from controlled import write_task
 from public import fetch_task
 
 from vllm_pedro import PedroConfig, get_pedro_model
@@ -36,7 +37,9 @@ from vllm_pedro.fetch import fetch_model
 from vllm_pedro.training.collator import CompletionCollator
 from vllm_pedro.training.data import Dataset, encode, load_dataset, read_rows
 from vllm_pedro.training.evaluate import TransformersEngine, evaluate
+from vllm_pedro.training.inspection import prompt_use, vectors_of_prompts
 from vllm_pedro.training.run import choose_dtype, load_backbone, load_tokenizer, pad_token_id
+from vllm_pedro.training.start import condition
 from vllm_pedro.training.trainer import PedroTrainer, PedroTrainingArguments, TrainingDiverged
 
 
@@ -90,6 +93,9 @@ def run_one(
     steps = config["max_steps"]
     set_seed(seed)
     model, callbacks = add_method(backbone, method, steps)
+    collator = CompletionCollator(pad_token_id(tokenizer))
+    if method.get("start") == "data":
+        condition(model, data, collator)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
@@ -100,6 +106,7 @@ def run_one(
             learning_rate=method["learning_rate"],
             bilevel=method.get("bilevel", False),
             coefficient_learning_rate=method.get("coefficient_learning_rate"),
+            coefficient_range=method.get("coefficient_range", 0.0),
             down_learning_rate=method.get("down_learning_rate"),
             fan_in_learning_rates=method.get("fan_in_learning_rates", False),
             train_sampling_strategy=config.get("train_sampling_strategy", "random"),
@@ -113,7 +120,7 @@ def run_one(
             model,
             args,
             train_dataset=data,
-            data_collator=CompletionCollator(pad_token_id(tokenizer)),
+            data_collator=collator,
             callbacks=callbacks,
         )
         trainer.remove_callback(PrinterCallback)  # standard output has the table alone
@@ -138,10 +145,22 @@ def run_one(
     for_loss = rows[: config.get("loss_rows", len(rows))]
     if for_loss:
         found["dev_loss"] = evaluate(engine, tokenizer, for_loss, "loss")["loss"]
+    if method["kind"] == "pedro" and method["settings"].get("r", 12) > 0:
+        examples = [encode(tokenizer, row) for row in rows[: config.get("use_rows", 24)]]
+        prompts = [example.prompt for example in examples]
+        use = prompt_use(model, examples, vectors_of_prompts(model, prompts))
+        found |= {"prompt_share": use.share, "swapped_loss": use.loss_swapped}
     return found | {
         "train_seconds": round(trained - began, 1),
         "eval_seconds": round(time.monotonic() - trained, 1),
     }
+
+
+def make_task(task: dict[str, Any], folder: Path) -> None:
+    """Write a controlled task's files below `folder`, unless they are there."""
+    for kind, (seed, rows) in task["controlled"].items():
+        if not (folder / task[kind]).exists():
+            write_task(task["name"], folder / task[kind], seed, rows)
 
 
 def small_form(config: dict[str, Any]) -> dict[str, Any]:
@@ -270,9 +289,13 @@ def main() -> int:
     if args.plot is not None:
         plot(config, results, args.plot)
     elif not args.table:
-        if args.data is None:
+        fetches = args.data is None
+        if fetches:
             args.data = args.config.parent / "data"
-            for task in config["tasks"]:
+        for task in config["tasks"]:
+            if "controlled" in task:
+                make_task(task, args.data)
+            elif fetches:
                 fetch_task(task, args.data)
         seeds = config["seeds"] if args.seeds is None else args.seeds
         every = list(itertools.product(seeds, config["tasks"], config["methods"]))

@@ -177,7 +177,10 @@ def test_inspect_layers_and_spread(
     )
     assert status == 0
     assert "vectors over 6 prompts" in out
-    assert "the prompt makes" in out
+    first, second = out.splitlines()[:2]
+    assert "the prompt makes" in first
+    assert second.startswith("loss of 6 rows: ")
+    assert "with those of other prompts" in second
     assert [line.split()[:2] for line in out.splitlines() if " relu " in line][-1] == ["1", "relu"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert run("inspect", tiny_adapter, "--plot", tmp_path / "alone.png")[0] == 0

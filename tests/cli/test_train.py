@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 import torch
 from commands import Run
+from transformers import set_seed
 
 from vllm_pedro.adapter import load_adapter
+from vllm_pedro.config import PedroConfig
+from vllm_pedro.model import get_pedro_model
+from vllm_pedro.training.collator import CompletionCollator
+from vllm_pedro.training.data import load_dataset
+from vllm_pedro.training.inspection import PromptUse
+from vllm_pedro.training.run import load_backbone
+from vllm_pedro.training.trainer import PedroTrainer, PedroTrainingArguments
 
 
 def training(folder: Path, train_file: Path, output: Path) -> list[object]:
@@ -40,6 +48,13 @@ def test_from_a_file_to_an_adapter_to_a_score(
     adapter = load_adapter(output)
     assert adapter.digest == record["digest"]
     assert adapter.config.input_norm == "rms"
+    assert adapter.config.down_bias
+    use = record["prompt_use"]
+    assert use["rows"] == 24
+    assert 0 < use["share"] < 1
+    # The checkpoint that is the result, in float32.
+    assert use["loss"] == pytest.approx(min(record["dev_losses"].values()), rel=0.1)
+    assert f"the prompt makes {use['share']:.1%} of what the vectors differ from one" in err
     assert adapter.config.base_model_name_or_path == str(folder)
     best = load_adapter(output / f"checkpoint-{record['best_step']}")
     for name, tensor in best.tensors.items():
@@ -73,13 +88,67 @@ def test_the_same_command_gives_the_same_adapter(
             ("d", ["--bilevel"]),
             ("e", ["--down-learning-rate", "1e-4"]),
             ("f", ["--base-model-name", "someone/tiny"]),
-            ("g", ["--fan-in-learning-rates"]),
+            ("g", ["--no-fan-in-learning-rates"]),
+            ("h", ["--start", "random"]),
+            ("i", ["--recipe", "plain"]),
         )
     ]
     assert digests[0] == digests[1]
-    assert len(set(digests)) == 6
+    assert len(set(digests)) == 8
+    configs = {name: load_adapter(tmp_path / name).config for name in "adhi"}
+    assert {n: (c.down_bias, c.activation) for n, c in configs.items()} == {
+        "a": (True, "gelu"),
+        "d": (True, "rational"),  # it has coefficients, which --bilevel learns
+        "h": (False, "gelu"),
+        "i": (False, "rational"),
+    }
     named = load_adapter(tmp_path / "f").config
     assert named.base_model_name_or_path == "someone/tiny"
+
+
+def test_the_plain_recipe_is_one_rate_and_a_random_start(
+    folder: Path, train_file: Path, tmp_path: Path, run: Run
+) -> None:
+    """Bit for bit what Trainer makes of an adapter that the model itself drew."""
+    argv = training(folder, train_file, tmp_path / "plain")
+    at = argv.index("--learning-rate")
+    digest = json.loads(run(*argv[:at], *argv[at + 2 :], "--recipe", "plain")[1])["digest"]
+
+    model, tokenizer = load_backbone(str(folder), torch.float32)
+    set_seed(42)
+    config = PedroConfig(r=4, input_norm="rms", base_model_name_or_path=str(folder))
+    pedro = get_pedro_model(model, config)
+    args = PedroTrainingArguments(
+        str(tmp_path / "trainer"),
+        max_steps=8,
+        per_device_train_batch_size=8,
+        learning_rate=1e-4,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+    )
+    PedroTrainer(
+        pedro,
+        args,
+        train_dataset=load_dataset(train_file, tokenizer),
+        data_collator=CompletionCollator(tokenizer.pad_token_id),
+    ).train()
+    assert pedro.save_pretrained(tmp_path / "by hand") == digest
+
+
+def test_an_adapter_that_does_not_use_the_prompt_is_told(
+    folder: Path, train_file: Path, tmp_path: Path, run: Run
+) -> None:
+    argv = training(folder, train_file, tmp_path / "a")
+    # Too slow for the generators to learn anything; b_up alone moves.
+    status, out, err = run(*argv, "--recipe", "plain", "--learning-rate", "1e-6")
+    assert status == 0
+    assert "warning: the adapter ends as (IA)3" in err
+    assert not PromptUse(**json.loads(out)["prompt_use"]).matters
+    status, out, err = run(*training(folder, train_file, tmp_path / "b"), "--r", 0)
+    assert status == 0
+    assert json.loads(out)["prompt_use"] is None
+    assert "(IA)3" not in err  # asked for
 
 
 def test_resume_goes_on_to_the_same_adapter(

@@ -270,6 +270,29 @@ def test_learning_rates_by_number_of_inputs(tmp_path: Path) -> None:
     assert rates(PedroConfig(r=0), fan_in_learning_rates=True) == {"up_proj.bias": 1e-2}
 
 
+@pytest.mark.parametrize("bilevel", [False, True], ids=["joint", "bilevel"])
+def test_coefficients_of_high_degrees_move_less(tmp_path: Path, bilevel: bool) -> None:
+    """By X^j, in both turns of a bi-level step."""
+
+    def moved(**settings: Any) -> dict[str, Tensor]:
+        # In the first step W_up is zero, so that the coefficients have no gradient.
+        settings |= {"max_steps": 2, "warmup_steps": 0, "bilevel": bilevel}
+        trainer = make_trainer(tmp_path, **settings)
+        before = parameters(trainer)
+        trainer.train()
+        return {name: p - before[name] for name, p in parameters(trainer).items()}
+
+    plain, scaled = moved(), moved(coefficient_range=4.0)
+    for name in filter(is_coefficient, plain):
+        step, first = plain[name], int(name.endswith("denominator"))
+        by = 4.0 ** -torch.arange(first, first + len(step))
+        assert step.abs().min() > 1e-3
+        assert torch.allclose(scaled[name], step * by, rtol=1e-2, atol=1e-7)
+    if not bilevel:  # they moved last
+        others = [name for name in plain if not is_coefficient(name)]
+        assert all(torch.equal(plain[name], scaled[name]) for name in others)
+
+
 def test_biases_and_coefficients_do_not_decay(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, weight_decay=0.5)
     names = {id(p): name for name, p in trainer.model.named_parameters()}

@@ -80,8 +80,12 @@ def run_inspect(args: argparse.Namespace) -> int:
     shape = None
     if args.model is not None:
         shape = BackboneShape.from_pretrained(args.model)
+    if args.data is not None and args.model is None:
+        raise PedroError("--data needs --model: the vectors are made from the model's states")
     adapter = load_adapter(args.adapter, shape)
-    print(describe(adapter))
+    if not (args.layers or args.data or args.plot):
+        print(describe(adapter))
+        return 0
     inspect_more(adapter, args)
     return 0
 
@@ -90,22 +94,26 @@ def inspect_more(adapter: Adapter, args: argparse.Namespace) -> None:
     """What `inspect` prints and draws when asked for more than the files' contents.
 
     Raises:
-        PedroError: options that do not go together, or unusable data.
+        PedroError: unusable data.
     """
-    if not (args.layers or args.data or args.plot):
-        return
-    if args.data is not None and args.model is None:
-        raise PedroError("--data needs --model: the vectors are made from the model's states")
     from ..training import inspection
 
-    if args.layers:
-        print("\n" + inspection.describe_layers(adapter))
     spread = None
     if args.data is not None:
-        from ..training.run import load_prompts
+        from ..training.run import load_rows
 
-        model, prompts = load_prompts(args.model, args.adapter, args.data, args.limit)
-        spread = inspection.spread_over_prompts(inspection.vectors_of_prompts(model, prompts))
+        model, rows = load_rows(args.model, args.adapter, args.data, args.limit)
+        prompts = [row.prompt[: row.prompt_length] for row in rows]
+        vectors = inspection.vectors_of_prompts(model, prompts)
+        spread = inspection.spread_over_prompts(vectors)
+        # First, because it is what an adapter is for.
+        if len(rows) > 1:
+            use = inspection.prompt_use(model, rows, vectors)
+            print(inspection.describe_use(use) + "\n")
+    print(describe(adapter))
+    if args.layers:
+        print("\n" + inspection.describe_layers(adapter))
+    if spread is not None:
         print("\n" + inspection.describe_spread(spread, len(prompts)))
     if args.plot is not None:
         inspection.plot(adapter, args.plot, spread)

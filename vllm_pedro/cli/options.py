@@ -8,8 +8,10 @@ from ..backbone import TARGET_MODULES
 from ..config import ACTIVATIONS, POOLINGS, SCOPES, PedroConfig
 
 
-def add_adapter_options(parser: argparse._ActionsContainer, input_norm: str) -> None:
-    """The options that make a `PedroConfig`."""
+def add_adapter_options(
+    parser: argparse._ActionsContainer, input_norm: str, activation: str | None = "rational"
+) -> None:
+    """The options that make a `PedroConfig`; without an `activation` the recipe has it."""
     defaults = PedroConfig()
     parser.add_argument(
         "--r", type=int, default=defaults.r, help="inner width; 0: static vectors (%(default)s)"
@@ -40,9 +42,10 @@ def add_adapter_options(parser: argparse._ActionsContainer, input_norm: str) -> 
         "--activation",
         nargs="+",
         choices=ACTIVATIONS,
-        default=[defaults.activation],
+        default=None if activation is None else [activation],
         metavar="NAME",
-        help=f"of {', '.join(ACTIVATIONS)}; one, or one for each layer ({defaults.activation})",
+        help=f"of {', '.join(ACTIVATIONS)}; one, or one for each layer "
+        f"({activation or 'the recipe has it'})",
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import PedroError
-from ..training.choices import DTYPES, METRICS, PROMPT_LENGTHS
+from ..training.choices import DTYPES, METRICS, PROMPT_LENGTHS, RECIPES, STARTS
 from .options import add_adapter_options, config_of
 
 if TYPE_CHECKING:
@@ -25,9 +25,10 @@ _SHOWN: dict[str, tuple[str, str]] = {
     "num-train-epochs": ("N", "passes over the data (3)"),
     "per-device-train-batch-size": ("N", "rows in a batch (8)"),
     "gradient-accumulation-steps": ("N", "batches in a step (1)"),
-    "learning-rate": ("X", "(1e-4)"),
+    "learning-rate": ("X", "(the recipe's)"),
     "down-learning-rate": ("X", "of the down projection W_down"),
     "coefficient-learning-rate": ("X", "of the activations' coefficients"),
+    "coefficient-range": ("X", "divide the steps of coefficients of degree j by X^j"),
     "warmup-steps": ("X", "steps, or, below 1, their share of all (0.06)"),
     "weight-decay": ("X", "(0)"),
     "max-grad-norm": ("X", "gradients are clipped to it (1)"),
@@ -73,8 +74,23 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="the backbone's (%(default)s)"
     )
-    add_adapter_options(parser.add_argument_group("adapter"), "rms")
+    adapter = parser.add_argument_group("adapter")
+    add_adapter_options(adapter, "rms", activation=None)
     more = parser.add_argument_group("training")
+    conditioned, plain = RECIPES
+    more.add_argument(
+        "--recipe",
+        choices=tuple(RECIPES),
+        default=conditioned,
+        help=f"what --start, --activation and the rates are unless given: {conditioned} makes "
+        f"adapters that use the prompt, {plain} is the paper's start and rates (%(default)s)",
+    )
+    more.add_argument(
+        "--start",
+        choices=STARTS,
+        help="of the down projection: from the training prompts' pooled states, with a down bias, "
+        "or random (the recipe's)",
+    )
     more.add_argument(
         "--bilevel",
         action="store_true",
@@ -82,9 +98,8 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     )
     more.add_argument(
         "--fan-in-learning-rates",
-        action="store_true",
-        help="scale the generators' learning rates by their number of inputs; for short trainings, "
-        "with --learning-rate 5e-3",
+        action=argparse.BooleanOptionalAction,
+        help="scale the generators' learning rates by their number of inputs (the recipe's)",
     )
     more.add_argument("--held-out-fraction", type=float, metavar="X", help="for --bilevel (0.2)")
     more.add_argument("--packing", action="store_true", help="pack the rows of a batch into one")
@@ -187,11 +202,18 @@ def main_train(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 def run_train(args: argparse.Namespace, others: Sequence[str], argv: Sequence[str]) -> int:
     from ..training.run import TrainingJob, train
 
+    if args.bilevel and args.activation is None:
+        args.activation = ["rational"]
+    for name, value in RECIPES[args.recipe].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.down_bias |= args.start == "data"
     job = TrainingJob(
         model=args.model,
         train=args.train,
         output=args.output,
         config=config_of(args),
+        start=args.start,
         dev=args.dev,
         dtype=args.dtype,
         max_length=args.max_length,

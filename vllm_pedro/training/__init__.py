@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .data import DataError as DataError
     from .data import load_dataset as load_dataset
     from .data import read_rows as read_rows
+    from .start import condition as condition
     from .trainer import PedroTrainer as PedroTrainer
     from .trainer import PedroTrainingArguments as PedroTrainingArguments
     from .trainer import TrainingDiverged as TrainingDiverged
@@ -22,6 +23,7 @@ _EXPORTS = {
     "PedroTrainer": ".trainer",
     "PedroTrainingArguments": ".trainer",
     "TrainingDiverged": ".trainer",
+    "condition": ".start",
     "load_dataset": ".data",
     "read_rows": ".data",
 }

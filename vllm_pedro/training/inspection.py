@@ -1,8 +1,9 @@
 """What an adapter has learnt: its vectors over prompts, and its activation functions, drawn.
 
-Two questions about a trained adapter have an answer in numbers. Has it moved from the identity?
-Then its vectors differ from one. Do the prompts matter? Then the vectors differ from prompt to
-prompt; if they do not, the adapter has collapsed to static vectors, (IA)^3.
+Three questions about a trained adapter have an answer in numbers. Has it moved from the identity?
+Then its vectors differ from one. Do they depend on the prompt? Then they differ from prompt to
+prompt. Does that matter? Then completions are less likely with the vectors of other prompts; if
+not, the adapter is static vectors, (IA)^3, with extra steps.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import PedroError
 from ..generator import activate
-from ..model import PedroModel
+from ..model import IGNORED_LABEL, PedroModel
+from .data import Example
 
 # GELU has all its shape here; with an input norm, inputs of the activations lie within.
 PLOT_LIMIT = 4.0
@@ -85,6 +87,126 @@ def vectors_of_prompts(
     return [{name: torch.stack(rows) for name, rows in layer.items()} for layer in found]
 
 
+@torch.no_grad()
+def row_losses(
+    model: PedroModel, examples: Sequence[Example], vectors: Sequence[dict[str, Tensor]]
+) -> Tensor:
+    """How likely completions are with given vectors.
+
+    Args:
+        model: the model.
+        examples: N rows.
+        vectors: for each layer, by module, `[N, d_t]`: what each row is scaled by.
+
+    Returns:
+        `[N]` float32: nats a token of each row's completion.
+    """
+    generators: Any = model.vector_generators[model._active()]
+    device = next(model.parameters()).device
+    row = 0
+
+    def given(layer: int) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> dict[str, Tensor]:
+            return {name: rows[row, None].to(device) for name, rows in vectors[layer].items()}
+
+        return hook
+
+    model.eval()
+    handles = [g.register_forward_hook(given(layer)) for layer, g in enumerate(generators)]
+    losses = []
+    try:
+        for row, example in enumerate(examples):  # noqa: B007  # the hooks read it
+            ids = torch.tensor([example.prompt + example.completion], device=device)
+            labels = ids.clone()
+            labels[:, : len(example.prompt)] = IGNORED_LABEL
+            output = model(
+                ids, labels=labels, prompt_lengths=[example.prompt_length], use_cache=False
+            )
+            losses.append(float(output.loss))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.tensor(losses)
+
+
+@dataclass(frozen=True)
+class PromptUse:
+    """Whether it matters that vectors are made from the prompt.
+
+    Attributes:
+        rows: N, how many rows were looked at.
+        share: the part of the vectors' deviation from one that differs between prompts.
+        loss: nats a token, the mean over rows, with each row's own vectors.
+        loss_swapped: the same with the vectors of another row's prompt.
+        loss_mean: the same with the mean of all rows' vectors, the same for every row.
+        error: standard error of `loss_swapped - loss`, over the rows.
+    """
+
+    rows: int
+    share: float
+    loss: float
+    loss_swapped: float
+    loss_mean: float
+    error: float
+
+    @property
+    def matters(self) -> bool:
+        """Whether swapping costs more than twice its standard error."""
+        return self.loss_swapped - self.loss > 2 * self.error
+
+
+def prompt_use(
+    model: PedroModel, examples: Sequence[Example], vectors: Sequence[dict[str, Tensor]]
+) -> PromptUse:
+    """Swap the rows' vectors and see what becomes of the loss.
+
+    Args:
+        model: the model.
+        examples: N >= 2 rows.
+        vectors: of their prompts, see `vectors_of_prompts`.
+    """
+    number = len(examples)
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(0))
+    others = torch.empty_like(order)
+    others[order] = order.roll(1)
+    swapped = [{name: rows[others] for name, rows in layer.items()} for layer in vectors]
+    means = [
+        {name: rows.mean(dim=0).expand_as(rows) for name, rows in layer.items()}
+        for layer in vectors
+    ]
+    own, other, mean = (row_losses(model, examples, v) for v in (vectors, swapped, means))
+    return PromptUse(
+        number,
+        prompt_share(spread_over_prompts(vectors)),
+        float(own.mean()),
+        float(other.mean()),
+        float(mean.mean()),
+        float((other - own).std() / number**0.5),
+    )
+
+
+def describe_use(use: PromptUse) -> str:
+    """The verdict in two lines."""
+    if use.share == 0:
+        text = "the vectors are the same for all prompts: static vectors, which are (IA)3"
+    else:
+        text = f"the prompt makes {use.share:.1%} of what the vectors differ from one"
+    verdict = "the prompt matters"
+    if not use.matters:
+        verdict = "no more than noise; the adapter does what static vectors, (IA)3, do"
+    return (
+        f"{text}\nloss of {use.rows} rows: {use.loss:.4g} with their own vectors, "
+        f"{use.loss_swapped:.4g} with those of other prompts, {use.loss_mean:.4g} with the mean: "
+        f"{verdict}"
+    )
+
+
+def prompt_share(rows: Sequence[LayerSpread]) -> float:
+    """`LayerSpread.prompt_share` of all layers and modules together."""
+    total = sum(row.deviation**2 for row in rows)
+    return (sum(row.spread**2 for row in rows) / total) ** 0.5 if total > 0 else 0.0
+
+
 def spread_over_prompts(vectors: Sequence[dict[str, Tensor]]) -> list[LayerSpread]:
     """`LayerSpread` of each layer and module, from what `vectors_of_prompts` returns."""
     rows = []
@@ -109,9 +231,8 @@ def describe_spread(rows: Sequence[LayerSpread], number: int) -> str:
             f"{row.layer:>5}  {row.module:<10}{row.deviation:>11.4g}{row.spread:>14.4g}"
             f"{row.prompt_share:>8.1%}"
         )
-    total = sum(row.deviation**2 for row in rows)
-    share = (sum(row.spread**2 for row in rows) / total) ** 0.5 if total > 0 else 0.0
-    if total == 0:
+    share = prompt_share(rows)
+    if not any(row.deviation for row in rows):
         text = "the vectors are all ones: the adapter changes nothing"
     elif share < 0.01:
         text = f"the prompt makes {share:.1%} of it: the adapter has collapsed to static vectors"

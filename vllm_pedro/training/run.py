@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -33,12 +34,20 @@ from ..files import replace_file
 from ..model import PedroModel, get_pedro_model
 from .choices import DTYPES
 from .collator import CompletionCollator, PackedCollator
-from .data import Dataset, encode, load_dataset, prompt_tokens, read_rows
+from .data import Dataset, Example, encode, load_dataset, read_rows
 from .evaluate import Engine, TransformersEngine, evaluate
+from .inspection import describe_use, prompt_use, vectors_of_prompts
 from .progress import Progress
+from .start import condition
 from .trainer import PedroTrainer, PedroTrainingArguments
 
 RECORD_NAME = "training.json"
+USE_ROWS = 24
+"""Rows, of the dev data if there are any, that tell whether the prompt matters."""
+WARNING = (
+    "the adapter ends as (IA)3: other prompts' vectors do as well. Static vectors, --r 0, would be "
+    "as good, smaller and cheaper to serve; a task that needs the prompt needs a longer training"
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class TrainingJob:
         train: training data, JSONL or JSONL.gz.
         output: the folder for the adapter; checkpoints go into it too.
         config: the adapter's config.
+        start: one of `STARTS`, what W_down starts from; "data" needs a config with `down_bias`.
         dev: data for evaluation; None for none.
         dtype: the backbone's; "auto" is bfloat16 on GPUs that have it, else float32.
         max_length: rows with more tokens are left out.
@@ -67,6 +77,7 @@ class TrainingJob:
     train: str
     output: str
     config: PedroConfig
+    start: str = "random"
     dev: str | None = None
     dtype: str = "auto"
     max_length: int | None = None
@@ -169,6 +180,8 @@ def train(job: TrainingJob, args: PedroTrainingArguments) -> dict[str, Any]:
     checkpoint = _checkpoint(job)
     set_seed(args.seed)  # the generators are drawn from it
     pedro = get_pedro_model(model, job.config)
+    if job.start == "data" and job.config.r > 0 and checkpoint is None:
+        condition(pedro, data, CompletionCollator(pad_token_id(tokenizer)))
     callbacks = []
     if job.patience is not None:
         if dev is None:
@@ -195,6 +208,15 @@ def train(job: TrainingJob, args: PedroTrainingArguments) -> dict[str, Any]:
     result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.monotonic() - began
     digest = pedro.save_pretrained(job.output, dtype=getattr(torch, job.save_dtype))
+    use = None
+    if job.config.r > 0:
+        rows = (data if dev is None else dev)[:USE_ROWS]
+        if len(rows) > 1:
+            vectors = vectors_of_prompts(pedro, [row.prompt[: row.prompt_length] for row in rows])
+            use = prompt_use(pedro, rows, vectors)
+            _say(describe_use(use))
+            if not use.matters:
+                _say(f"warning: {WARNING}")
     history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     record = {
         "command": shlex.join(job.command) if job.command else None,
@@ -211,6 +233,8 @@ def train(job: TrainingJob, args: PedroTrainingArguments) -> dict[str, Any]:
         "learning_rate": args.learning_rate,
         "dtype": str(model.dtype).removeprefix("torch."),
         "prompt_length": job.prompt_length,
+        "start": job.start if job.config.r > 0 else None,
+        "prompt_use": None if use is None else dataclasses.asdict(use),
         "digest": digest,
     }
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
@@ -280,17 +304,17 @@ def evaluate_files(
     }
 
 
-def load_prompts(
+def load_rows(
     model: str, adapter: str, data: str, limit: int | None
-) -> tuple[PedroModel, list[list[int]]]:
-    """A model with an adapter, in float32, and the token ids of a data file's prompts.
+) -> tuple[PedroModel, list[Example]]:
+    """A model with an adapter, in float32, and the tokenised rows of a data file.
 
     Raises:
         PedroError: unusable data, model or adapter.
     """
     backbone, tokenizer = load_backbone(model, torch.float32)
-    prompts = [prompt_tokens(tokenizer, row) for row in read_rows(data, limit)]
-    return PedroModel.from_pretrained(backbone, adapter), prompts
+    rows = list(load_dataset(data, tokenizer, None, limit))
+    return PedroModel.from_pretrained(backbone, adapter), rows
 
 
 def _checkpoint(job: TrainingJob) -> str | None:

@@ -69,6 +69,10 @@ class PedroTrainingArguments(TrainingArguments):
             alike, so it moves what a matrix gives in proportion to its inputs: without this, what
             suits b_up is too much for W_up, the more so the higher r, and far too much for W_down
             (as in muP, arXiv 2203.03466).
+        coefficient_range: X > 0 divides what a step moves a coefficient of degree j by X^j, so
+            that it moves the activation alike at X whatever the degree. For activations whose
+            inputs differ much from prompt to prompt, as they do after `start.condition`: one of 4
+            counts 4,096-fold in the sixth power. 0: all degrees move alike.
         down_learning_rate: that of W_down, in place of what the above make it.
         coefficient_learning_rate: that of the coefficients, likewise.
         guard: stop when the training has diverged.
@@ -97,6 +101,10 @@ class PedroTrainingArguments(TrainingArguments):
     )
     down_learning_rate: float | None = field(
         default=None, metadata={"help": "Of the down projection W_down; as --learning-rate."}
+    )
+    coefficient_range: float = field(
+        default=0.0,
+        metadata={"help": "Divide the steps of coefficients of degree j by its j-th power."},
     )
     fan_in_learning_rates: bool = field(
         default=False,
@@ -392,6 +400,8 @@ class PedroTrainer(Trainer):
             ],
             **how,
         )
+        if settings.coefficient_range > 0 and groups["coefficients"]:
+            _scale_steps(self.optimizer, groups["coefficients"], settings.coefficient_range)
         return cast(torch.optim.Optimizer, self.optimizer)
 
     def _learning_rates(self, model: PedroModel) -> dict[str, float]:
@@ -454,6 +464,33 @@ def load_checkpoint(model: PedroModel, path: str) -> None:
     with torch.no_grad():
         for key, parameter in model.adapter_tensors(name).items():
             parameter.copy_(adapter.tensors[key])
+
+
+def _scale_steps(
+    optimizer: torch.optim.Optimizer, coefficients: Sequence[nn.Parameter], limit: float
+) -> None:
+    """Let steps of the optimizer move coefficients of degree j by `limit^-j` of what they would.
+
+    Scaling their gradients would do nothing, as Adam's steps do not depend on the gradients' size.
+
+    Args:
+        optimizer: the optimizer.
+        coefficients: of numerators, which begin with degree 0, and denominators, in turns.
+        limit: see `PedroTrainingArguments.coefficient_range`.
+    """
+    before: list[Tensor] = []
+
+    def keep(*_: Any) -> None:
+        before[:] = [parameter.detach().clone() for parameter in coefficients]
+
+    @torch.no_grad()
+    def scale(*_: Any) -> None:
+        for i, (parameter, old) in enumerate(zip(coefficients, before, strict=True)):
+            degrees = torch.arange(len(parameter), device=parameter.device) + i % 2
+            parameter.copy_(old + (parameter - old) * limit**-degrees)
+
+    optimizer.register_step_pre_hook(keep)
+    optimizer.register_step_post_hook(scale)
 
 
 class _LengthGrouped(LengthGroupedSampler):

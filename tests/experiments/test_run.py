@@ -34,6 +34,8 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "small": {"max_steps": 3, "dev_rows": 4},
         "tasks": [task | {"metric": "accuracy", "score": "accuracy"}],
     }
+    more = json.loads((FOLDER / "controlled.json").read_text())["methods"]
+    config["methods"].append(next(m for m in more if m["name"] == "PEDRO, conditioned"))
     (root / "config.json").write_text(json.dumps(config))
     return root
 
@@ -69,6 +71,9 @@ def test_all_methods_in_two_parts(experiment: Path) -> None:
         assert 0 <= result["accuracy"] <= 1
         assert result["train_loss"] > 0
         assert result["trainable_parameters"] > 0
+        if result["method"].startswith("PEDRO"):
+            assert 0 < result["prompt_share"] < 1
+            assert result["swapped_loss"] > 0
     lines = table.splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == methods
     score = next(r["accuracy"] for r in found if r["method"] == "(IA)3")
@@ -101,7 +106,13 @@ def test_small_form_goes_before_the_full_one() -> None:
     assert len(config["tasks"]) == 3
 
 
-@pytest.mark.parametrize("name", ["table1", "table4", "table5", "figure3", "learning_rates"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("table1", "table4", "table5", "figure3", "learning_rates"),
+        *("controlled", "controlled_rates"),
+    ],
+)
 def test_configs_are_whole(name: str) -> None:
     """Every task, method and seed of a config is there once, in its small form too."""
     config = json.loads((FOLDER / f"{name}.json").read_text())

@@ -97,7 +97,9 @@ def test_static_vectors_are_told_from_those_that_the_task_needs(
     assert not use_of(1.3, 0.2).matters
     assert "the prompt makes 30.0%" in inspection.describe_use(use_of(1.5, 0.2))
     assert inspection.describe_use(use_of(1.5, 0.2)).endswith("the prompt matters")
-    assert "no more than noise" in inspection.describe_use(use_of(1.3, 0.2))
+    assert "the prompt hardly matters" in inspection.describe_use(use_of(1.3, 0.2))
+    # Sure, but of no use.
+    assert not use_of(1.005, 0.001).matters
 
 
 def use_of(swapped: float, error: float) -> PromptUse:

@@ -46,12 +46,23 @@ def test_inner_values_are_centred_and_of_one_size() -> None:
     inner = states.double() @ down.double().T + bias.double()
     assert inner.mean(dim=0).abs().max() < 1e-4
     assert torch.allclose(inner.std(dim=0, correction=0), torch.tensor(DEVIATION).double())
-    assert torch.allclose(torch.cosine_similarity(down, drawn), torch.ones(5))
-    # What is stored does what centring and scaling do, one after the other.
-    centred = states.double() - states.double().mean(dim=0)
-    projected = centred @ drawn.double().T
+    # What is stored does what projecting, centring and scaling do, one after the other.
+    mean = states.double().mean(dim=0)
+    projection = torch.eye(16).double() - torch.outer(mean, mean) / mean.square().sum()
+    projected = (states.double() - mean) @ projection @ drawn.double().T
     want = DEVIATION * projected / projected.std(dim=0, correction=0)
     assert torch.allclose(inner, want, atol=1e-4)
+
+
+def test_a_file_of_16_bits_keeps_what_differs_between_prompts() -> None:
+    """Though the common part of the states is a hundred times as large."""
+    states = states_of(200)
+    found = start_of(states, torch.randn(5, 16, generator=torch.Generator().manual_seed(1)))
+    assert found is not None
+    assert states.norm(dim=1).mean() > 100 * (states - states.mean(dim=0)).square().mean().sqrt()
+    inner = states @ found[0].T + found[1]
+    rounded = states @ found[0].bfloat16().float().T + found[1].bfloat16().float()
+    assert (rounded - inner).abs().max() < 0.1 * DEVIATION
 
 
 def test_states_that_are_all_the_same_make_no_start() -> None:

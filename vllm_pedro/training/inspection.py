@@ -24,6 +24,9 @@ from .data import Example
 
 # GELU has all its shape here; with an input norm, inputs of the activations lie within.
 PLOT_LIMIT = 4.0
+LEAST_COST = 0.01
+"""Nats a token that vectors of another prompt cost at least if prompts matter: a hundredth of each
+token's probability."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +154,8 @@ class PromptUse:
 
     @property
     def matters(self) -> bool:
-        """Whether swapping costs more than twice its standard error."""
-        return self.loss_swapped - self.loss > 2 * self.error
+        """Whether swapping costs more than `LEAST_COST`, and than twice its standard error."""
+        return self.loss_swapped - self.loss > max(2 * self.error, LEAST_COST)
 
 
 def prompt_use(
@@ -193,7 +196,7 @@ def describe_use(use: PromptUse) -> str:
         text = f"the prompt makes {use.share:.1%} of what the vectors differ from one"
     verdict = "the prompt matters"
     if not use.matters:
-        verdict = "no more than noise; the adapter does what static vectors, (IA)3, do"
+        verdict = "the prompt hardly matters; static vectors, (IA)3, would do as well"
     return (
         f"{text}\nloss of {use.rows} rows: {use.loss:.4g} with their own vectors, "
         f"{use.loss_swapped:.4g} with those of other prompts, {use.loss_mean:.4g} with the mean: "

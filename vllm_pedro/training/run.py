@@ -45,8 +45,8 @@ RECORD_NAME = "training.json"
 USE_ROWS = 24
 """Rows, of the dev data if there are any, that tell whether the prompt matters."""
 WARNING = (
-    "the adapter ends as (IA)3: other prompts' vectors do as well. Static vectors, --r 0, would be "
-    "as good, smaller and cheaper to serve; a task that needs the prompt needs a longer training"
+    "the adapter ends as (IA)3: other prompts' vectors do as well. Either the task needs no more, "
+    "and static vectors (--r 0) are smaller and cheaper to serve, or it was trained too little"
 )
 
 

@@ -5,7 +5,8 @@ are, and a few dimensions hold most of the rest. What differs between prompts th
 small that b_up learns everything first, and the adapter ends as static vectors.
 
 Here the pooled states p of some training prompts are looked at first, layer by layer. With their
-mean m, and the deviations s_k over these prompts of the entries of W p, for W as it is drawn,
+mean m, W the rows of W_down as drawn less their parts along m, and the deviations s_k over these
+prompts of the entries of W p,
 
     W_down[k] = c W[k] / s_k,   b_down = -W_down m
 
@@ -13,6 +14,10 @@ so that each entry of `x = W_down p + b_down` has mean 0 and deviation c over th
 what W_down sees: after the input norm, if there is one, and after pooling. Centring and scaling are
 linear in it, so nothing but W_down and b_down has to be stored, and serving costs nothing. W_up
 stays 0 and b_up 1: the adapter is still the identity.
+
+b_down is 0 but for rounding, and learns from there. Without leaving out what lies along m it would
+be as large as W_down m, tens in real models, against which W_down p has to cancel: in 16 bits what
+differs between prompts would drown in the rounding of both.
 """
 
 from __future__ import annotations
@@ -120,6 +125,7 @@ def start_of(states: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor] | None:
     """
     states, drawn = states.double(), drawn.double()
     mean = states.mean(dim=0)
+    drawn = drawn - torch.outer(drawn @ mean, mean) / mean.square().sum()
     centred = states - mean
     if centred.square().mean() <= SAME**2 * states.square().mean():
         return None

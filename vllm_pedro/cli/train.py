@@ -207,7 +207,7 @@ def run_train(args: argparse.Namespace, others: Sequence[str], argv: Sequence[st
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.down_bias |= args.start == "data"
+    args.down_bias |= args.start == "data" and args.r > 0
     job = TrainingJob(
         model=args.model,
         train=args.train,

@@ -32,7 +32,7 @@ from ..errors import PedroError
 from ..generator import VectorGenerator, pool_prompt
 from ..model import PedroModel
 
-MAX_PROMPTS = 256
+MAX_PROMPTS = 128
 """Prompts whose pooled states are looked at."""
 BATCH_ROWS = 8
 DEVIATION = 0.5

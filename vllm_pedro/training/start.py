@@ -15,9 +15,9 @@ what W_down sees: after the input norm, if there is one, and after pooling. Cent
 linear in it, so nothing but W_down and b_down has to be stored, and serving costs nothing. W_up
 stays 0 and b_up 1: the adapter is still the identity.
 
-b_down is 0 but for rounding, and learns from there. Without leaving out what lies along m it would
-be as large as W_down m, tens in real models, against which W_down p has to cancel: in 16 bits what
-differs between prompts would drown in the rounding of both.
+b_down is 0 but for rounding, and learns from there. With the parts along m left in it would be as
+large as W_down m, up to 40 on SmolLM2-135M, against which W_down p has to cancel: a bfloat16 file
+would then change x by up to 14 % of what differs between prompts, where it is up to 6 %.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def naive_vectors(
         p = [sum(column) / len(hidden) for column in zip(*hidden, strict=True)]
     else:
         p = [max(column) for column in zip(*hidden, strict=True)]
-    tensors = {name: tensor.tolist() for name, tensor in layer.state_dict().items()}
+    tensors = {name: tensor.tolist() for name, tensor in layer.tensors().items()}
     bias = tensors["up_proj.bias"]
     if config.r == 0:
         return bias
@@ -260,7 +260,7 @@ def test_fresh_generator_is_exactly_one(down_bias: bool, kind: str, r: int) -> N
 def test_initial_values() -> None:
     torch.manual_seed(0)
     shape = BackboneShape(1, 512, SHAPE.widths)
-    state = VectorGenerator(PedroConfig(r=64), shape, 0).state_dict()
+    state = VectorGenerator(PedroConfig(r=64), shape, 0).tensors()
     assert state["down_proj.weight"].std().item() == pytest.approx(0.02, rel=0.02)
     assert state["down_proj.weight"].mean().abs().item() < 1e-3
     assert not state["up_proj.weight"].any()
@@ -273,7 +273,7 @@ def test_state_dict_names() -> None:
     def names(**values: object) -> dict[str, list[int]]:
         layer = VectorGenerator(PedroConfig(**values), SHAPE, 1)  # type: ignore[arg-type]  # mixed
         assert {p.dtype for p in layer.parameters()} == {torch.float32}
-        return {name: list(tensor.shape) for name, tensor in layer.state_dict().items()}
+        return {name: list(tensor.shape) for name, tensor in layer.tensors().items()}
 
     linear = {"down_proj.weight": [4, 16], "up_proj.weight": [48, 4], "up_proj.bias": [48]}
     rational_names = {"activation.numerator": [4], "activation.denominator": [2]}
@@ -285,6 +285,42 @@ def test_state_dict_names() -> None:
     )
     assert names(r=4, activation="gelu", down_bias=True) == linear | {"down_proj.bias": [4]}
     assert names(r=0) == names(r=0, down_bias=True) == {"up_proj.bias": [48]}
+
+
+def test_parameters_stay_as_wide_as_float32() -> None:
+    """Whoever narrows the model: what a step of 1e-4 changes of b_up, 16 bits do not hold."""
+    layer = random_generator(PedroConfig(r=4))
+    before = {name: tensor.clone() for name, tensor in layer.tensors().items()}
+    for narrow in (lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.bfloat16)):
+        narrow(torch.nn.Sequential(layer, torch.nn.Linear(2, 2)))
+        assert {p.dtype for p in layer.parameters()} == {torch.float32}
+    for name, tensor in layer.tensors().items():
+        assert torch.equal(tensor, before[name]), name
+    assert layer.double().up_proj.bias.dtype == torch.float64
+    # As TRL does; most of what b_up was is still there.
+    layer.float()
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.bfloat16()
+    layer.eval()
+    assert layer(torch.ones(1, 16))["q_proj"].dtype == torch.float32
+    layer.train()
+    assert {p.dtype for p in layer.parameters()} == {torch.float32}
+    shift, old = layer.up_proj.shift, before["up_proj.bias"] - 1.0
+    assert bool(((shift - old).abs() <= old.abs() / 256).all())
+
+
+@pytest.mark.parametrize("size", [1e-6, 0.3, 3.0])
+def test_what_is_saved_is_what_goes_on(size: float) -> None:
+    layer = VectorGenerator(PedroConfig(r=0), SHAPE, 0)
+    with torch.no_grad():
+        layer.up_proj.shift.normal_(0.0, size, generator=torch.Generator().manual_seed(3))
+    saved = layer.tensors()
+    again = VectorGenerator(PedroConfig(r=0), SHAPE, 0)
+    again.load_state_dict(saved)
+    assert torch.equal(again.tensors()["up_proj.bias"], saved["up_proj.bias"])
+    layer.settle()
+    assert torch.equal(layer.up_proj.shift, again.up_proj.shift)
+    assert torch.equal(layer.tensors()["up_proj.bias"], saved["up_proj.bias"])
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

@@ -23,6 +23,7 @@ FLOORS = [
     "ops",
     "serving",
     "model",
+    "peft",
     "training",
     "integration",
     "fetch",

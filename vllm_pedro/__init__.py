@@ -67,4 +67,9 @@ def _teach_keywords() -> None:
     importlib.import_module(".integration.plugin", __name__).teach_keywords()
 
 
+def _register_method() -> None:
+    importlib.import_module(".peft", __name__).register()
+
+
 when_imported("vllm.engine.arg_utils", _teach_keywords)
+when_imported("peft", _register_method)

@@ -44,8 +44,15 @@ def read_config_bytes(path: str | os.PathLike[str]) -> bytes:
     return data
 
 
+class _Base:
+    """A place for `peft.PeftConfig` among the bases, once PEFT is imported; see `vllm_pedro.peft`.
+
+    Python lets no class change its bases that has none but `object`.
+    """
+
+
 @dataclass
-class PedroConfig:
+class PedroConfig(_Base):
     """The contents of `adapter_config.json`.
 
     Attributes:
@@ -202,8 +209,13 @@ class PedroConfig:
         file = os.path.join(path, CONFIG_NAME)
         return cls.from_dict(parse_json_object(read_config_bytes(file), file), source=file)
 
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write `adapter_config.json` into the folder `path`, which is made if needed."""
+    def save_pretrained(self, path: str | os.PathLike[str], **how: Any) -> None:
+        """Write `adapter_config.json` into the folder `path`, which is made if needed.
+
+        Args:
+            path: the folder.
+            **how: what PEFT gives its own configs; without meaning here.
+        """
         self.validate()
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)

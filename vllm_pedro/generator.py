@@ -16,6 +16,9 @@ sixth power in the rational activation then leaves the range of 16-bit floats.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -166,11 +169,23 @@ class _DownProj(nn.Module):
 
 
 class _UpProj(nn.Module):
+    """W_up, and b_up as `shift` = b_up - 1, which 16 bits can hold and an optimizer can move."""
+
     def __init__(self, width: int, r: int) -> None:
         super().__init__()
         if r > 0:
             self.weight = nn.Parameter(torch.empty(width, r, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
+        self.shift = nn.Parameter(torch.empty(width, dtype=torch.float32))
+
+    @property
+    def bias(self) -> Tensor:
+        """b_up, [D], in float32 (float64 for float64)."""
+        return self.shift.to(compute_dtype(self.shift)) + 1.0
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if f"{prefix}bias" in state_dict:  # as on disk
+            state_dict[f"{prefix}shift"] = state_dict.pop(f"{prefix}bias") - 1.0
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _RationalCoefficients(nn.Module):
@@ -183,10 +198,14 @@ class _RationalCoefficients(nn.Module):
 class VectorGenerator(nn.Module):
     """One layer's vector generator.
 
-    The names in its `state_dict` are those on disk after `vector_generator.`:
-    `down_proj.weight` [r, d], with a down bias `down_proj.bias` [r], `up_proj.weight` [D, r],
-    `up_proj.bias` [D], and for the rational activation `activation.numerator` [m + 1],
-    `activation.denominator` [n]. With r = 0 there is only `up_proj.bias`.
+    The names in its `state_dict` are those on disk after `vector_generator.`, but that in place of
+    `up_proj.bias` [D], b_up, there is `up_proj.shift` [D], b_up - 1: `down_proj.weight` [r, d],
+    with a down bias `down_proj.bias` [r], `up_proj.weight` [D, r], and for the rational activation
+    `activation.numerator` [m + 1], `activation.denominator` [n]. With r = 0 there is only
+    `up_proj.shift`.
+
+    The parameters do not become narrower than float32: `to`, `half` and `bfloat16` move them and
+    leave them as wide as they are, and `train` widens those that others have narrowed.
 
     Args:
         config: the adapter's config.
@@ -220,7 +239,7 @@ class VectorGenerator(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, random: torch.Generator | None = None) -> None:
         """W_down ~ N(0, 0.02^2), b_up = 1, the others 0, g near GELU: the vectors are all ones."""
-        self.up_proj.bias.fill_(1.0)
+        self.up_proj.shift.zero_()
         if self.is_static:
             return
         self.down_proj.weight.normal_(0.0, DOWN_PROJ_STD, generator=random)
@@ -231,6 +250,44 @@ class VectorGenerator(nn.Module):
             numerator, denominator = fit_gelu_rational(self.order)
             self.activation.numerator.copy_(torch.tensor(numerator))
             self.activation.denominator.copy_(torch.tensor(denominator))
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters by their names on disk, detached; all but b_up share memory."""
+        return {
+            name.replace("up_proj.shift", "up_proj.bias"): (
+                self.up_proj.bias if name == "up_proj.shift" else tensor
+            )
+            for name, tensor in self.state_dict().items()
+        }
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Round b_up - 1 to what b_up on disk can hold; no vector changes by it.
+
+        A training that goes on does then the same as one that is resumed.
+        """
+        self.up_proj.shift.copy_(self.up_proj.bias - 1.0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorGenerator:
+        def wide(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            narrows = result.is_floating_point() and result.element_size() < 4
+            return tensor.to(result.device) if narrows else result
+
+        super()._apply(wide, recurse)
+        return self
+
+    def train(self, mode: bool = True) -> VectorGenerator:
+        """As of any module; parameters in 16 bits become float32 before a step is taken."""
+        if mode:
+            for parameter in self.parameters():
+                # TRL narrows them beside a quantised backbone. Sharded ones are left alone.
+                data = parameter.data
+                if data.element_size() < 4 and type(data) in (Tensor, nn.Parameter):
+                    parameter.data = data.float()
+        super().train(mode)
+        return self
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """The vectors of each target module, from the prompt's hidden states.

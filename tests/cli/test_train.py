@@ -178,7 +178,16 @@ def test_resume_goes_on_to_the_same_adapter(
     [
         (["--resume"], "no checkpoint to resume from"),
         (["--patience", 2], "patience needs dev data"),
-        (["--no-such-option", 1], "no_such_option|no-such-option"),
+        (["--no-such-option", 1], "unknown option --no-such-option"),
+        (["--max-steps", 0], "--max-steps: expected 1 or more"),
+        (["--report-to", "comet_ml"], "not installed"),
+        (["--optim", "adamw_bnb_8bit"], "not installed"),
+        (["--output", "/proc/x/y"], "cannot make a folder there"),
+        (["--force", "--resume"], "give one of them"),
+        (["--adapter", "/nowhere", "--pooling", "mean"], "'--r', '--pooling' cannot be given"),
+        (["--held-out", "/nowhere.jsonl"], "No such file"),
+        (["--test", "/nowhere.jsonl"], "No such file"),
+        (["--chat-template-kwargs", '{"tools": []}'], "'tools' cannot be given"),
         (["--learning-rate", "fast"], "invalid float value: 'fast'"),
         (["--activation", "gelu", "--bilevel"], "no coefficients to learn"),
         (["--activation", "gelu", "relu", "gelu"], "one entry for each of the 2 layers"),
@@ -196,6 +205,128 @@ def test_train_refuses_in_one_line(
     assert status == 2
     assert last.startswith("vllm-pedro: error: ")
     assert any(part in last for part in said.split("|"))
+
+
+def without_r(argv: list[object]) -> list[object]:
+    place = argv.index("--r")
+    return argv[:place] + argv[place + 2 :]
+
+
+def test_a_trained_adapter_is_not_overwritten_and_can_be_started_from(
+    folder: Path, train_file: Path, dev_file: Path, tmp_path: Path, run: Run
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    argv = [*training(folder, train_file, first), "--save-strategy", "no", "--pooling", "mean"]
+    record = json.loads(run(*argv)[1])
+    status, _, err = run(*argv)
+    assert status == 2
+    assert "holds an adapter of another training" in err
+    assert load_adapter(first).digest == record["digest"]
+    assert json.loads(run(*argv, "--force")[1])["digest"] == record["digest"]
+    made = run("init", "--model", folder, "--output", second, "--r", 4)
+    assert made[0] == 0
+    assert load_adapter(second).config.input_norm == "rms"
+    status, _, err = run(*training(folder, train_file, second))
+    assert (status, "--force replaces it" in err) == (2, True)
+    # A warm start begins where the first ended.
+    more = [*without_r(training(folder, train_file, tmp_path / "third")), "--adapter", first]
+    more += ["--learning-rate", "0", "--save-strategy", "no", "--test", dev_file]
+    third = json.loads(run(*more)[1])
+    assert load_adapter(tmp_path / "third").config.pooling == "mean"
+    for name, tensor in load_adapter(first).tensors.items():
+        assert torch.equal(load_adapter(tmp_path / "third").tensors[name], tensor)
+    scored = run(
+        "eval", "--model", folder, "--adapter", first, "--data", dev_file, "--metric", "loss"
+    )
+    assert third["test"]["loss"] == json.loads(scored[1].splitlines()[-1])["loss"]
+    assert json.loads((tmp_path / "third" / "training.json").read_text())["test"] == third["test"]
+
+
+def test_resume_passes_over_a_broken_checkpoint_and_ends_with_the_last_step(
+    folder: Path, train_file: Path, tmp_path: Path, run: Run
+) -> None:
+    argv = [*training(folder, train_file, tmp_path / "a"), "--save-steps", 4]
+    record = json.loads(run(*argv)[1])
+    # All steps are done: nothing is trained, and the record stays.
+    status, out, err = run(*argv, "--resume")
+    assert (status, json.loads(out)) == (0, record)
+    assert "all 8 steps are done" in err
+    for name in ("optimizer.pt", "trainer_state.json", "adapter_model.safetensors"):
+        file = tmp_path / "a" / "checkpoint-8" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        status, out, err = run(*argv, "--resume")
+        found = json.loads(out)
+        assert (status, found["digest"]) == (0, record["digest"])
+        assert found["resumed_from_step"] == 4
+        assert "checkpoint-8: not whole, passed over" in err
+        assert file.read_bytes() != whole[: len(whole) // 2]
+
+
+def test_coefficients_learn_from_held_out_data_of_their_own(
+    folder: Path, train_file: Path, dev_file: Path, tmp_path: Path, run: Run
+) -> None:
+    argv = training(folder, train_file, tmp_path / "a")
+    status, _, err = run(*argv, "--held-out", dev_file)
+    assert (status, "held-out data are for a bi-level training" in err) == (2, True)
+    record = json.loads(run(*argv, "--bilevel", "--held-out", dev_file)[1])
+    part = json.loads(run(*training(folder, train_file, tmp_path / "b"), "--bilevel")[1])
+    assert record["digest"] != part["digest"]
+
+
+def test_what_is_pushed(
+    folder: Path, train_file: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi
+
+    seen: list[Any] = []
+
+    def upload(self: Any, repo_id: str, folder_path: Any, allow_patterns: Any, **how: Any) -> str:
+        present = [name for name in allow_patterns if (folder_path / name).is_file()]
+        seen.append((repo_id, sorted(present)))
+        return "there"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **how: None)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    argv = [*training(folder, train_file, tmp_path / "a"), "--save-steps", 4]
+    _, out, _ = run(*argv, "--push-to-hub", "true", "--hub-model-id", "me/mine")
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "training.json"]
+    assert seen == [("me/mine", names)]
+    assert json.loads(out)["pushed"] == "there"
+
+
+def test_eval_writes_what_each_row_was_answered(
+    folder: Path, tiny_adapter: Path, dev_file: Path, tmp_path: Path, run: Run
+) -> None:
+    long = tmp_path / "long.jsonl"
+    rows = [{"prompt": "ab" * 80, "completion": "x"}, {"prompt": "ab:", "completion": " yes"}]
+    long.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["eval", "--model", folder, "--adapter", tiny_adapter, "--max-new-tokens", 4]
+    written = tmp_path / "out.jsonl"
+    scores = {}
+    for beams in (1, 3):
+        status, out, _ = run(
+            *(*argv, "--data", dev_file, "--metric", "f1-em", "--beams", beams),
+            *("--output", written),
+        )
+        assert status == 0
+        scores[beams] = written.read_text()
+        lines = [json.loads(line) for line in scores[beams].splitlines()]
+        found = json.loads(out.splitlines()[-1])
+        assert len(lines) == found["rows"] == 24
+        assert lines[0].keys() == {"row", "answer", "expected", "f1", "right"}
+        assert found["f1_em"] == (found["f1"] + found["exact_match"]) / 2
+    assert scores[1] != scores[3]
+    _, out, err = run(*argv, "--data", long, "--metric", "loss")
+    assert json.loads(out)["rows_too_long"] == 1
+    assert "1 rows of more than 128 tokens left out" in err
+    for more, said in (
+        (["--max-new-tokens", 0], "--max-new-tokens: expected 1 or more, found 0"),
+        (["--beams", 2, "--engine", "vllm"], "--beams: only with --engine transformers"),
+        (["--output", "/nowhere/x"], "cannot write /nowhere/x"),
+    ):
+        status, _, err = run(*argv, "--data", dev_file, "--metric", "loss", *more)
+        assert (status, said in err.splitlines()[-1]) == (2, True)
 
 
 def test_a_bad_row_is_named(folder: Path, tmp_path: Path, run: Run) -> None:

@@ -9,6 +9,7 @@ import json
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -18,6 +19,9 @@ from server import check_greedy, curl, metrics
 from soak import BREAKAGES
 
 from vllm_pedro.bench.servers import serve
+from vllm_pedro.training import DataError, read_rows
+from vllm_pedro.training.data import prompt_tokens
+from vllm_pedro.training.run import load_tokenizer
 
 pytestmark = pytest.mark.engine
 
@@ -55,6 +59,7 @@ def server(root, outside, smol, tmp_path_factory):
     flags += ["--max-model-len", "512", "--kv-cache-memory-bytes", str(256 << 20)]
     flags += ["--max-num-seqs", "8", "--enable-log-requests", "--max-logprobs", "5"]
     flags += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    flags += ["--trust-request-chat-template"]
     flags += ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "8"]
     flags += ["--lora-modules", f"lora={lora}"]
     flags += ["--enable-pedro", "--pedro-root", str(root), "--max-pedro-rank", "16"]
@@ -221,6 +226,96 @@ def test_a_scored_prompt_ends_where_its_text_does(client):
     ):
         with pytest.raises(openai.BadRequestError, match=message):
             score(**extra)
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+CALL = {"type": "function", "id": "c1", "function": {"name": "weather", "arguments": "{}"}}
+ASK = {
+    "role": "user",
+    "content": [{"type": "text", "text": "Oslo?"}, {"type": "text", "text": "?"}],
+}
+TOLD = [
+    {"role": "system", "content": "Be brief."},
+    ASK,
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "rain"}]},
+]
+NUMBERS = CALL | {"function": {"name": "f", "arguments": '{"n": [1, 2.50]}'}}
+CHATS = {
+    "parts": {"messages": [ASK]},
+    "tools": {"messages": [ASK], "tools": [WEATHER]},
+    "calls": {"messages": TOLD, "tools": [{"function": WEATHER["function"] | {"strict": True}}]},
+    "thinking off": {"messages": [ASK], "chat_template_kwargs": {"enable_thinking": False}},
+    "reasoning": {
+        "messages": [
+            ASK,
+            {"role": "assistant", "reasoning": "hm", "content": "", "tool_calls": [NUMBERS]},
+            {"role": "tool", "tool_call_id": "c1", "content": "x"},
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("template", ["", "qwen3", "qwen2_5", "llama3_1", "gemma3", "phi3"])
+def test_prompts_of_training_are_those_of_serving(server, client, smol, template, tmp_path):
+    """Token for token, of every form of chat, or both refuse it."""
+    tokenizer = load_tokenizer(str(smol))
+    extra = {}
+    if template:
+        trl = pytest.importorskip("trl", reason="TRL has the templates")
+        folder = Path(trl.__file__).parent / "chat_templates"
+        extra["chat_template"] = (folder / f"{template}.jinja").read_text()
+        tokenizer.chat_template = extra["chat_template"]
+    seen = []
+    for name, chat in CHATS.items():
+        file = tmp_path / "chat.jsonl"
+        answer = {"role": "assistant", "content": "Yes."}
+        file.write_text(json.dumps(chat | {"messages": [*chat["messages"], answer]}))
+        status, body = curl(f"{server.url}/tokenize", {"model": "smol", **chat, **extra})
+        (row,) = read_rows(file)
+        if status != 200:
+            with pytest.raises(DataError, match="chat template refuses it"):
+                prompt_tokens(tokenizer, row)
+            continue
+        assert prompt_tokens(tokenizer, row) == json.loads(body)["tokens"], name
+        seen.append(tuple(json.loads(body)["tokens"]))
+        if name != "reasoning":
+            del row.fields["messages"]
+            file.write_text(
+                json.dumps(row.fields | {"prompt": chat["messages"], "completion": [answer]})
+            )
+            assert prompt_tokens(tokenizer, read_rows(file)[0]) == list(seen[-1])
+    assert len(seen) >= (1 if template == "phi3" else 2)
+    if template == "qwen3":
+        assert len(set(seen)) == len(CHATS)
+
+
+def test_an_older_name_of_reasoning(client, smol, tmp_path):
+    def turn(key):
+        return {"role": "assistant", "content": "Hm.", key: "Rain is wet."}
+
+    template = "{% for m in messages %}{{ m.reasoning_content or '' }}|{{ m.content }}{% endfor %}"
+    tokenizer = load_tokenizer(str(smol))
+    tokenizer.chat_template = template
+    for key in ("reasoning", "reasoning_content"):
+        chat = [*QUESTION, turn(key), *QUESTION]
+        answer = client.chat.completions.create(
+            model="smol",
+            messages=chat,
+            max_tokens=1,
+            extra_body={"chat_template": template, "return_token_ids": True},
+        )
+        (tmp_path / "chat.jsonl").write_text(
+            json.dumps({"messages": [*chat, {"role": "assistant", "content": "Yes."}]})
+        )
+        (row,) = read_rows(tmp_path / "chat.jsonl")
+        assert prompt_tokens(tokenizer, row) == answer.prompt_token_ids
 
 
 @pytest.mark.both_runners

@@ -69,10 +69,8 @@ def make_backbone(name: str = "Llama", seed: int = 0, **changes: Any) -> PreTrai
 
 def fill(model: PedroModel, name: str = "default", seed: int = 1, scale: float = 0.3) -> None:
     """Give an adapter random parameters that matter."""
-    tensors = init_adapter(model.pedro_configs[name], model.shape, seed, scale).tensors
-    with torch.no_grad():
-        for key, parameter in model.adapter_tensors(name).items():
-            parameter.copy_(tensors[key])
+    config = model.pedro_configs[name]
+    model.fill_adapter(name, init_adapter(config, model.shape, seed, scale).tensors)
 
 
 def make(name: str = "Llama", config: PedroConfig = CONFIG, **changes: Any) -> PedroModel:
@@ -161,7 +159,7 @@ def naive_llama(model: PedroModel, ids: list[int], pooled_length: int) -> Tensor
     def vectors(index: int, h: Tensor) -> dict[str, Tensor]:
         state = {
             key: value.double()
-            for key, value in model.vector_generators["default"][index].state_dict().items()
+            for key, value in model.vector_generators["default"][index].tensors().items()
         }
         prompt = h[:pooled_length]
         if pedro.input_norm == "rms":
@@ -648,8 +646,32 @@ def test_attributes_are_the_backbones() -> None:
     assert model.config is model.base_model.config
     assert model.device == torch.device("cpu")
     assert model.get_base_model() is model.base_model
-    with pytest.raises(AttributeError, match="nonsense"):
-        _ = model.nonsense
+    # What a trainer asks for goes on to the backbone. What would be done to it does not.
+    for name in ("nonsense", "save_checkpoint", "active_adapters", "merge_adapter", "half_"):
+        with pytest.raises(AttributeError, match=f"no attribute '{name}'; the backbone is at"):
+            getattr(model, name)
+
+
+def test_what_is_pushed_is_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not the backbone, which a user may have to keep to himself."""
+    from huggingface_hub import HfApi
+
+    seen: dict[str, Any] = {}
+
+    def upload(self: Any, repo_id: str, folder_path: str, allow_patterns: Any, **how: Any) -> str:
+        seen.update({file.name: file.read_bytes() for file in Path(folder_path).iterdir()})
+        assert set(seen) <= set(allow_patterns)
+        return f"https://huggingface.co/{repo_id}/commit/1"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **how: seen.clear())
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    model = make()
+    model.base_model.config.name_or_path = "some/backbone"
+    assert model.push_to_hub("me/mine", private=True) == "https://huggingface.co/me/mine/commit/1"
+    assert set(seen) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert b'base_model: "some/backbone"' in seen["README.md"]
+    numbers = sum(t.numel() for t in model.adapter_tensors().values())
+    assert 4 * numbers < len(seen["adapter_model.safetensors"]) < 4 * numbers + 10_000
 
 
 def test_deep_copy_is_independent() -> None:
@@ -876,13 +898,22 @@ def test_prompt_ends_where_labels_begin(llama: PedroModel) -> None:
     assert torch.equal(unlabelled.logits, whole.logits)
 
 
-def test_labels_without_a_prompt_pool_the_first_token_and_warn(llama: PedroModel) -> None:
-    ids, mask = pad([[5, 6, 7], [8, 9]], "left")
-    labels = ids.masked_fill(mask == 0, -100)
-    with pytest.warns(UserWarning, match="labels begin at the first token"):
-        found = llama(ids, attention_mask=mask, labels=labels)
-    want = llama(ids, attention_mask=mask, prompt_lengths=[1, 1])
-    assert torch.equal(found.logits, want.logits)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_labels_without_a_prompt_are_refused(llama: PedroModel, packed: bool) -> None:
+    """What the first token alone makes is nothing that serving makes; told so, it is taken."""
+    if packed:
+        ids = torch.tensor([[5, 6, 7, 8, 9]])
+        where = {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
+        labels = torch.tensor([[-100, 6, 7, 8, 9]])
+    else:
+        ids, mask = pad([[5, 6, 7], [8, 9]], "left")
+        where = {"attention_mask": mask}
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[0, 0] = -100
+    ways = "'prompt' and 'completion' columns, or assistant_only_loss=True.*or say with prompt_l"
+    with pytest.raises(PedroError, match=f"labels begin at the first token.*{ways}"):
+        llama(ids, labels=labels, **where)
+    assert llama(ids, labels=labels, prompt_lengths=[1, 1], **where).loss.isfinite()
 
 
 def test_labels_beside_a_filled_cache_say_nothing_about_prompts(llama: PedroModel) -> None:

@@ -38,8 +38,7 @@ def model(backbone: LlamaForCausalLM) -> PedroModel:
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if "vector_generators" in name:
-                noise = 0.3 * torch.randn(tensor.shape, generator=generator)
-                tensor.copy_(noise + name.endswith("up_proj.bias"))
+                tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
     return model
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from vllm_pedro.training.data import (
     DataError,
     Example,
     Row,
+    answers_of,
     encode,
     held_out_split,
     load_dataset,
@@ -23,7 +26,20 @@ from vllm_pedro.training.data import (
 )
 
 GOOD = {"prompt": "a", "completion": "b"}
+ASK = {"role": "user", "content": "q"}
 TOKENIZER = make_tokenizer()
+
+
+def say(content: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+def call(arguments: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+def chat(answer: Any, **more: Any) -> str:
+    return json.dumps({"messages": [ASK, answer], **more})
 
 
 def read_lines(folder: Path, *lines: str) -> list[Row]:
@@ -65,9 +81,26 @@ def test_gzip_byte_order_mark_and_limit(tmp_path: Path) -> None:
         ('{"messages": [{"role": "user"}, {}]}', "message 1: 'content': expected text"),
         (
             '{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}',
-            "expected role 'assistant' and some content, found role 'user'",
+            "expected role 'assistant' and some content or tool calls, found role 'user'",
         ),
         ("\ud800", "expected UTF-8"),
+        ('{"prompt": "a\\ud800b", "completion": "c"}', "half of a surrogate pair"),
+        ('{"prompt": "x", "prompt": "y", "completion": "z"}', "duplicate keys 'prompt'"),
+        ('[{"prompt": "x"}]', "jq -c '.[]'"),
+        ('{"prompt": "x", "completion": "y", "tools": [{}]}', "'tools' belongs to a chat"),
+        (chat({"role": "assistant"}), "'content': expected text, or 'tool_calls', found no such"),
+        (chat(say([{"type": "image_url", "image_url": {}}])), "'content': expected parts of the t"),
+        (chat(say("x") | {"weight": 0}), "message 2: 'weight' is not supported"),
+        (chat(say("x") | {"tool_calls": [{"name": "f"}]}), "'tool_calls': expected {"),
+        (chat(say(None) | {"tool_calls": [call("{")]}), "'arguments': invalid JSON"),
+        (chat(say(None) | {"tool_calls": [call("[1]")]}), "'arguments': expected an object"),
+        (chat(say("x"), tools=[{"name": "f"}]), "'tools': expected {"),
+        (chat(say("x"), chat_template_kwargs={"tokenize": True}), "'tokenize' cannot be given"),
+        (chat(say("x"), chat_template_kwargs=[1]), "expected an object, found list"),
+        (
+            json.dumps({"prompt": [ASK], "completion": [say("x"), say("y")]}),
+            "'completion': expected one message, found 2",
+        ),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: str, said: str) -> None:
@@ -75,6 +108,46 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: str, said: st
         read_lines(tmp_path, json.dumps(GOOD), line)
     assert str(caught.value).startswith(f"{tmp_path / 'rows.jsonl'}, line 2: ")
     assert said in str(caught.value)
+
+
+def test_tables_are_read_as_lines_are(tmp_path: Path) -> None:
+    rows = [{"prompt": "a, b", "completion": "1"}, {"prompt": "c\n", "completion": "02"}]
+    for name, mark in (("rows.csv", ","), ("rows.tsv", "\t")):
+        with open(tmp_path / name, "w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.DictWriter(file, ["prompt", "completion"], delimiter=mark)
+            writer.writeheader()
+            writer.writerows(rows)
+        found = read_rows(tmp_path / name)
+        assert [(r.prompt, r.completion) for r in found] == [tuple(r.values()) for r in rows]
+    (tmp_path / "bad.csv").write_text("prompt,completion\na,b,c\n")
+    with pytest.raises(DataError, match=r"bad.csv, line 2: expected 2 columns"):
+        read_rows(tmp_path / "bad.csv")
+
+
+def test_parquet_and_folders_of_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"messages": [ASK, say("x")], "tools": "[]"}, {"messages": [ASK, say("y")]}]
+    table = pyarrow.Table.from_pylist(rows)
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    data = datasets.Dataset(table, fingerprint="rows")
+    data.save_to_disk(str(tmp_path / "folder"))
+    datasets.DatasetDict(train=data).save_to_disk(str(tmp_path / "splits"))
+    for name in ("rows.parquet", "folder", "splits/train"):
+        found = read_rows(tmp_path / name)
+        assert [row.completion for row in found] == ["x", "y"]
+        assert found[1].source.endswith("row 2")
+    for name, said in (("splits", "found 'train'; name one"), ("splits/..", "as a data set")):
+        with pytest.raises(DataError, match=said):
+            read_rows(tmp_path / name)
+
+
+def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = io.TextIOWrapper(io.BytesIO((json.dumps(GOOD) + "\n").encode()))
+    monkeypatch.setattr("sys.stdin", text)
+    (row,) = read_rows("-")
+    assert (row.source, row.prompt) == ("-, line 1", "a")
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
@@ -129,6 +202,108 @@ def test_chat_tokens_are_those_of_the_template() -> None:
     assert example.prompt == TOKENIZER(text, add_special_tokens=False)["input_ids"]
     # The template's line break after <eos> is never generated, so it is not learnt.
     assert TOKENIZER.decode(example.completion) == "answer<eos>"
+
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | tojson }}"
+    "{% endfor %}"
+    "<eos>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>"
+    "{% if mode %}{{ mode }}{% endif %}{% endif %}"
+)
+
+
+def test_tool_calls_and_reasoning_are_learnt_as_the_template_writes_them(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    tool = {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "r"}, "s"]}
+    rows = read_lines(
+        tmp_path,
+        chat(say(None) | {"tool_calls": [call('{"x": 1}')]}, tools=TOOLS),
+        chat(say("x") | {"reasoning_content": "hm"}),
+        json.dumps({"messages": [ASK, say(None) | {"tool_calls": [call("")]}, tool, say("z")]}),
+        json.dumps({"prompt": [ASK], "completion": [say(["x", "y"])]}),
+    )
+    found = [tokenizer.decode(encode(tokenizer, row).completion) for row in rows]
+    assert found == ['f{"x": 1}<eos>', "(hm)x<eos>", "z<eos>", "x\ny<eos>"]
+    assert answers_of(tokenizer, rows[0]) == ['f{"x": 1}']
+    prompts = [tokenizer.decode(prompt_tokens(tokenizer, row)) for row in rows]
+    tools = '[{"type": "function", "function": {"name": "f", "description": null, "parameters": nul'
+    assert prompts[0].startswith(tools)
+    assert prompts[2] == "<|user|>q<eos>\n<|assistant|>f{}<eos>\n<|tool|>r\ns<eos>\n<|assistant|>"
+
+
+def test_options_of_the_template(tmp_path: Path) -> None:
+    """A row has the last word, as a request to a server has."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    path = write_rows(
+        tmp_path / "rows.jsonl",
+        [
+            {"messages": [ASK, say("x")]},
+            {"messages": [ASK, say("x")], "chat_template_kwargs": {"mode": "[b]"}},
+        ],
+    )
+    rows = read_rows(path, options={"mode": "[a]", "other": 1})
+    ends = [tokenizer.decode(prompt_tokens(tokenizer, row))[-3:] for row in rows]
+    assert ends == ["[a]", "[b]"]
+    with pytest.raises(DataError, match="'tools' cannot be given"):
+        read_rows(path, options={"tools": []})
+
+
+def test_all_turns_are_rows_of_their_own(tmp_path: Path) -> None:
+    messages = [ASK, say("one"), ASK, say(None) | {"tool_calls": [call("{}")]}, ASK, say("two")]
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": messages}])
+    assert [row.completion for row in read_rows(path)] == ["two"]
+    rows = read_rows(path, all_turns=True)
+    assert [len(row.prompt) for row in rows] == [1, 3, 5]
+    assert [row.completion for row in rows] == ["one", "", "two"]
+    assert [row.source.rpartition(": ")[2] for row in rows[:2]] == ["message 2", "message 4"]
+    assert rows[1].answer is not None
+
+
+def test_a_turn_ends_with_the_models_own_end() -> None:
+    """What a template writes after it is never generated, and dilutes the loss."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}!\n<eos>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    end = tokenizer.convert_tokens_to_ids("!")
+    row = Row("here", [ASK], "OK")
+    assert tokenizer.decode(encode(tokenizer, row).completion) == "OK!\n<eos>"
+    row = Row("here", [ASK], "OK", end_tokens=[end])
+    assert tokenizer.decode(encode(tokenizer, row).completion) == "OK!"
+    # A text's completion is what it is.
+    row = Row("here", "a", "b!c", end_tokens=[end])
+    assert tokenizer.decode(encode(tokenizer, row).completion) == "b!c<eos>"
+
+
+def test_tokens_that_would_merge_after_the_generation_prompt() -> None:
+    """The text tells prompt and completion apart where the tokens do not."""
+
+    class Pairs:
+        """Two letters a token, from the left."""
+
+        eos_token_id = None
+        chat_template = "given"
+
+        def get_chat_template(self, **how: Any) -> str:
+            return self.chat_template
+
+        def apply_chat_template(self, chat: Any, **how: Any) -> str:
+            texts = [m["content"] for m in chat if isinstance(m["content"], str)]
+            return ":".join(texts + [""] * how.get("add_generation_prompt", False))
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, Any]:
+            return {"input_ids": [hash(text[i : i + 2]) for i in range(0, len(text), 2)]}
+
+    tokenizer = Pairs()
+    example = encode(tokenizer, Row("here", [{"role": "user", "content": "ab"}], "cde"))
+    assert example.prompt == tokenizer("ab:")["input_ids"]
+    assert example.completion == tokenizer("cde")["input_ids"]
 
 
 def test_a_chat_can_be_pooled_as_in_its_first_turn(tmp_path: Path) -> None:

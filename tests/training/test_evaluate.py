@@ -49,7 +49,7 @@ def test_squad_scores_are_squads() -> None:
     assert squad_f1("cat", "the") == 0.0
     rows = [Row("", "q", "x", {"answers": ["Paris", "in Paris"]}), Row("", "q", "Rome")]
     found = evaluate(Parrot(["In paris.", "Milan"]), TOKENIZER, rows, "f1-em")
-    assert found == {"f1": 0.5, "exact_match": 0.5, "rows": 2}
+    assert found == {"f1": 0.5, "exact_match": 0.5, "f1_em": 0.5, "rows": 2}
 
 
 def test_exact_match_forgives_white_space_only() -> None:

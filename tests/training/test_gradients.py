@@ -32,10 +32,9 @@ def make(config: PedroConfig) -> PedroModel:
             # transformers' own goes through float32 whatever comes in.
             module.forward = functools.partial(rms_norm, module)
     model = get_pedro_model(backbone, config).double()
-    tensors = init_adapter(config, model.shape, seed=1, scale=0.3).tensors
+    model.fill_adapter("default", init_adapter(config, model.shape, seed=1, scale=0.3).tensors)
     with torch.no_grad():
         for name, parameter in model.adapter_tensors().items():
-            parameter.copy_(tensors[name])
             if name.endswith("down_proj.weight"):
                 parameter *= 10
     return model

@@ -96,6 +96,7 @@ def test_pooled_states_are_what_w_down_sees(pooling: str, norm: str | None) -> N
 
 
 @pytest.mark.parametrize("activation", ["gelu", "rational", "relu"])
+@torch.no_grad()
 def test_a_conditioned_adapter_is_the_identity_and_trains(activation: str) -> None:
     model = make(activation=activation)
     ids = torch.tensor([DATA[0].prompt])

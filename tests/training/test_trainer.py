@@ -17,6 +17,7 @@ from vllm_pedro.adapter import load_adapter
 from vllm_pedro.config import PedroConfig
 from vllm_pedro.errors import PedroError
 from vllm_pedro.model import PedroModel, get_pedro_model
+from vllm_pedro.model.prompts import Prompts
 from vllm_pedro.training.collator import CompletionCollator, PackedCollator
 from vllm_pedro.training.data import Example, Row, encode
 from vllm_pedro.training.trainer import (
@@ -139,6 +140,36 @@ def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
         assert torch.allclose(one, other, atol=2e-5)
 
 
+def test_metrics_get_predictions_that_fit_their_labels(tmp_path: Path) -> None:
+    seen: list[tuple[Any, Any]] = []
+
+    def metrics(found: Any) -> dict[str, float]:
+        seen.append((found.predictions, found.label_ids))
+        return {"known": float((found.label_ids != -100).sum())}
+
+    trainer = make_trainer(tmp_path, dev=DEV)
+    plain = trainer.evaluate()["eval_loss"]
+    trainer.compute_metrics = metrics
+    result = trainer.evaluate()
+    assert result["eval_loss"] == pytest.approx(plain, abs=1e-6)
+    assert result["eval_known"] == sum(len(example.completion) for example in DEV)
+    ((logits, labels),) = seen
+    assert logits.shape[:2] == labels.shape
+    places = labels[:, 1:] != -100
+    scores = torch.tensor(logits[:, :-1][places]).log_softmax(-1)
+    chosen = scores.gather(1, torch.tensor(labels[:, 1:][places])[:, None])
+    assert -float(chosen.mean()) == pytest.approx(plain, abs=1e-5)
+    assert trainer.predict(DEV).predictions.shape[:2] == labels.shape
+
+
+def test_an_adapter_that_nothing_can_train_is_named(tmp_path: Path) -> None:
+    model = get_pedro_model(make_backbone(), CONFIG)
+    model.save_pretrained(tmp_path)
+    frozen = PedroModel.from_pretrained(make_backbone(), tmp_path)
+    with pytest.raises(PedroError, match=r"no parameter to train.*is_trainable=True"):
+        make_trainer(tmp_path, model=frozen)
+
+
 # ---- bi-level optimisation
 
 
@@ -254,7 +285,7 @@ def test_learning_rates_by_number_of_inputs(tmp_path: Path) -> None:
     want = {
         "down_proj.weight": 1e-2 * 4 / d,
         "up_proj.weight": 1e-2 * 4 / 16,
-        "up_proj.bias": 1e-2,
+        "up_proj.shift": 1e-2,
         "activation.numerator": 1e-3,
         "activation.denominator": 1e-3,
     }
@@ -267,7 +298,7 @@ def test_learning_rates_by_number_of_inputs(tmp_path: Path) -> None:
     own = rates(fan_in_learning_rates=True, down_learning_rate=0.5, coefficient_learning_rate=0.25)
     assert own["down_proj.weight"] == 0.5
     assert own["activation.numerator"] == 0.25
-    assert rates(PedroConfig(r=0), fan_in_learning_rates=True) == {"up_proj.bias": 1e-2}
+    assert rates(PedroConfig(r=0), fan_in_learning_rates=True) == {"up_proj.shift": 1e-2}
 
 
 @pytest.mark.parametrize("bilevel", [False, True], ids=["joint", "bilevel"])
@@ -435,7 +466,7 @@ def test_guard_without_exploding() -> None:
 def test_guard_can_be_off(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, guard=False, max_steps=1)
     with torch.no_grad():
-        trainer.model.vector_generators["default"][0].up_proj.bias.fill_(math.nan)
+        trainer.model.vector_generators["default"][0].up_proj.shift.fill_(math.nan)
     trainer.train()
 
 
@@ -517,18 +548,18 @@ def test_transformers_trainer(tmp_path: Path) -> None:
         assert torch.equal(again.model.adapter_tensors()[name], tensor)
 
 
-def test_trl_sft_trainer(tmp_path: Path) -> None:
+def test_trl_sft_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trl = pytest.importorskip("trl", reason="TRL is not installed")
     datasets = pytest.importorskip("datasets")
     pyarrow = pytest.importorskip("pyarrow")
     torch.manual_seed(3)
     model = get_pedro_model(make_backbone(), CONFIG)
     seen: list[list[int]] = []
-    forward = PedroModel._prompts_of
+    pooled_tokens = Prompts.pooled_tokens
 
-    def watch(self: PedroModel, lengths: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(mask.sum(1).tolist())
-        return forward(self, lengths, mask, *args, **kwargs)
+    def watch(self: Prompts, *args: Any) -> Any:
+        seen.append(pooled_tokens(self, *args).sum(1).tolist())  # type: ignore[union-attr]
+        return pooled_tokens(self, *args)
 
     rows = make_rows(48)
     trainer = trl.SFTTrainer(
@@ -538,11 +569,8 @@ def test_trl_sft_trainer(tmp_path: Path) -> None:
         train_dataset=datasets.Dataset(pyarrow.Table.from_pylist(rows), fingerprint="rows"),
         processing_class=TOKENIZER,
     )
-    PedroModel._prompts_of = watch  # type: ignore[method-assign]
-    try:
-        trainer.train()
-    finally:
-        PedroModel._prompts_of = forward  # type: ignore[method-assign]
+    monkeypatch.setattr(Prompts, "pooled_tokens", watch)
+    trainer.train()
     found = [e["loss"] for e in trainer.state.log_history if "loss" in e]
     assert found[-1] < 0.85 * found[0]
     lengths = {len(TOKENIZER(row["prompt"])["input_ids"]) for row in rows}

@@ -6,20 +6,25 @@ huggingface_hub's own. Where the hub does not answer, what is in the cache count
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 from ..backbone import BackboneShape
-from ..config import CONFIG_NAME, MAX_CONFIG_BYTES, PedroConfig, read_config_bytes
-from ..errors import AdapterError, first_line
-from ..files import parse_json_object
+from ..config import CONFIG_NAME, MAX_CONFIG_BYTES, PEFT_TYPE, PedroConfig, read_config_bytes
+from ..errors import AdapterError, PedroError, first_line
+from ..files import parse_json_object, replace_file
 from .header import FLOAT_DTYPES, MAX_HEADER_BYTES
 from .names import WEIGHTS_NAME
 from .shapes import expected_shapes
+
+CARD_NAME: Final = "README.md"
+UPLOADED: Final = (CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, "training.json")
+"""What `push` uploads of a folder."""
 
 _REPOSITORY = re.compile(
     r"(?!.*\.\.)(?P<id>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII
@@ -93,6 +98,74 @@ def fetch_adapter(
     most = values * max(FLOAT_DTYPES.values()) + MAX_HEADER_BYTES
     # Of the config's commit, whatever the branch is by now.
     return _fetch(repository._replace(revision=folder.name), WEIGHTS_NAME, most).parent
+
+
+def local_config(
+    path: str | os.PathLike[str], subfolder: str | None = None, revision: str | None = None
+) -> Path | None:
+    """The folder of a PEDRO adapter's config, here or, once fetched, in the hub's cache.
+
+    Returns:
+        None: there is nothing, or an adapter of another kind.
+    """
+    repository = repository_of(os.fspath(path))
+    if repository is None:
+        folder = Path(path, subfolder or "")
+    else:
+        try:
+            folder = fetch_config(repository._replace(revision=revision or repository.revision))
+        except AdapterError:
+            return None
+    return folder if _is_pedro(folder / CONFIG_NAME) else None
+
+
+def write_card(folder: str | os.PathLike[str], base_model: str | None) -> None:
+    """Write README.md, the hub's model card, into an adapter's folder that has none."""
+    file = Path(folder, CARD_NAME)
+    if file.exists():
+        return
+    lines = ["library_name: peft", "pipeline_tag: text-generation", "tags:", "- pedro"]
+    if base_model is not None:
+        # Quoted: it may be a path of any kind.
+        lines = [f"base_model: {json.dumps(base_model)}", *lines]
+    text = "\n".join(["---", *lines, "---", "", "# PEDRO adapter", ""])
+    replace_file(file, text.encode())
+
+
+def push(folder: str | os.PathLike[str], repo_id: str, **how: Any) -> str:
+    """Upload an adapter's folder to the hub, and nothing else that is in it.
+
+    Args:
+        folder: the folder.
+        repo_id: the repository, e.g. "me/my-adapter", made if it is not there.
+        **how: `private`, `token`, and for the upload `commit_message` and `revision`.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        PedroError: the hub refuses it, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi(token=how.pop("token", None))
+    try:
+        api.create_repo(repo_id, private=how.pop("private", None), exist_ok=True)
+        found = api.upload_folder(
+            repo_id=repo_id, folder_path=Path(folder), allow_patterns=list(UPLOADED), **how
+        )
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise PedroError(f"{repo_id}: cannot push to the hub: {first_line(error)}") from error
+    return str(found)
+
+
+def _is_pedro(config: Path) -> bool:
+    try:
+        values = json.loads(config.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.get("peft_type") == PEFT_TYPE
 
 
 def _fetch(repository: Repository, name: str, most: int) -> Path:

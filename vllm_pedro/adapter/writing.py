@@ -104,7 +104,7 @@ def init_adapter(
     tensors: dict[str, Tensor] = {}
     for layer in range(shape.num_layers):
         generator = VectorGenerator(config, shape, layer, random)
-        for suffix, tensor in generator.state_dict().items():
+        for suffix, tensor in generator.tensors().items():
             if scale is not None and suffix in (UP, BIAS, DOWN_BIAS):
                 by = 1.0 if suffix == DOWN_BIAS else scale
                 tensor += torch.randn(tensor.shape, generator=random) * by

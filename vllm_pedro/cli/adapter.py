@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..backbone import BackboneShape
-from ..config import CONFIG_NAME, PedroConfig
+from ..config import CONFIG_NAME
 from ..errors import PedroError
-from .options import add_adapter_options, config_of
+from .options import add_adapter_options, add_chat_options, config_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ def add_parsers(commands: Any) -> None:
     )
     init.add_argument("--model", metavar="FOLDER", required=True, help="a model's folder")
     init.add_argument("--output", metavar="FOLDER", required=True, help="where to write it")
-    add_adapter_options(init, PedroConfig().input_norm or "none")
+    add_adapter_options(init)
     init.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     init.add_argument(
         "--scale",
@@ -60,6 +60,7 @@ def add_inspect_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="show how the vectors differ over the prompts of this file; needs --model",
     )
+    add_chat_options(parser)
     parser.add_argument("--limit", type=int, metavar="N", default=50, help="prompts (%(default)s)")
     parser.add_argument(
         "--plot",
@@ -102,7 +103,14 @@ def inspect_more(adapter: Adapter, args: argparse.Namespace) -> None:
     if args.data is not None:
         from ..training.run import load_rows
 
-        model, rows = load_rows(args.model, args.adapter, args.data, args.limit)
+        model, rows = load_rows(
+            args.model,
+            args.adapter,
+            args.data,
+            args.limit,
+            args.prompt_length,
+            args.chat_template_kwargs,
+        )
         prompts = [row.prompt[: row.prompt_length] for row in rows]
         vectors = inspection.vectors_of_prompts(model, prompts)
         spread = inspection.spread_over_prompts(vectors)
@@ -144,6 +152,8 @@ def run_init(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if (output / CONFIG_NAME).exists() and not args.force:
         raise PedroError(f"{output} holds an adapter already; --force replaces it")
+    if args.scale is not None and not args.scale >= 0:
+        raise PedroError(f"--scale: expected 0 or more, found {args.scale:g}")
     config = config_of(args, inference_mode=True)
     shape = BackboneShape.from_pretrained(args.model)
     adapter = init_adapter(config, shape, args.seed, args.scale)

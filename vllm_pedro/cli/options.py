@@ -1,15 +1,21 @@
-"""Options that `vllm-pedro init` and `train` share, and the config that they make."""
+"""Options that commands share, and the config that some of them make."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
 
 from ..backbone import TARGET_MODULES
 from ..config import ACTIVATIONS, POOLINGS, SCOPES, PedroConfig
+from ..errors import PedroError
+from ..files import shorten
+from ..training.choices import PROMPT_LENGTHS
 
 
 def add_adapter_options(
-    parser: argparse._ActionsContainer, input_norm: str, activation: str | None = "rational"
+    parser: argparse._ActionsContainer, activation: str | None = "rational"
 ) -> None:
     """The options that make a `PedroConfig`; without an `activation` the recipe has it."""
     defaults = PedroConfig()
@@ -27,7 +33,7 @@ def add_adapter_options(
         "--pooling", choices=POOLINGS, default=defaults.pooling, help="(%(default)s)"
     )
     parser.add_argument(
-        "--input-norm", choices=("none", "rms"), default=input_norm, help="(%(default)s)"
+        "--input-norm", choices=("none", "rms"), default="rms", help="(%(default)s)"
     )
     parser.add_argument(
         "--down-bias", action="store_true", help="give the generators a bias b_down after W_down"
@@ -49,6 +55,21 @@ def add_adapter_options(
     )
 
 
+def refuse_adapter_options(argv: Sequence[str]) -> None:
+    """Refuse `add_adapter_options`'s options where an adapter is there that says it all.
+
+    Raises:
+        PedroError: names the options.
+    """
+    parser = argparse.ArgumentParser()
+    add_adapter_options(parser)
+    known = parser._option_string_actions
+    given = [word.partition("=")[0] for word in argv]
+    found = [name for name in given if name in known and name not in ("-h", "--help")]
+    if found:
+        raise PedroError(f"--adapter: its config holds; {shorten(found)} cannot be given")
+
+
 def config_of(args: argparse.Namespace, inference_mode: bool = False) -> PedroConfig:
     """The config that `add_adapter_options` and `--model` ask for."""
     return PedroConfig(
@@ -61,4 +82,32 @@ def config_of(args: argparse.Namespace, inference_mode: bool = False) -> PedroCo
         scope=args.scope,
         activation=args.activation[0] if len(args.activation) == 1 else args.activation,
         inference_mode=inference_mode,
+    )
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, found {text}")
+    return value
+
+
+def add_chat_options(parser: Any) -> None:
+    """How chats are rendered and what is pooled of them, as a server has it."""
+    parser.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        type=_json_object,
+        help="what the chat template is given, e.g. '{\"enable_thinking\": false}', as requests to "
+        "a server give it; rows have the last word",
+    )
+    parser.add_argument(
+        "--prompt-length",
+        choices=PROMPT_LENGTHS,
+        default=PROMPT_LENGTHS[0],
+        help="what is pooled of rows with 'messages': all before the last one, or the first turn's "
+        "prompt alone, as a server with --pedro-prompt-length first_turn does (%(default)s)",
     )

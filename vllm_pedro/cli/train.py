@@ -6,13 +6,14 @@ Parsers are built without torch, so that `--help` is quick.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import PedroError
-from ..training.choices import DTYPES, METRICS, PROMPT_LENGTHS, RECIPES, STARTS
-from .options import add_adapter_options, config_of
+from ..training.choices import DTYPES, METRICS, RECIPES, STARTS
+from .options import add_adapter_options, add_chat_options, config_of, refuse_adapter_options
 
 if TYPE_CHECKING:
     from ..training.trainer import PedroTrainingArguments
@@ -39,17 +40,6 @@ _SHOWN: dict[str, tuple[str, str]] = {
 }
 
 
-def add_prompt_length(parser: Any) -> None:
-    """What is pooled of a chat, as `vllm serve --pedro-prompt-length` has it."""
-    parser.add_argument(
-        "--prompt-length",
-        choices=PROMPT_LENGTHS,
-        default=PROMPT_LENGTHS[0],
-        help="what is pooled of rows with 'messages': all before the last one, or the first turn's "
-        "prompt alone, as a server with --pedro-prompt-length first_turn does (%(default)s)",
-    )
-
-
 def add_train_options(parser: argparse.ArgumentParser) -> None:
     """The options of `vllm-pedro train`."""
     data = parser.add_argument_group("model and data")
@@ -58,16 +48,30 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         "--train",
         metavar="FILE",
         required=True,
-        help="JSONL or JSONL.gz: rows with 'prompt' and 'completion', or with 'messages'",
+        help="JSONL, JSONL.gz, CSV, Parquet or a folder of datasets': rows with 'prompt' and "
+        "'completion', or with 'messages'; - is standard input",
     )
     data.add_argument("--dev", metavar="FILE", help="the same, to choose the best checkpoint by")
+    data.add_argument("--test", metavar="FILE", help="the same, to score the finished adapter on")
+    data.add_argument(
+        "--test-metric", choices=METRICS, default="loss", help="for --test (%(default)s)"
+    )
     data.add_argument("--output", metavar="FOLDER", required=True, help="for the adapter")
+    data.add_argument(
+        "--force", action="store_true", help="replace the adapter and checkpoints that are there"
+    )
     data.add_argument(
         "--base-model-name",
         metavar="NAME",
         help="what the adapter's config calls the backbone, e.g. its name on the hub (--model)",
     )
-    add_prompt_length(data)
+    add_chat_options(data)
+    data.add_argument(
+        "--all-turns",
+        action="store_true",
+        help="learn every turn of the assistant in a chat, each from its own prompt, not the last "
+        "alone",
+    )
     data.add_argument("--max-length", type=int, metavar="N", help="leave longer rows out")
     data.add_argument("--limit", type=int, metavar="N", help="use the first N rows of --train")
     data.add_argument("--dev-limit", type=int, metavar="N", help="use the first N rows of --dev")
@@ -75,7 +79,8 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, default="auto", help="the backbone's (%(default)s)"
     )
     adapter = parser.add_argument_group("adapter")
-    add_adapter_options(adapter, "rms", activation=None)
+    adapter.add_argument("--adapter", metavar="FOLDER", help="start from it, not from a fresh one")
+    add_adapter_options(adapter, activation=None)
     more = parser.add_argument_group("training")
     conditioned, plain = RECIPES
     more.add_argument(
@@ -102,6 +107,9 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         help="scale the generators' learning rates by their number of inputs (the recipe's)",
     )
     more.add_argument("--held-out-fraction", type=float, metavar="X", help="for --bilevel (0.2)")
+    more.add_argument(
+        "--held-out", metavar="FILE", help="for --bilevel: these data, in place of a fraction"
+    )
     more.add_argument("--packing", action="store_true", help="pack the rows of a batch into one")
     more.add_argument(
         "--patience", type=int, metavar="N", help="stop after N evaluations without a better loss"
@@ -158,8 +166,15 @@ def training_arguments(args: argparse.Namespace, others: Sequence[str]) -> Pedro
         (result,) = parser.parse_args_into_dataclasses([*argv, *others])
     except PedroError:
         raise
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        known = {entry.name for entry in dataclasses.fields(PedroTrainingArguments)}
+        names = [word.partition("=")[0] for word in others if word.startswith("--")]
+        unknown = [name for name in names if name[2:].replace("-", "_") not in known]
+        if unknown:
+            raise PedroError(f"unknown option {unknown[0]}") from None
         raise PedroError(str(error)) from error
+    if result.max_steps == 0:
+        raise PedroError("--max-steps: expected 1 or more, found 0")
     return result
 
 
@@ -182,8 +197,21 @@ def add_parsers(commands: Any) -> None:
     evaluate.add_argument("--model", metavar="FOLDER", required=True, help="the backbone's folder")
     evaluate.add_argument("--adapter", metavar="FOLDER", help="without: the plain model")
     evaluate.add_argument("--data", metavar="FILE", required=True, help="JSONL or JSONL.gz")
-    add_prompt_length(evaluate)
-    evaluate.add_argument("--metric", choices=METRICS, required=True)
+    add_chat_options(evaluate)
+    evaluate.add_argument("--all-turns", action="store_true", help="score every turn of a chat")
+    evaluate.add_argument(
+        "--metric",
+        choices=METRICS,
+        required=True,
+        help="accuracy: the likeliest of the data's completions; exact-match, and f1-em (SQuAD's "
+        "F1, exact match and their mean): of free answers; loss: mean over completions' tokens",
+    )
+    evaluate.add_argument(
+        "--beams", type=int, metavar="N", default=1, help="of a free answer (1: greedy)"
+    )
+    evaluate.add_argument(
+        "--output", metavar="FILE", help="JSONL for what each row was answered and scored"
+    )
     evaluate.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="(%(default)s)")
     evaluate.add_argument("--dtype", choices=DTYPES, default="auto", help="(%(default)s)")
     evaluate.add_argument("--limit", type=int, metavar="N", help="use the first N rows")
@@ -220,15 +248,28 @@ def run_train(args: argparse.Namespace, others: Sequence[str], argv: Sequence[st
         limit=args.limit,
         dev_limit=args.dev_limit,
         prompt_length=args.prompt_length,
+        all_turns=args.all_turns,
+        chat_template_kwargs=args.chat_template_kwargs,
         packing=args.packing,
         patience=args.patience,
         resume=args.resume,
+        adapter=args.adapter,
+        force=args.force,
+        held_out=args.held_out,
+        test=args.test,
+        test_metric=args.test_metric,
         save_dtype=args.save_dtype,
         command=["vllm-pedro", *argv],
     )
-    record = train(job, training_arguments(args, others))
-    summary: dict[str, Any] = {"adapter": args.output, **record}
-    print(json.dumps(summary, ensure_ascii=False))
+    if args.adapter is not None:
+        refuse_adapter_options(argv)
+    if args.force and args.resume:
+        raise PedroError("--force and --resume: give one of them")
+    settings = training_arguments(args, others)
+    record = train(job, settings)
+    if settings.process_index == 0:
+        summary: dict[str, Any] = {"adapter": args.output, **record}
+        print(json.dumps(summary, ensure_ascii=False))
     return 0
 
 
@@ -250,6 +291,10 @@ def run_eval(args: argparse.Namespace) -> int:
         limit=args.limit,
         max_new_tokens=args.max_new_tokens,
         prompt_length=args.prompt_length,
+        all_turns=args.all_turns,
+        chat_template_kwargs=args.chat_template_kwargs,
+        beams=args.beams,
+        output=args.output,
     )
     print(json.dumps(scores, ensure_ascii=False))
     return 0

@@ -22,5 +22,6 @@ from __future__ import annotations
 from .cache import PromptVectors
 from .pedro_model import PedroModel, get_pedro_model
 from .prompts import IGNORED_LABEL
+from .wiring import takes_prompts
 
-__all__ = ["IGNORED_LABEL", "PedroModel", "PromptVectors", "get_pedro_model"]
+__all__ = ["IGNORED_LABEL", "PedroModel", "PromptVectors", "get_pedro_model", "takes_prompts"]

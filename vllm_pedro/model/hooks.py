@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ class Pass:
         layers_run: indices of the layers that took part.
     """
 
-    generators: nn.ModuleList
+    generators: Sequence[nn.Module] | nn.ModuleList
     vectors: PromptVectors
     mask: Tensor | None
     is_prefill: bool
@@ -55,7 +56,7 @@ class Pass:
                 )
             return vectors
         generator = cast(VectorGenerator, self.generators[index])
-        device = generator.up_proj.bias.device
+        device = generator.up_proj.shift.device
         mask = self.mask
         if self.packed is not None:
             hidden = hidden.flatten(0, 1)[self.packed.index.to(hidden.device)]

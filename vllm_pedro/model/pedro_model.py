@@ -3,31 +3,74 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import load_adapter, save_adapter, tensor_name
+from ..adapter.hub import push, write_card
+from ..adapter.shapes import check_shapes
 from ..backbone import BackboneShape
 from ..config import PedroConfig
 from ..errors import PedroError
 from ..files import shorten
 from ..generator import VectorGenerator
-from .cache import PromptVectors
-from .hooks import PASS_KEY, LayerHooks, Pass
-from .projections import decoder_layers, find_projections
-from .prompts import (
-    Prompts,
-    packed_sequences,
-    readers_from_pooled_token,
-    tokens_before_labels,
-)
+from .projections import decoder_layers, device_of, find_projections
+from .wiring import Active, Wiring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# What trainers, TRL and pipelines ask of a model and mean the backbone by. All else, such as what
+# uploads, saves or manages adapters, would be done to the backbone without a word.
+_OF_BACKBONE: Final = frozenset(
+    {
+        "_no_split_modules",
+        "_tp_size",
+        "add_model_tags",
+        "base_model_prefix",
+        "can_generate",
+        "config",
+        "device",
+        "disable_input_require_grads",
+        "dtype",
+        "enable_input_require_grads",
+        "floating_point_ops",
+        "fsdp_size",
+        "generation_config",
+        "get_input_embeddings",
+        "get_output_embeddings",
+        "gradient_checkpointing_disable",
+        "gradient_checkpointing_enable",
+        "hf_device_map",
+        "hf_quantizer",
+        "is_distributed_loading_by_transformers",
+        "is_gradient_checkpointing",
+        "is_loaded_in_4bit",
+        "is_loaded_in_8bit",
+        "is_parallelizable",
+        "is_quantized",
+        "lm_head",
+        "loss_function",
+        "loss_type",
+        "main_input_name",
+        "model_parallel",
+        "model_tags",
+        "name_or_path",
+        "num_parameters",
+        "prepare_inputs_for_generation",
+        "quantization_method",
+        "supports_gradient_checkpointing",
+        "tp_plan",
+        "tp_size",
+        "vocab_size",
+        "warnings_issued",
+    }
+)
 
 
 class _Switch:
@@ -61,9 +104,10 @@ class PedroModel(nn.Module):
     """A frozen transformers causal language model with PEDRO adapters.
 
     The backbone keeps its modules and parameter names; called directly, it behaves as if there
-    were no adapters. Attributes that are not found here are the backbone's (`config`, `device`,
-    `gradient_checkpointing_enable`, ...). The state dict holds the adapters and not the frozen
-    backbone, so that checkpoints of a `Trainer` are as small as an adapter.
+    were no adapters. What trainers ask of a model is passed on to the backbone (`config`, `device`,
+    `gradient_checkpointing_enable`, ...); the rest of it is at `base_model`. The state dict holds
+    the adapters and not the frozen backbone, so that checkpoints of a `Trainer` are as small as an
+    adapter.
 
     Args:
         model: the backbone: Llama, Mistral, Qwen2, Qwen3, Gemma 1-3, Phi-3 and others whose
@@ -75,31 +119,30 @@ class PedroModel(nn.Module):
         PedroError: the architecture is not known, or the config does not fit the backbone.
     """
 
+    # By this Trainer knows that a quantised backbone has something to train beside it.
+    _hf_peft_config_loaded = True
+
     def __init__(
         self, model: PreTrainedModel, config: PedroConfig, adapter_name: str = "default"
     ) -> None:
         super().__init__()
+        if isinstance(model, nn.Module) and _holds_adapters(model):
+            raise PedroError(
+                f"{type(model).__name__} has adapters already; add_adapter and load_adapter add "
+                "more, and unload takes them out"
+            )
         self.shape = BackboneShape.from_hf_config(model.config)
-        projections = find_projections(model, self.shape)
+        find_projections(model, self.shape)
         self.base_model = model
         self.vector_generators = nn.ModuleDict()
         self.pedro_configs: dict[str, PedroConfig] = {}
         self.active_adapter: str | None = None
         self.adapter_enabled = True
-        self._prompts: Prompts | None = None
-        self._wants_hidden_states = False
         # Before anything is hooked or frozen: a refused config leaves the model as it was.
         self.add_adapter(adapter_name, config)
         model.requires_grad_(False)
         self.set_adapter(adapter_name)
-        self._handles = [
-            model.register_forward_pre_hook(self._before_backbone, with_kwargs=True),
-            model.register_forward_hook(self._after_backbone, with_kwargs=True),
-        ]
-        self._layer_hooks = [
-            LayerHooks(index, layer, projections)
-            for index, layer in enumerate(decoder_layers(model))
-        ]
+        self._wiring = Wiring(model, self._acting)
         self.register_forward_pre_hook(self._before_fused, with_kwargs=True)
         self.register_forward_hook(self._after_fused, always_call=True)
         self.register_state_dict_post_hook(_leave_out_backbone)
@@ -114,8 +157,10 @@ class PedroModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model":
-                raise
+            if name not in _OF_BACKBONE:
+                raise AttributeError(
+                    f"'PedroModel' object has no attribute {name!r}; the backbone is at .base_model"
+                ) from None
             return getattr(super().__getattr__("base_model"), name)
 
     # ---- adapters
@@ -164,7 +209,7 @@ class PedroModel(nn.Module):
         adapter_name: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> str:
-        """Write an adapter folder, with `inference_mode` true, as PEFT does.
+        """Write an adapter folder with a model card, and with `inference_mode` true, as PEFT does.
 
         Args:
             path: the folder.
@@ -181,16 +226,51 @@ class PedroModel(nn.Module):
         values = self.pedro_configs[name].to_dict() | {"inference_mode": True}
         if values["base_model_name_or_path"] is None:
             values["base_model_name_or_path"] = self.base_model.config.name_or_path or None
-        return save_adapter(path, PedroConfig.from_dict(values), self.adapter_tensors(name), dtype)
+        config = PedroConfig.from_dict(values)
+        digest = save_adapter(path, config, self.adapter_tensors(name), dtype)
+        write_card(path, config.base_model_name_or_path)
+        return digest
+
+    def push_to_hub(self, repo_id: str, adapter_name: str | None = None, **how: Any) -> str:
+        """Upload an adapter to the Hugging Face hub; the backbone stays here.
+
+        Args:
+            repo_id: the repository, e.g. "me/my-adapter".
+            adapter_name: the adapter; None for the active one.
+            **how: see `hub.push`.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            PedroError: the hub refuses it, or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, adapter_name)
+            return push(folder, repo_id, **how)
 
     def adapter_tensors(self, adapter_name: str | None = None) -> dict[str, Tensor]:
-        """An adapter's parameters by their on-disk names, detached, sharing memory."""
+        """An adapter's parameters by their on-disk names, detached; all but b_up share memory."""
         name = self._known(adapter_name if adapter_name is not None else self._active())
         return {
             tensor_name(index, suffix): tensor
             for index, generator in enumerate(self._generators(name))
-            for suffix, tensor in generator.state_dict().items()
+            for suffix, tensor in cast(VectorGenerator, generator).tensors().items()
         }
+
+    def fill_adapter(self, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Give an adapter the values of `tensors`, which have their on-disk names.
+
+        Raises:
+            AdapterError: tensors are missing, unexpected or of another shape.
+        """
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        check_shapes(self.pedro_configs[self._known(adapter_name)], shapes, self.shape, "tensors")
+        for index, generator in enumerate(self._generators(adapter_name)):
+            prefix = tensor_name(index, "")
+            generator.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            )
 
     def add_adapter(self, adapter_name: str, config: PedroConfig) -> None:
         """Add a fresh adapter; it does not become the active one.
@@ -203,7 +283,7 @@ class PedroModel(nn.Module):
         config.validate(self.shape.num_layers)
         generators = nn.ModuleList()
         for index, layer in enumerate(decoder_layers(self.base_model)):
-            device = next(layer.parameters()).device
+            device = device_of(index, layer)
             generators.append(VectorGenerator(config, self.shape, index).to(device))
         try:
             self.vector_generators[adapter_name] = generators
@@ -240,11 +320,7 @@ class PedroModel(nn.Module):
 
     def unload(self) -> PreTrainedModel:
         """Take the hooks off the backbone and return it; it stays frozen."""
-        for handle in self._handles:
-            handle.remove()
-        for hooks in self._layer_hooks:
-            for handle in hooks.handles:
-                handle.remove()
+        self._wiring.remove()
         return self.base_model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -277,10 +353,14 @@ class PedroModel(nn.Module):
             raise PedroError("no adapter is active; call set_adapter(name) or disable_adapter()")
         return self.active_adapter
 
+    def _acting(self) -> Active | None:
+        if not self.adapter_enabled:
+            return None
+        name = self._active()
+        return Active(name, self.pedro_configs[name], self._generators(name))
+
     def _fill(self, name: str, tensors: dict[str, Tensor], is_trainable: bool) -> None:
-        with torch.no_grad():
-            for key, parameter in self.adapter_tensors(name).items():
-                parameter.copy_(tensors[key])
+        self.fill_adapter(name, tensors)
         values = self.pedro_configs[name].to_dict() | {"inference_mode": not is_trainable}
         self.pedro_configs[name] = PedroConfig.from_dict(values)
         if self.active_adapter == name:
@@ -325,11 +405,11 @@ class PedroModel(nn.Module):
                 KV cache that was not filled with this adapter, or one asked for with packed
                 sequences.
         """
-        prompts = self._prompts_to_read(attention_mask, labels, prompt_lengths, prompt_mask, kwargs)
-        with self._reading(prompts):
-            return self.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs
-            )
+        kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        kwargs |= {"prompt_lengths": prompt_lengths, "prompt_mask": prompt_mask}
+        prompts = self._wiring.prompts_to_read(kwargs)
+        with self._wiring.reading(prompts):
+            return self.base_model(**kwargs)
 
     def generate(
         self,
@@ -350,49 +430,11 @@ class PedroModel(nn.Module):
         Raises:
             PedroError: as `forward` does, and where a prompt would be read in chunks.
         """
-        tokens = inputs
-        for name in ("input_ids", "inputs_embeds"):
-            tokens = kwargs.get(name) if tokens is None else tokens
-        width = None if tokens is None else tokens.shape[1]
-        prompts = self._prompts_of(
-            prompt_lengths,
-            prompt_mask,
-            width,
-            kwargs.get("attention_mask"),
-            kwargs.get("past_key_values"),
-            expands=True,
-        )
         if inputs is not None:
             kwargs["inputs"] = inputs
-        # Compiled, the hooks would not run.
-        kwargs.setdefault("disable_compile", True)
-        with self._reading(prompts):
+        kwargs |= {"prompt_lengths": prompt_lengths, "prompt_mask": prompt_mask}
+        with self._wiring.generating(kwargs):
             return self.base_model.generate(**kwargs)
-
-    def _prompts_to_read(
-        self,
-        attention_mask: Any,
-        labels: Tensor | None,
-        prompt_lengths: Tensor | Sequence[int] | None,
-        prompt_mask: Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> Prompts:
-        """What `forward` is told of its prompts; switches the cache off in `kwargs` if packed."""
-        cache, sequences = kwargs.get("past_key_values"), None
-        if attention_mask is None and cache is None:
-            sequences = packed_sequences(kwargs.get("position_ids"))
-        if sequences is not None:
-            if kwargs.get("use_cache"):
-                raise PedroError("packed sequences (position_ids that start again): no KV cache")
-            # A cache would keep transformers from seeing that they are packed.
-            kwargs["use_cache"] = False
-        filled = cache is not None and int(cache.get_seq_length()) > 0
-        if labels is not None and prompt_lengths is None and prompt_mask is None and not filled:
-            real = None
-            if isinstance(attention_mask, Tensor) and attention_mask.shape == labels.shape:
-                real = attention_mask.bool()
-            prompt_mask = tokens_before_labels(labels, real, sequences)
-        return self._prompts_of(prompt_lengths, prompt_mask, None, None, cache, sequences=sequences)
 
     # TRL replaces `forward` by one that takes the final hidden states from `self.base_model` and
     # computes the loss itself, and asks for it with `fused_lm_head`. Hooks of `__call__` run
@@ -404,124 +446,17 @@ class PedroModel(nn.Module):
         if not kwargs.get("fused_lm_head"):
             return None
         kwargs = dict(kwargs)
-        prompts = self._prompts_to_read(
-            kwargs.get("attention_mask"),
-            kwargs.get("labels"),
-            kwargs.pop("prompt_lengths", None),
-            kwargs.pop("prompt_mask", None),
-            kwargs,
-        )
-        self._prompts = prompts if self.adapter_enabled else None
-        self._wants_hidden_states = True
+        self._wiring.prompts = self._wiring.prompts_to_read(kwargs)
+        self._wiring.wants_hidden_states = True
         return args, kwargs
 
     def _after_fused(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._wants_hidden_states:
-            self._prompts, self._wants_hidden_states = None, False
+        if self._wiring.wants_hidden_states:
+            self._wiring.prompts, self._wiring.wants_hidden_states = None, False
 
-    def _prompts_of(
-        self,
-        lengths: Tensor | Sequence[int] | None,
-        mask: Tensor | None,
-        width: int | None,
-        attention_mask: Tensor | None,
-        cache: Any,
-        expands: bool = False,
-        sequences: Tensor | None = None,
-    ) -> Prompts:
-        if lengths is not None and mask is not None:
-            raise PedroError("prompt_lengths and prompt_mask: give one of them")
-        filled = cache is not None and int(cache.get_seq_length()) > 0
-        if filled and (lengths is not None or mask is not None):
-            raise PedroError(
-                "prompt_lengths and prompt_mask say what to pool when a prompt is read; with a "
-                "filled KV cache it has been read already"
-            )
-        if lengths is not None:
-            lengths = torch.as_tensor(lengths)
-            if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
-                raise PedroError(
-                    f"prompt_lengths: expected ints [B], found {lengths.dtype} "
-                    f"{list(lengths.shape)}"
-                )
-        if mask is not None:
-            if mask.dim() != 2:
-                raise PedroError(f"prompt_mask: expected [B, S], found {list(mask.shape)}")
-            mask = mask.bool()
-        if attention_mask is not None:
-            # With a filled cache it is longer than the prompt, and not used.
-            attention_mask = None if filled else attention_mask.bool()
-        return Prompts(width, attention_mask, lengths, mask, expands, sequences)
 
-    @contextmanager
-    def _reading(self, prompts: Prompts) -> Iterator[None]:
-        """Let the hooks act, with `prompts` for the sequences that are new."""
-        before, self._prompts = self._prompts, prompts if self.adapter_enabled else None
-        try:
-            yield
-        finally:
-            self._prompts = before
-
-    def _before_backbone(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._wants_hidden_states:
-            kwargs = kwargs | {"output_hidden_states": True, "logits_to_keep": 1}
-        if self._prompts is None:
-            return args, kwargs
-        name = self._active()
-        cache = kwargs.get("past_key_values")
-        if cache is not None and int(cache.get_seq_length()) > 0:
-            current = self._continued(name, cache)
-        else:
-            tokens = kwargs.get("input_ids")
-            if tokens is None:
-                tokens = kwargs["inputs_embeds"]
-            mask = packed = readers = None
-            config = self.pedro_configs[name]
-            if self._prompts.sequences is not None:
-                packed = self._prompts.packed(tokens, config.pooling)
-                readers = packed.sequences
-            else:
-                mask = self._prompts.pooled_tokens(tokens, kwargs.get("attention_mask"))
-            if config.scope == "answer":
-                readers = readers_from_pooled_token(tokens, mask, packed)
-            vectors = PromptVectors(name)
-            current = Pass(self._generators(name), vectors, mask, True, packed, readers)
-        return args, kwargs | {PASS_KEY: current}
-
-    def _continued(self, name: str, cache: Any) -> Pass:
-        vectors = getattr(cache, "pedro_vectors", None)
-        if vectors is None or len(vectors.layers) != self.shape.num_layers:
-            raise PedroError(
-                "the KV cache was filled without an adapter: its sequences have no vectors; start "
-                "from an empty cache"
-            )
-        if vectors.adapter != name:
-            raise PedroError(
-                f"the KV cache was filled with adapter {vectors.adapter!r}, but {name!r} is active"
-            )
-        return Pass(self._generators(name), vectors, None, False)
-
-    def _after_backbone(
-        self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        self._check_layers(module, kwargs.get(PASS_KEY))
-        if not self._wants_hidden_states:
-            return None
-        from transformers.modeling_outputs import BaseModelOutput
-
-        return BaseModelOutput(last_hidden_state=output.hidden_states[-1])
-
-    def _check_layers(self, module: nn.Module, current: Pass | None) -> None:
-        if current is None:
-            return
-        missed = set(range(self.shape.num_layers)) - current.layers_run
-        if missed:
-            raise PedroError(
-                f"{type(module).__name__}: layers {shorten(sorted(missed))} never saw the "
-                "adapter: the model does not pass keyword arguments on to its decoder layers"
-            )
+def _holds_adapters(model: nn.Module) -> bool:
+    return hasattr(model, "_pedro_wiring") or isinstance(model, PedroModel)
 
 
 def get_pedro_model(

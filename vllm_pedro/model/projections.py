@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from ..backbone import BLOCKS, PACKED, BackboneShape, is_packed
@@ -36,6 +37,20 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
             "Mistral, Qwen2, Qwen3, Gemma, Phi-3)"
         )
     return layers
+
+
+def device_of(index: int, layer: nn.Module) -> torch.device:
+    """Where the generator of decoder layer `index` belongs.
+
+    Raises:
+        PedroError: the layer is not in memory.
+    """
+    device = next(layer.parameters()).device
+    if device.type == "meta":
+        raise PedroError(
+            f"layer {index} of the backbone is not in memory; load it without offloading to disk"
+        )
+    return device
 
 
 def find_projections(model: PreTrainedModel, shape: BackboneShape) -> Projections:

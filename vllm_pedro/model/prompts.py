@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Final
 
@@ -179,13 +178,13 @@ def packed_sequences(position_ids: Tensor | None) -> Tensor | None:
 def tokens_before_labels(labels: Tensor, real: Tensor | None, sequences: Tensor | None) -> Tensor:
     """The tokens before the first label of each sequence, bool `[B, S]`.
 
-    A sequence whose very first token has a label has no prompt by that rule. No model predicts
-    that token, so taking it for the prompt gives nothing away; anything more would.
-
     Args:
         labels: `[B, S]`, -100 where there is none.
         real: `[B, S]`, False at padding; None for no padding.
         sequences: as `packed_sequences` gives them; None where every row is one.
+
+    Raises:
+        PedroError: a sequence's first token has a label, so it has no prompt.
     """
     rows, width = labels.shape
     if sequences is None:
@@ -201,13 +200,13 @@ def tokens_before_labels(labels: Tensor, real: Tensor | None, sequences: Tensor 
 
     first_label, first_token = first((labels != IGNORED_LABEL) & real), first(real)
     if bool((first_label <= first_token).logical_and(real).any()):
-        warnings.warn(
-            "labels begin at the first token of a sequence, so it has no prompt: its first token "
-            "alone is pooled. Give labels to the completion only (-100 elsewhere), or "
-            "prompt_lengths",
-            stacklevel=4,
+        raise PedroError(
+            "labels begin at the first token of a sequence, so it has no prompt to pool: the "
+            "adapter would learn for states that serving never makes. Give labels to completions "
+            "alone (TRL: 'prompt' and 'completion' columns, or assistant_only_loss=True; "
+            "elsewhere -100), or say with prompt_lengths what is pooled"
         )
-    return (places < torch.maximum(first_label, first_token + 1)) & real
+    return (places < first_label) & real
 
 
 @dataclass(frozen=True)

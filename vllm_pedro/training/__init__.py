@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .chat import DataError as DataError
     from .collator import CompletionCollator as CompletionCollator
     from .collator import PackedCollator as PackedCollator
-    from .data import DataError as DataError
     from .data import load_dataset as load_dataset
     from .data import read_rows as read_rows
     from .start import condition as condition
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "CompletionCollator": ".collator",
-    "DataError": ".data",
+    "DataError": ".chat",
     "PackedCollator": ".collator",
     "PedroTrainer": ".trainer",
     "PedroTrainingArguments": ".trainer",

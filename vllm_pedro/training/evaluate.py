@@ -6,6 +6,7 @@ the same code for both, so that two figures differ only where the engines do.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import string
 from collections import Counter
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..errors import PedroError
-from ..model import PedroModel
+from ..model import takes_prompts
+from .chat import DataError
 from .choices import METRICS
 from .collator import CompletionCollator
-from .data import DataError, Example, Row, encode, pooled_length, prompt_tokens
+from .data import Example, Row, answers_of, encode, pooled_length, prompt_tokens
 
 MAX_LABELS: Final = 100
 
@@ -30,7 +32,9 @@ class Engine(Protocol):
     def generate(
         self, prompts: Sequence[list[int]], lengths: Sequence[int], max_new_tokens: int
     ) -> list[list[int]]:
-        """Greedy continuations, in the order of the prompts, without the token that ends them.
+        """Continuations, greedy or of a beam search, in the order of the prompts.
+
+        They come without the token that ends them.
 
         The first `lengths[i]` tokens of prompt i are pooled.
         """
@@ -48,7 +52,12 @@ class Engine(Protocol):
 
 
 def evaluate(
-    engine: Engine, tokenizer: Any, rows: Sequence[Row], metric: str, max_new_tokens: int = 64
+    engine: Engine,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    metric: str,
+    max_new_tokens: int = 64,
+    details: list[dict[str, Any]] | None = None,
 ) -> dict[str, float | int]:
     """Score an engine's answers.
 
@@ -56,7 +65,8 @@ def evaluate(
       reaches by always taking the likeliest token with which some label goes on.
     - "exact-match": a greedy answer is one of the row's answers, but for surrounding and repeated
       white space.
-    - "f1-em": SQuAD's F1 and exact match, of a greedy answer and the best of the row's answers.
+    - "f1-em": SQuAD's F1 and exact match, of a greedy answer and the best of the row's answers, and
+      the mean of the two, which the paper reports.
     - "loss": mean negative log likelihood of the completions' tokens, with the one that ends them.
 
     Args:
@@ -65,6 +75,7 @@ def evaluate(
         rows: the questions and their answers.
         metric: one of `METRICS`.
         max_new_tokens: where to cut a greedy answer.
+        details: gets what each row was answered and scored.
 
     Returns:
         The scores by name (as fractions, not per cent), and the number of rows.
@@ -72,35 +83,47 @@ def evaluate(
     Raises:
         PedroError: an unknown metric, or data it has no meaning for.
     """
-    if metric == "loss":
-        examples = [encode(tokenizer, row) for row in rows]
-        values = [x for line in engine.completion_logprobs(examples) for x in line]
-        return {"loss": -sum(values) / len(values), "tokens": len(values), "rows": len(rows)}
-    if metric == "accuracy":
-        right = [
-            answer == row.completion
-            for row, answer in zip(rows, classify(engine, tokenizer, rows), strict=True)
-        ]
-        return {"accuracy": sum(right) / len(rows), "rows": len(rows)}
     if metric not in METRICS:
         raise PedroError(f"metric: expected one of {list(METRICS)}, found {metric!r}")
+
+    def keep(**columns: Sequence[Any]) -> None:
+        if details is not None:
+            for row, values in zip(rows, zip(*columns.values(), strict=True), strict=True):
+                details.append({"row": row.source, **dict(zip(columns, values, strict=True))})
+
+    if metric == "loss":
+        lines = engine.completion_logprobs([encode(tokenizer, row) for row in rows])
+        keep(loss=[-sum(line) / len(line) for line in lines], tokens=[len(line) for line in lines])
+        values = [x for line in lines for x in line]
+        return {"loss": -sum(values) / len(values), "tokens": len(values), "rows": len(rows)}
+    if metric == "accuracy":
+        labels = classify(engine, tokenizer, rows)
+        right = [answer == row.completion for row, answer in zip(rows, labels, strict=True)]
+        keep(answer=labels, expected=[row.completion for row in rows], right=right)
+        return {"accuracy": sum(right) / len(rows), "rows": len(rows)}
     prompts = [prompt_tokens(tokenizer, row) for row in rows]
     lengths = [pooled_length(tokenizer, *both) for both in zip(rows, prompts, strict=True)]
     answers = [
         tokenizer.decode(tokens, skip_special_tokens=True)
         for tokens in engine.generate(prompts, lengths, max_new_tokens)
     ]
-    pairs = list(zip(answers, rows, strict=True))
+    expected = [answers_of(tokenizer, row) for row in rows]
+    pairs = list(zip(answers, expected, strict=True))
     if metric == "exact-match":
-        exact = [any(_spaced(a) == _spaced(b) for b in row.answers) for a, row in pairs]
+        exact = [any(_spaced(a) == _spaced(b) for b in known) for a, known in pairs]
+        keep(answer=answers, expected=expected, right=exact)
         return {"exact_match": sum(exact) / len(rows), "rows": len(rows)}
-    f1 = [max(squad_f1(a, b) for b in row.answers) for a, row in pairs]
-    em = [any(squad_normalize(a) == squad_normalize(b) for b in row.answers) for a, row in pairs]
-    return {"f1": sum(f1) / len(rows), "exact_match": sum(em) / len(rows), "rows": len(rows)}
+    f1 = [max(squad_f1(a, b) for b in known) for a, known in pairs]
+    em = [any(squad_normalize(a) == squad_normalize(b) for b in known) for a, known in pairs]
+    keep(answer=answers, expected=expected, f1=f1, right=em)
+    means = (sum(f1) / len(rows), sum(em) / len(rows))
+    return {"f1": means[0], "exact_match": means[1], "f1_em": sum(means) / 2, "rows": len(rows)}
 
 
 def classify(engine: Engine, tokenizer: Any, rows: Sequence[Row]) -> list[str]:
     """Each row's likeliest label, the labels being the completions in `rows`."""
+    if any(row.answer is not None for row in rows):
+        raise DataError("accuracy: expected plain texts as labels, found tool calls or reasoning")
     labels = sorted({row.completion for row in rows})
     if not 2 <= len(labels) <= MAX_LABELS:
         raise DataError(
@@ -112,7 +135,7 @@ def classify(engine: Engine, tokenizer: Any, rows: Sequence[Row]) -> list[str]:
     # Each row has its own, because a label's tokens can depend on the end of the prompt.
     left = [
         {
-            label: encode(tokenizer, Row(row.source, row.prompt, label)).completion
+            label: encode(tokenizer, dataclasses.replace(row, completion=label)).completion
             for label in labels
         }
         for row in rows
@@ -174,9 +197,13 @@ class TransformersEngine:
         pad_token_id: what to pad with.
         batch_tokens: how many tokens to have in a batch at most, padding included; None for 4,096,
             or 512 on the CPU, where larger batches leave its caches and take longer a token.
+        beams: of a free answer; 1 for the greedy one.
     """
 
-    def __init__(self, model: Any, pad_token_id: int, batch_tokens: int | None = None) -> None:
+    def __init__(
+        self, model: Any, pad_token_id: int, batch_tokens: int | None = None, beams: int = 1
+    ) -> None:
+        self._beams = beams
         self._model = model
         self._pad = pad_token_id
         self._device = next(model.parameters()).device
@@ -199,6 +226,7 @@ class TransformersEngine:
             output = self._model.generate(
                 **batch,
                 do_sample=False,
+                num_beams=self._beams,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=self._pad,
             )
@@ -246,7 +274,7 @@ class TransformersEngine:
     def _collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         batch = CompletionCollator(self._pad)(examples)
         del batch["labels"]
-        if not isinstance(self._model, PedroModel):
+        if not takes_prompts(self._model):
             del batch["prompt_lengths"]
         return {name: tensor.to(self._device) for name, tensor in batch.items()}
 

@@ -26,7 +26,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..adapter import load_adapter
 from ..errors import PedroError
-from ..model import IGNORED_LABEL, PedroModel
+from ..generator import VectorGenerator
+from ..model import IGNORED_LABEL, PedroModel, takes_prompts
 from .data import Example, held_out_split
 
 # What a config must share with a checkpoint's for the parameters to mean the same.
@@ -204,8 +205,9 @@ class PedroTrainer(Trainer):
     Args:
         model: the model; a `PedroModel` with a trainable active adapter.
         args: the settings.
-        **kwargs: as Trainer takes them. The collators of `vllm_pedro.training.collator` make
-            batches from rows of `vllm_pedro.training.data`.
+        **kwargs: as Trainer takes them, and `held_out_dataset`, for the coefficients of a bi-level
+            training, in place of a part of `train_dataset`. The collators of
+            `vllm_pedro.training.collator` make batches from rows of `vllm_pedro.training.data`.
 
     Raises:
         PedroError: settings that cannot be, such as bi-level optimisation of an adapter whose
@@ -219,13 +221,22 @@ class PedroTrainer(Trainer):
                 "one GPU with CUDA_VISIBLE_DEVICES"
             )
         self.optimizer: Any = None
-        self._held_out: Subset | None = None
+        self._held_out: Any = None
+        self._keeps_all_columns = False
         self._weights: list[nn.Parameter] = []
         self._coefficients: list[nn.Parameter] = []
         self._eval_loss, self._eval_tokens = 0.0, 0
         self.tokens_seen = 0
         if args.bilevel:
-            kwargs["train_dataset"] = self._hold_out(model, args, kwargs.get("train_dataset"))
+            held = kwargs.pop("held_out_dataset", None)
+            kwargs["train_dataset"] = self._hold_out(model, args, kwargs.get("train_dataset"), held)
+        elif kwargs.pop("held_out_dataset", None) is not None:
+            raise PedroError("held-out data are for a bi-level training (--bilevel)")
+        if isinstance(model, PedroModel) and not any(p.requires_grad for p in model.parameters()):
+            raise PedroError(
+                "the adapter has no parameter to train; PedroModel.from_pretrained(..., "
+                "is_trainable=True) makes it trainable, set_adapter(name) one that is not active"
+            )
         super().__init__(model=model, args=args, **kwargs)
         self._guard = Guard(advice_for(model, args)) if args.guard else None
 
@@ -251,12 +262,12 @@ class PedroTrainer(Trainer):
         inputs = dict(inputs)
         labels = inputs["labels"]
         if "prompt_lengths" in inputs:
-            if not isinstance(self.accelerator.unwrap_model(model), PedroModel):
+            if not takes_prompts(self.accelerator.unwrap_model(model)):
                 del inputs["prompt_lengths"]
             # A token is predicted in the column before its own.
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
             columns = (targets != IGNORED_LABEL).any(dim=0).nonzero().flatten()
-            if len(columns) > 0:
+            if len(columns) > 0 and not self._keeps_all_columns:
                 targets = targets[:, columns].contiguous()
                 # Counted from the end: PEFT's virtual tokens stand in front.
                 keep = columns - labels.shape[1]
@@ -268,6 +279,16 @@ class PedroTrainer(Trainer):
             self._eval_loss += float(loss) * tokens
             self._eval_tokens += tokens
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, **how: Any
+    ) -> Any:
+        """Trainer's; predictions have a column for each of the labels'."""
+        self._keeps_all_columns = not prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, **how)
+        finally:
+            self._keeps_all_columns = False
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's, with a loss that is the mean over tokens whatever the batches."""
@@ -329,7 +350,9 @@ class PedroTrainer(Trainer):
 
     _outer_done = 0
 
-    def _hold_out(self, model: nn.Module, args: PedroTrainingArguments, dataset: Any) -> Subset:
+    def _hold_out(
+        self, model: nn.Module, args: PedroTrainingArguments, dataset: Any, held_out: Any
+    ) -> Any:
         if not isinstance(model, PedroModel):
             raise PedroError("bilevel: only a PedroModel has activations to learn")
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -344,6 +367,9 @@ class PedroTrainer(Trainer):
             raise PedroError("bilevel: neither fp16 nor more than one process is supported")
         if dataset is None:
             raise PedroError("bilevel: needs a train_dataset, to hold a part of it out")
+        if held_out is not None:
+            self._held_out = held_out
+            return dataset
         kept, held = held_out_split(len(dataset), args.held_out_fraction, args.seed)
         self._held_out = Subset(dataset, held)
         return Subset(dataset, kept)
@@ -422,6 +448,13 @@ class PedroTrainer(Trainer):
 
     # ---- checkpoints are adapter folders
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's, of a `PedroModel` as an adapter folder."""
+        for module in self.model.modules():
+            if isinstance(module, VectorGenerator):
+                module.settle()  # in every process, where one alone writes
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not isinstance(self.model, PedroModel):
             super()._save(output_dir, state_dict)
@@ -461,9 +494,7 @@ def load_checkpoint(model: PedroModel, path: str) -> None:
                 f"{path}: {key} is {getattr(theirs, key)!r} there and {getattr(ours, key)!r} here; "
                 "resume with the settings that the training began with"
             )
-    with torch.no_grad():
-        for key, parameter in model.adapter_tensors(name).items():
-            parameter.copy_(adapter.tensors[key])
+    model.fill_adapter(name, adapter.tensors)
 
 
 def _scale_steps(

@@ -15,7 +15,7 @@ import vllm_pedro  # noqa: F401  (teaches EngineArgs its keywords)
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from vllm_pedro.integration.checks import check_engine
-from vllm_pedro.integration.frontend import keywords
+from vllm_pedro.integration.frontend import engine_config, keywords
 from vllm_pedro.integration.frontend.processor import longest_prompt
 from vllm_pedro.integration.options import PedroOptions, options_of
 
@@ -78,6 +78,14 @@ def test_both_argument_classes_know_the_keywords(tiny):
 def test_the_compile_cache_tells_the_two_apart(tiny):
     on, off = config(tiny), config(tiny, enable_pedro=False)
     assert on.compute_hash() != off.compute_hash()
+
+
+def test_the_compile_cache_tells_versions_apart(tiny, monkeypatch):
+    one, again = config(tiny), config(tiny)
+    monkeypatch.setattr(engine_config, "__version__", "9.9.9")
+    other = config(tiny)
+    assert one.compute_hash() == again.compute_hash() != other.compute_hash()
+    assert config(tiny, enable_pedro=False).additional_config.keys() == set()
 
 
 @pytest.mark.parametrize(

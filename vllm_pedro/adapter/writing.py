@@ -21,13 +21,13 @@ from .shapes import check_shapes
 from .values import Adapter
 
 
-def serialise(tensors: Mapping[str, Tensor]) -> bytes:
+def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """The bytes of a safetensors file; the same tensors always give the same bytes."""
     # Copies, because safetensors refuses tensors that share memory. It sorts them by itself.
     ready = {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
     }
-    return bytes(safetensors.torch.save(ready, metadata={"format": "pt"}))
+    return bytes(safetensors.torch.save(ready, metadata={"format": "pt", **(metadata or {})}))
 
 
 def save_adapter(

@@ -18,6 +18,7 @@ HANDED_ON = {
     "bench": "vllm_pedro.bench.main",
     "demo": "vllm_pedro.demo",
     "serve": "vllm_pedro.integration.serve",
+    "verify": "vllm_pedro.integration.verify",
 }
 
 
@@ -39,6 +40,10 @@ def make_parser() -> argparse.ArgumentParser:
         "serve",
         help="an OpenAI-compatible server: 'vllm serve' with its arguments and PEDRO's",
         add_help=False,
+    )
+
+    commands.add_parser(
+        "verify", help="check that PEDRO works with the vLLM and device at hand", add_help=False
     )
 
     fetch = commands.add_parser(

@@ -13,6 +13,9 @@ CONFIG_KEY = "pedro"
 """Key in vLLM's `additional_config`, which reaches every process and is hashed into the key of
 the compile cache: a graph with PEDRO and one without must not share an entry."""
 
+VERSION_KEY = "pedro_version"
+"""Beside it, this package's version."""
+
 ENABLE_KEYWORD = "enable_pedro"
 
 GENERATORS = "vllm_pedro::generate_vectors"

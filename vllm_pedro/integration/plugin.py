@@ -140,6 +140,13 @@ PATCHES = (
         until="adapters are checked before a stream begins",
     ),
     Patch(
+        "vllm.entrypoints.serve:register_vllm_dev_api_routers",
+        "frontend.tensors:dev_routes",
+        why="a development route that takes an adapter's tensors",
+        upstream=f"{VLLM}/issues/28218",
+        until="plugins may add routes",
+    ),
+    Patch(
         "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.render_chat_request",
         "frontend.prompt_length:render_chat_request",
         why="only here the turns of a chat are known, and the tokens they became",

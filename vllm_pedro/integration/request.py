@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 from vllm.lora.request import LoRARequest
 
 from ..files import is_int
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..config import PedroConfig
 
 
 class PedroRequest(  # type: ignore[call-arg]
     LoRARequest,
     omit_defaults=True,
     array_like=True,
+    weakref=True,
 ):
     """Ask for a PEDRO adapter: `llm.generate(prompts, lora_request=PedroRequest(name, 1, path))`.
 
@@ -39,6 +48,39 @@ class PedroRequest(  # type: ignore[call-arg]
         length = self.prompt_length
         if length is not None and not (is_int(length) and length >= 1):
             raise ValueError(f"prompt_length must be an integer of at least 1, got {length!r}")
+
+    @classmethod
+    def from_tensors(
+        cls,
+        lora_name: str,
+        lora_int_id: int,
+        config: PedroConfig,
+        tensors: Mapping[str, torch.Tensor],
+        dtype: torch.dtype | None = None,
+        **fields: Any,
+    ) -> PedroRequest:
+        """A request for an adapter in memory, such as one that is being trained.
+
+        The values are copied, into shared memory that is freed with the request: keep it until the
+        answers are there.
+
+        Args:
+            lora_name: See the class, as for `lora_int_id` and `fields`.
+            lora_int_id: See the class.
+            config: The adapter's; `model.pedro_configs["default"]` of a `PedroModel`.
+            tensors: By their on-disk names; `model.adapter_tensors()`.
+            dtype: The dtype to hand over; None keeps each tensor's own.
+            **fields: The class's others.
+
+        Raises:
+            PedroError: See `save_adapter`; or there is no room.
+        """
+        from ..adapter.memory import hold_tensors, release_with
+
+        folder = hold_tensors(config, tensors, dtype)
+        request = cls(lora_name, lora_int_id, folder, **fields)
+        release_with(request, folder)
+        return request
 
 
 class ServedPedroRequest(  # type: ignore[call-arg]

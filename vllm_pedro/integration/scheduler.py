@@ -193,7 +193,9 @@ class PedroSchedulerMixin:
         self._pedro_rows.invalidate_all()
         return super().reset_prefix_cache(*args, **kwargs)  # type: ignore[misc]
 
-    def _get_local_prefix_cache_hit(self, request: Any) -> tuple[Any, int, int, bool]:
+    def _get_local_prefix_cache_hit(
+        self, request: Any, *longest: Any
+    ) -> tuple[Any, int, int, bool]:
         """Without cached vectors, stop a hit before the pooled token, whose states generate them.
 
         A hit of the whole prompt is possible where tokens follow it: beams, later turns, a resumed
@@ -203,10 +205,11 @@ class PedroSchedulerMixin:
         spec: RequestSpec | None = request.pedro
         manager = self.kv_cache_manager  # type: ignore[attr-defined]
         if spec is None or spec.is_static or self._pedro_rows.has(spec.vector_key):
-            return super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
+            return super()._get_local_prefix_cache_hit(request, *longest)  # type: ignore[misc]
         if spec.pools == "all":
             return manager.empty_kv_cache_blocks, 0, 0, False
-        hit = super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
+        # vLLM 0.33 says how long a hit may be at most.
+        hit = super()._get_local_prefix_cache_hit(request, *longest)  # type: ignore[misc]
         if hit[1] < spec.prompt_length:
             return hit
         found, num_hit, num_uncached = manager.coordinator.find_longest_cache_hit(
@@ -355,7 +358,11 @@ class PedroSchedulerMixin:
         model_runner_output.prompt_logprobs_dict.pop(request_id, None)
         # Computed without vectors, but keyed as if with them.
         self._pedro_evict(request_id, self.requests[request_id].pedro.first_scaled)  # type: ignore[attr-defined]
-        self.grammar_compile_error_reqs.add(request_id)  # type: ignore[attr-defined]
+        failed = self.grammar_compile_error_reqs  # type: ignore[attr-defined]
+        if isinstance(failed, dict):  # vLLM 0.33 keeps the errors, too
+            failed[request_id] = None
+        else:
+            failed.add(request_id)
 
 
 class PedroScheduler(PedroSchedulerMixin, Scheduler):

@@ -7,9 +7,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ... import __version__
 from ...backbone import BackboneShape
 from ...serving.adapters import AdapterLimits
-from ..options import CONFIG_KEY, GENERATORS, PedroOptions, options_of, tokens_for_any_prompt
+from ..options import (
+    CONFIG_KEY,
+    GENERATORS,
+    VERSION_KEY,
+    PedroOptions,
+    options_of,
+    tokens_for_any_prompt,
+)
 
 logger = logging.getLogger("vllm.vllm_pedro")
 
@@ -26,6 +34,8 @@ def create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
             check_engine(config)
             _fill_in_memory(config, options)
+            # Hashed into the key of the compile cache: another version may trace another graph.
+            config.additional_config = {**config.additional_config, VERSION_KEY: __version__}
             scheduler = config.scheduler_config
             if scheduler.scheduler_cls is not None:
                 raise ValueError(

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from ...adapter import repository_of
+from ...adapter import memory, repository_of
+from ...adapter.header import MAX_HEADER_BYTES
 from ...errors import PedroError
 from .. import wire
 from ..options import options_of
@@ -176,16 +177,51 @@ class PedroServingModelsMixin:
             check_name(name)
         except PedroError as error:
             return self._pedro_refusal(name, error)
+        answer, _ = await self._pedro_load(request, folder, base_model_name)
+        return answer
+
+    async def _pedro_load(
+        self, request: Any, folder: str, base_model_name: str | None
+    ) -> tuple[Any, ServedPedroRequest | None]:
+        """What to answer, and what the name stands for; None if it was refused."""
+        name = request.lora_name
         async with self.lora_resolver_lock[name]:
             refused = await self._check_load_lora_adapter_request(request)  # type: ignore[attr-defined]
             if refused is not None:
-                return refused
+                return refused, None
             try:
                 entry = await self._pedro_read(name, folder, base_model_name)
             except PedroError as error:
-                return self._pedro_refusal(name, error, folder)
+                return self._pedro_refusal(name, error, folder), None
             await self._pedro_register(entry)
-        return f"Success: LoRA adapter '{name}' added successfully."
+        return f"Success: LoRA adapter '{name}' added successfully.", entry
+
+    async def pedro_load_bytes(self, name: str, data: bytes, load_inplace: bool) -> Any:
+        """Load or replace an adapter that was sent as `adapter.memory.to_bytes` writes it."""
+        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+        try:
+            check_name(name)
+            folder = await asyncio.to_thread(memory.hold_bytes, data, "the body")
+        except PedroError as error:
+            return self._pedro_refusal(name, error)
+        entry = None
+        try:
+            request = LoadLoRAAdapterRequest(
+                lora_name=name, lora_path=folder, load_inplace=load_inplace
+            )
+            answer, entry = await self._pedro_load(request, folder, None)
+        finally:
+            if entry is None:
+                memory.release(folder)
+            else:  # kept as long as the name stands for it, or a request has it
+                memory.release_with(entry, folder)
+        return answer
+
+    @property
+    def pedro_max_body(self) -> int:
+        """Bytes of the largest adapter that can be sent."""
+        return 2 * self._pedro_registry.limits.largest_blob + MAX_HEADER_BYTES
 
     async def _load_lora(self, request: Any, base_model_name: str | None) -> Any:
         """vLLM's own way; what the name stood for before may be PEDRO's."""

@@ -1,8 +1,11 @@
-"""A server whose adapters come from a hub: a real one on loopback, and huggingface_hub's cache."""
+"""A server whose adapters are not in folders: a hub on loopback has them, or a training loop."""
 
 from __future__ import annotations
 
 import threading
+import urllib.error
+import urllib.parse
+import urllib.request
 
 import openai
 import pytest
@@ -10,6 +13,8 @@ from engines import write_lora
 from hub import fake_hub
 from server import check_greedy, curl
 
+from vllm_pedro.adapter import load_adapter
+from vllm_pedro.adapter.memory import to_bytes
 from vllm_pedro.bench.servers import serve
 
 pytestmark = pytest.mark.engine
@@ -36,6 +41,7 @@ def server(hub, tiny, tmp_path_factory):
     flags += ["--enable-pedro", "--pedro-modules", "given=org/static@v1"]
     folder = tmp_path_factory.mktemp("server")
     variables = {"OMP_NUM_THREADS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    variables["VLLM_SERVER_DEV_MODE"] = "1"
     with serve(tiny, flags, folder / "log", **variables, **hub.variables(folder)) as it:
         yield it
 
@@ -111,3 +117,46 @@ def test_others_are_answered_while_the_hub_hangs(server, hub, tiny_oracle, tiny_
         thread.join(60)
     assert answers[0][0] == 200
     check_greedy(tiny_oracle, PROMPT, tokens_of(server, "slow"), tiny_adapters["max"])
+
+
+def send(server, name, data, **query):
+    """An adapter's tensors to the development route; status and text."""
+    words = urllib.parse.urlencode({"lora_name": name, **query})
+    url = f"{server.url}/v1/load_pedro_tensors?{words}"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data=data), timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_tensors_are_loaded_and_swapped(server, tiny_oracle, tiny_adapters):
+    for number, name in enumerate(("last", "mean", "other", "last")):
+        adapter = load_adapter(tiny_adapters[name])
+        data = to_bytes(adapter.config, adapter.tensors)
+        status, text = send(server, "policy", data, load_inplace=number > 0)
+        assert status == 200, text
+        check_greedy(tiny_oracle, PROMPT, tokens_of(server, "policy"), tiny_adapters[name])
+    assert send(server, "policy", data)[0] == 400  # as of a folder: already loaded
+    assert curl(f"{server.url}/v1/unload_lora_adapter", {"lora_name": "policy"})[0] == 200
+
+
+def test_tensors_that_cannot_be_served_are_refused(server, tiny_adapters):
+    adapter = load_adapter(tiny_adapters["last"])
+    good = to_bytes(adapter.config, adapter.tensors)
+    plain = (tiny_adapters["last"] / "adapter_model.safetensors").read_bytes()
+    broken = {name: tensor / 0 for name, tensor in adapter.tensors.items()}
+    for data, reason in [
+        (b"", "expected a safetensors file, found 0 other bytes"),
+        (good[:-4], "the file is truncated"),
+        (plain, "the safetensors metadata has no 'adapter_config'"),
+        (to_bytes(adapter.config, broken), "expected finite values"),
+        (bytes(64 << 20), "the body has 67108864 bytes"),
+    ]:
+        status, text = send(server, "bad", data)
+        assert status == 400
+        assert reason in text
+        assert "/dev/shm" not in text
+    assert send(server, "../bad", good)[0] == 400
+    status, text = send(server, "tiny", good)
+    assert status == 400, text

@@ -66,5 +66,5 @@ def test_the_engine_and_the_trainer_have_one_policy(tmp_path, monkeypatch):
         (tensor - first[name]).abs().max()
         for name, tensor in names["model"].adapter_tensors().items()
     ]
-    assert max(moved) > 0.01
+    assert max(moved) > 0.001
     assert (tmp_path / "my-policy" / "adapter_model.safetensors").is_file()

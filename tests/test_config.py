@@ -150,7 +150,9 @@ def test_invalid_values_name_the_key(key: str, value: Any, said: str) -> None:
 
 
 def test_wrong_kind_and_unknown_keys() -> None:
-    with pytest.raises(AdapterError, match=r"peft_type: expected 'PEDRO', found 'LORA'"):
+    with pytest.raises(
+        AdapterError, match=r"'PEDRO', found 'LORA'; vLLM serves it with --enable-lora"
+    ):
         PedroConfig.from_dict({"peft_type": "LORA", "lora_alpha": 16})
     with pytest.raises(AdapterError, match="found no such key"):
         PedroConfig.from_dict({"r": 12})

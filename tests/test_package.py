@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -17,9 +19,13 @@ import vllm_pedro
 from vllm_pedro.integration.import_hook import when_imported
 
 
-def run(code: str) -> str:
+def run(code: str, **environment: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
@@ -78,6 +84,30 @@ def test_keywords_are_known_in_whichever_order_the_packages_are_imported(tmp_pat
     assert "'max_pedros': 3" in run(second).splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "from vllm import LLM; from vllm.engine.arg_utils import EngineArgs",
+        "from vllm.engine.arg_utils import EngineArgs; from vllm import LLM",
+    ],
+)
+def test_keywords_are_known_to_who_never_imports_the_package(imports, tmp_path):
+    """Evaluation harnesses hand keywords on to vLLM's `LLM`."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    info = tmp_path / "found" / "entry_points_of_this_revision-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: entry_points\nVersion: 0\n")
+    groups = [
+        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in entries.items())
+        for group, entries in project["entry-points"].items()
+    ]
+    (info / "entry_points.txt").write_text("\n".join(groups))
+    check = f"EngineArgs(model={str(tmp_path)!r}, enable_pedro=True).additional_config"
+    path = os.pathsep.join([str(info.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    out = run(f"{imports}; print({check})", PYTHONPATH=path)
+    assert "'max_pedro_rank': 32" in out.splitlines()[-1]
+
+
 def test_hook_runs_once_after_the_module_and_leaves_no_trace(tmp_path, monkeypatch):
     (tmp_path / "some_module_for_the_hook.py").write_text("value = 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -98,6 +128,24 @@ def test_hook_runs_once_after_the_module_and_leaves_no_trace(tmp_path, monkeypat
     assert type(module.__loader__).__module__ != "vllm_pedro.integration.import_hook"
     when_imported("some_module_for_the_hook", action)
     assert seen == [1, 1]
+
+
+def test_hook_waits_for_a_module_that_is_being_executed(tmp_path, monkeypatch):
+    first, second = "module_that_imports_another", "module_that_hooks_the_first"
+    (tmp_path / f"{first}.py").write_text(f"import {second}\nvalue = 1\n")
+    (tmp_path / f"{second}.py").write_text(
+        "from vllm_pedro.integration.import_hook import when_imported\n"
+        f"import sys\nseen = []\nm = sys.modules[{first!r}]\n"
+        f"when_imported({first!r}, lambda: seen.append(m.value))\n"
+    )
+    (tmp_path / "some_later_module.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    finders = list(sys.meta_path)
+    importlib.import_module(first)
+    assert sys.modules[second].seen == []
+    importlib.import_module("some_later_module")
+    assert sys.modules[second].seen == [1]
+    sys.meta_path[:] = finders
 
 
 def test_there_is_one_dialect() -> None:

@@ -179,7 +179,8 @@ class PedroConfig(_Base):
         # First, because the other keys of an adapter of another kind only distract from it.
         if values.get("peft_type") != PEFT_TYPE:
             found = repr(values["peft_type"]) if "peft_type" in values else "no such key"
-            raise AdapterError(f"{source}: peft_type: expected {PEFT_TYPE!r}, found {found}")
+            hint = "; vLLM serves it with --enable-lora" if found == "'LORA'" else ""
+            raise AdapterError(f"{source}: peft_type: expected {PEFT_TYPE!r}, found {found}{hint}")
         known = [entry.name for entry in dataclasses.fields(cls)]
         unknown = sorted(str(key) for key in values if key not in known)
         if unknown:

@@ -84,10 +84,8 @@ def test_adapters_depend_on_the_pooled_prompt(folder):
         assert changed >= 4, f"{name}: another pooled token changed {changed} of 6 answers"
 
 
-def without_prompt_in_salt(patch):
-    patch.setattr(
-        "vllm_pedro.integration.frontend.processor.cache_salt", lambda salt, spec: spec.digest
-    )
+def without_prompt_in_key(patch):
+    patch.setattr("vllm_pedro.integration.block_keys.cache_key", lambda spec: spec.digest)
 
 
 def without_hit_limit(patch):
@@ -124,7 +122,7 @@ def with_rows_never_returned(patch):
 @pytest.mark.parametrize(
     "mutate",
     [
-        without_prompt_in_salt,
+        without_prompt_in_key,
         without_hit_limit,
         without_whole_prompts,
         with_vectors_shared_by_adapter_alone,

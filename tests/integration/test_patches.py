@@ -11,6 +11,7 @@ import types
 import pytest
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
@@ -19,6 +20,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_pedro import integration
+from vllm_pedro.integration.frontend.metrics import PedroOutputProcessorMixin
 from vllm_pedro.integration.frontend.models import PedroServingModelsMixin
 from vllm_pedro.integration.frontend.processor import PedroInputProcessorMixin
 from vllm_pedro.integration.patches import become, extend, wrap
@@ -33,6 +35,7 @@ from vllm_pedro.integration.worker.runner_v2 import (
 
 CHANGED = [
     (InputProcessor, PedroInputProcessorMixin),
+    (OutputProcessor, PedroOutputProcessorMixin),
     (OpenAIServingModels, PedroServingModelsMixin),
     (GPUModelRunner, PedroRunnerV1Mixin),
     (CPUModelRunner, PedroRunnerV1Mixin),

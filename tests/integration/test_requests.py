@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from engines import write_lora
 from runners import current_runner
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
@@ -80,6 +81,14 @@ def test_a_plain_lora_request_for_a_pedro_folder_is_understood(llm, adapter, exp
         tokens_of(llm.generate([prompt()], greedy(), lora_request=request, use_tqdm=False))
         == expected
     )
+
+
+def test_a_lora_folder_is_not_taken_for_pedros(llm, adapter, expected, tiny, tmp_path):
+    folder = write_lora(tiny, tmp_path / "lora")
+    request = PedroRequest("lora", 2, str(folder))
+    with pytest.raises(VLLMValidationError, match=r"found 'LORA'; .*--enable-lora"):
+        llm.generate([prompt()], greedy(), lora_request=request, use_tqdm=False)
+    still_serving(llm, adapter, expected)
 
 
 def test_content_counts_not_names(llm, adapter, expected, write_adapter, tiny, tiny_oracle):
@@ -328,6 +337,14 @@ def test_switched_off_engine_says_how_to_switch_it_on(tiny_engine, adapter):
                 [prompt()],
                 greedy(),
                 lora_request=PedroRequest("good", 1, str(adapter)),
+                use_tqdm=False,
+            )
+        # Asked for as a LoRA, vLLM would look for a LoRA's tensors in it.
+        with pytest.raises(VLLMValidationError, match=r"is a PEDRO adapter, but PEDRO is not enab"):
+            off.generate(
+                [prompt()],
+                greedy(),
+                lora_request=LoRARequest("good", 1, str(adapter)),
                 use_tqdm=False,
             )
         assert tokens_of(off.generate([prompt()], greedy(), use_tqdm=False))

@@ -69,19 +69,19 @@ def without_hit_limit(patch):
     )
 
 
-SALT = "vllm_pedro.integration.frontend.processor.cache_salt"
+KEY = "vllm_pedro.integration.block_keys.cache_key"
 
 
-def without_salt(patch):
-    patch.setattr(SALT, lambda salt, spec: salt)
+def without_key(patch):
+    patch.setattr(KEY, lambda spec: "")
 
 
-def without_prompt_in_salt(patch):
-    patch.setattr(SALT, lambda salt, spec: spec.digest)
+def without_prompt_in_key(patch):
+    patch.setattr(KEY, lambda spec: spec.digest)
 
 
-def without_adapter_in_salt(patch):
-    patch.setattr(SALT, lambda salt, spec: spec.prompt_digest)
+def without_adapter_in_key(patch):
+    patch.setattr(KEY, lambda spec: spec.prompt_digest)
 
 
 def without_cache_bypass_for_mean_pooling(patch):
@@ -160,9 +160,9 @@ def without_adapters_of_preempted_requests(patch):
 MUTATIONS = [
     (without_whole_prompts, "whole_prompts"),
     (without_hit_limit, "forgotten_turns"),
-    (without_salt, "cached_prompts"),
-    (without_prompt_in_salt, "cached_prompts"),
-    (without_adapter_in_salt, "cached_prompts"),
+    (without_key, "cached_prompts"),
+    (without_prompt_in_key, "cached_prompts"),
+    (without_adapter_in_key, "cached_prompts"),
     (without_cache_bypass_for_mean_pooling, "forgotten_turns"),
     (with_rows_never_returned, "whole_prompts"),
     (with_vectors_shared_by_adapter_alone, "cached_prompts"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -131,41 +132,83 @@ def test_the_boundary_is_exact(pooled, shared, start, tiny_oracle, adapters) -> 
         assert second.num_cached_tokens == shared
 
 
-def test_events_name_the_blocks_by_what_they_are_of(tiny_engine, tiny_oracle, adapters) -> None:
-    """What a router reads: blocks before the pooled one with a base row's hashes and no key."""
+@contextlib.contextmanager
+def with_events(tiny_engine):
+    """An engine, and what its scheduler publishes of stored blocks."""
     from vllm.config import KVEventsConfig
 
-    events = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
-    stored = []
-    with tiny_engine(block_size=BLOCK, enable_prefix_caching=True, kv_events_config=events) as llm:
-        core = llm.llm_engine.engine_core.engine_core
-        taken: list = []
-        publish = core.scheduler.kv_event_publisher.publish
+    config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+    stored: list = []
+    with tiny_engine(block_size=BLOCK, enable_prefix_caching=True, kv_events_config=config) as llm:
+        publisher = llm.llm_engine.engine_core.engine_core.scheduler.kv_event_publisher
+        publish = publisher.publish
 
         def note(batch):
-            taken.extend(batch.events)
+            stored.extend(event for event in batch.events if type(event).__name__ == "BlockStored")
             publish(batch)
 
-        core.scheduler.kv_event_publisher.publish = note
-        for case in ((None, DOCUMENT), ("answer", DOCUMENT), ("answer", DOCUMENT, 97)):
+        publisher.publish = note
+        yield llm, stored
+
+
+def test_events_name_the_blocks_by_what_they_are_of(tiny_engine, tiny_oracle, adapters) -> None:
+    """What a router reads: blocks before the pooled one with a base row's hashes and no name."""
+    found = []
+    with with_events(tiny_engine) as (llm, stored):
+        for case in (
+            (None, DOCUMENT),
+            ("answer", DOCUMENT),
+            ("answer", DOCUMENT, 97),
+            ("sequence", DOCUMENT),
+        ):
             llm.reset_prefix_cache()
-            taken.clear()
+            stored.clear()
             (output,) = ask(llm, adapters, case)
             tiny_oracle.check(output, adapters[case[0]], *case[2:])
-            new = [event for event in taken if type(event).__name__ == "BlockStored"]
-            assert [token for event in new for token in event.token_ids] == DOCUMENT[:128]
-            hashes = [key for event in new for key in event.block_hashes]
-            keys = [keys for event in new for keys in event.extra_keys or [None] * 4]
-            stored.append((hashes, keys))
-    (base, none), (whole, no_keys), (first, some) = stored
-    assert not any(none)
+            assert [token for event in stored for token in event.token_ids] == DOCUMENT[:128]
+            hashes = [key for event in stored for key in event.block_hashes]
+            # Each event goes on where the one before it ends.
+            parents = [event.parent_block_hash for event in stored]
+            ends = [event.block_hashes[-1] for event in stored]
+            assert parents == [None, *ends[:-1]]
+            names = [event.lora_name for event in stored for _ in event.block_hashes]
+            keys = [keys for event in stored for keys in event.extra_keys or [None] * 4]
+            found.append((hashes, names, keys))
+    base, answer, first, sequence = found
+    assert base[1:] == ([None] * 4, [None] * 4)
     # Token 129 is pooled, and no block that holds it is full.
-    assert (whole, no_keys) == (base, none)
+    assert answer == base
     # Token 96 is pooled, the first of the fourth block.
-    assert first[:3] == base[:3]
-    assert first[3] != base[3]
-    assert some[:3] == none[:3]
-    assert str(some[3][0]).startswith("pedro:")
+    assert first[0][:3] == base[0][:3]
+    assert first[0][3] != base[0][3]
+    assert first[1] == [None, None, None, "answer"]
+    assert first[2][:3] == [None] * 3
+    assert first[2][3][0] == "answer"
+    assert first[2][3][1].startswith("pedro:")
+    assert not {*sequence[0]} & {*base[0], *first[0]}
+    assert sequence[1] == ["sequence"] * 4
+    assert [keys[0] for keys in sequence[2]] == ["sequence"] * 4
+    assert [len(keys) for keys in sequence[2]] == [2, 1, 1, 1]
+
+
+def test_no_salt_of_a_user_is_an_adapters_key(tiny_engine, tiny_oracle, adapters) -> None:
+    """Events publish keys: a plain request that brings one as its salt finds nothing, and leaves
+    nothing for the adapter's requests to find.
+    """
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=4, detokenize=False)
+    with with_events(tiny_engine) as (llm, stored):
+        (output,) = ask(llm, adapters, ("sequence", DOCUMENT))
+        (key,) = stored[0].extra_keys[0][1:]
+        for salt in (key, f"|{key}", "sequence"):
+            prompt = {"prompt_token_ids": DOCUMENT, "cache_salt": salt}
+            (plain,) = llm.generate([prompt], params, use_tqdm=False)
+            assert plain.num_cached_tokens == 0
+            tiny_oracle.check(plain, None)
+        (again,) = ask(llm, adapters, ("sequence", DOCUMENT))
+        assert again.num_cached_tokens == 128
+        assert again.outputs[0].token_ids == output.outputs[0].token_ids
 
 
 @pytest.mark.parametrize("name", ["static", "static answer"])

@@ -6,6 +6,7 @@ The server has the real model, LoRA and PEDRO, and loads adapters at run time fr
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -42,6 +43,14 @@ def root(tmp_path_factory, smol, write_adapter):
         ({}, {"pooling": "mean"}, {"r": 0}, {"activation": "gelu", "pooling": "max"}, {"r": 5})
     ):
         write_adapter(smol, folder=folder / f"random-{seed}", seed=seed, scale=0.15, **config)
+    # As trainers leave them: with the model's tokenizer; one has a template of its own, and one is
+    # another model's.
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(smol / name, folder / "random-1" / name)
+    (folder / "random-2" / "chat_template.jinja").write_text("{{ messages }}")
+    config = json.loads((folder / "random-3" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "org/Other-135M"
+    (folder / "random-3" / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -549,6 +558,43 @@ def test_a_lora_folder_is_loaded_by_the_same_endpoint(server, client):
     assert unload(server, "second")[0] == 200
 
 
+def test_a_lora_and_a_pedro_folder_under_one_name_at_once(server, client):
+    """Whoever comes second is refused, or with load_inplace stays; nothing is left of the first."""
+    folders = ("lora-folder", "random-4")
+    answers = dict.fromkeys(folders)
+    registered = metrics(server.url)["adapters_registered"]
+
+    def load_both(**more):
+        def put(folder):
+            answers[folder] = load(server, "both", folder, **more)
+
+        threads = [threading.Thread(target=put, args=(folder,)) for folder in folders]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sorted(status for status, _ in answers.values())
+
+    assert load_both() == [200, 400]
+    (refused,) = (text for status, text in answers.values() if status == 400)
+    assert "already been loaded" in refused
+    expected = [tokens_of(client, "lora", prompt(5))]
+    assert load(server, "both", "random-4", load_inplace=True)[0] == 200
+    expected.append(tokens_of(client, "both", prompt(5)))
+    assert tokens_of(client, "smol", prompt(5)) not in expected
+    for _ in range(6):
+        assert load_both(load_inplace=True) == [200, 200]
+        assert tokens_of(client, "both", prompt(5)) in expected
+    resident = metrics(server.url)["adapters_resident{tier=host}"]
+    assert load(server, "both", "lora-folder", load_inplace=True)[0] == 200
+    assert unload(server, "both")[0] == 200
+    assert unload(server, "both")[0] == 404
+    tokens_of(client, "smol", prompt(5), 1)
+    after = metrics(server.url)
+    assert after["adapters_registered"] == registered
+    assert after["adapters_resident{tier=host}"] <= resident
+
+
 @pytest.mark.parametrize("kind", BREAKAGES)
 def test_broken_folders_are_refused_with_the_reason(kind, server, root):
     folder = root / "broken"
@@ -609,8 +655,20 @@ def test_nothing_outside_the_root_can_be_loaded(server, root, outside):
         assert str(root) not in text
     for path in ("a\u0000b", "x" * 5000, "x" * 400, "a\nb", ""):
         assert load(server, "sly", path)[0] == 400
-    for name in ("a/b", "..", "", "x" * 300, "a\u0000b", "smol"):
+    for name in ("a/../b", "..", "/a", "", "x" * 300, "a\u0000b", "smol"):
         assert load(server, name, "random-0")[0] == 400
+
+
+def test_a_name_as_the_hubs_are(server, client, root):
+    """With its path; as a name alone it would be a folder's below the root."""
+    (root / "org").mkdir()
+    shutil.copytree(root / "random-1", root / "org" / "adapter")
+    with pytest.raises(openai.NotFoundError):
+        tokens_of(client, "org/adapter", prompt(5))
+    assert load(server, "org/adapter", "random-0")[0] == 200
+    assert "org/adapter" in [model.id for model in client.models.list().data]
+    assert tokens_of(client, "org/adapter", prompt(5)) == tokens_of(client, "r0", prompt(5))
+    assert unload(server, "org/adapter")[0] == 200
 
 
 def test_bodies_that_are_no_requests(server):
@@ -637,6 +695,43 @@ def test_a_stream_beside_failures_is_unharmed(server, client, smol_oracle, root)
         tokens += chunk.choices[0].token_ids
     assert len(tokens) == 20
     check_greedy(smol_oracle, asked, tokens, root / "random-0")
+
+
+def adapters_named(server):
+    """As the Gateway API inference extension reads it: max_lora, running and waiting adapters."""
+    line = "vllm:lora_requests_info{"
+    _, text = curl(f"{server.url}/metrics")
+    (found,) = (entry for entry in text.splitlines() if entry.startswith(line))
+    labels = dict(re.findall(r'(\w+)="([^"]*)"', found))
+    assert time.time() - 60 < float(found.rpartition(" ")[2]) <= time.time()
+    names = [set(labels[f"{kind}_lora_adapters"].split(",")) for kind in ("running", "waiting")]
+    return int(labels["max_lora"]), *names
+
+
+@pytest.mark.both_runners
+def test_routers_see_which_adapters_run_and_which_wait(server, client):
+    """Eight rows: six streams of one adapter and two others fill them, a ninth request waits."""
+    names = ["r0"] * 6 + ["lora", "smol", "r1"]
+    streams = [
+        client.completions.create(
+            model=name,
+            prompt=prompt(30),
+            max_tokens=2 if name == "r1" else 100,
+            stream=True,
+            extra_body=EXACT,
+        )
+        for name in names
+    ]
+    for stream in streams[:8]:
+        next(stream)
+    most, running, waiting = adapters_named(server)
+    assert running == {"r0", "lora"}
+    assert waiting == {"r1"}
+    assert most == 2 + 2  # max_loras beside r0 and r1
+    for stream in streams[:8]:
+        stream.close()
+    assert len(list(streams[8])) == 2
+    assert adapters_named(server) == (2, {""}, {""})
 
 
 @pytest.mark.both_runners
@@ -705,6 +800,15 @@ def test_the_log_says_what_happened(server):
     ):
         assert line in log
     assert "Traceback" not in log
+    # What is told once, however often a folder is read, and is told of no other.
+    for line in (
+        "random-2 has a chat template that differs from the base model's",
+        "random-3 names 'org/Other-135M' as its base model",
+        "asks for its prompt's log probabilities without saying where the prompt ends",
+    ):
+        assert log.count(line) == 1
+    assert log.count("differs from the base model's") == 1
+    assert log.count("as its base model") == 1
     # Operators need the folders that clients are not told of.
     assert f"{server.log.parent}/root/nan/adapter_model.safetensors" in log
 

@@ -83,6 +83,7 @@ def serve(
     log: Path,
     timeout: float = 900,
     shares_cores: bool = True,
+    port: int | None = None,
     **environment: str,
 ) -> Iterator[Server]:
     """`vllm-pedro serve MODEL FLAGS`, until the block ends; then all its processes end.
@@ -93,14 +94,13 @@ def serve(
         log: A file for what it prints.
         timeout: Seconds until it has to answer.
         shares_cores: Whether other work runs on its cores.
+        port: Where it listens; default one that nobody listens on.
         **environment: Variables of its process.
 
     Raises:
         PedroError: It ended, or does not answer in time; with the end of its log.
     """
-    with socket.socket() as listener:  # a port that nobody listens on
-        listener.bind((HOST, 0))
-        port = listener.getsockname()[1]
+    port = port or free_port()
     command = [sys.executable, "-m", "vllm_pedro.cli", "serve", str(model)]
     command += ["--host", HOST, "--port", str(port), *flags]
     url, start = f"http://{HOST}:{port}", time.monotonic()
@@ -125,6 +125,13 @@ def serve(
         yield Server(url, process.pid, log, time.monotonic() - start)
     finally:
         _stop(process)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        return int(listener.getsockname()[1])
 
 
 def _answers(url: str) -> bool:

@@ -11,8 +11,13 @@ from types import ModuleType
 
 
 def when_imported(name: str, action: Callable[[], None]) -> None:
-    """Call `action` right after module `name` is executed; at once if it already was."""
-    if name in sys.modules:
+    """Call `action` right after module `name` is executed; at once if it already was.
+
+    While it is being executed: once it was, when the next module is imported.
+    """
+    if _is_executing(name):
+        sys.meta_path.insert(0, _LaterFinder(name, action))
+    elif name in sys.modules:
         action()
     else:
         sys.meta_path.insert(0, _Finder(name, action))
@@ -20,15 +25,36 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
 
 def forget_hooks() -> None:
     """Drop every action that still waits for its module."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Waiting)]
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+def _is_executing(name: str) -> bool:
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
+
+
+class _Waiting(importlib.abc.MetaPathFinder):
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self._name = name
         self._action = action
         self._is_looking = False
 
+
+class _LaterFinder(_Waiting):
+    _is_done = False
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        # It stays where it is: whoever walks along the list now would skip the next finder.
+        if not self._is_done and not _is_executing(self._name):
+            self._is_done = True
+            if self._name in sys.modules:
+                self._action()
+        return None
+
+
+class _Finder(_Waiting):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:

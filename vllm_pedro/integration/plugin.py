@@ -37,7 +37,8 @@ _BEAMS = {
     "until": "beam search runs inside the engine",
 }
 _KEYS = {
-    "why": "a salt is hashed with a request's first block only; here the key is due in a later one",
+    "why": "a salt is hashed with a request's first block only, where here the key may be due in a "
+    "later one; and it is the user's",
     "upstream": f"{VLLM}/issues/13161",
     "until": "a request may bring a key for any of its blocks",
 }
@@ -99,13 +100,19 @@ PATCHES = (
     ),
     Patch(
         "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
-        "block_keys:with_answer_key",
+        "block_keys:with_pedro_key",
         **_KEYS,
     ),
     Patch(
         "vllm.v1.core.block_pool:generate_block_hash_extra_keys",
-        "block_keys:with_answer_key",
+        "block_keys:with_pedro_key",
         **_KEYS,
+    ),
+    Patch(
+        "vllm.v1.core.block_pool:BlockPool._build_block_stored_event",
+        "block_keys:with_adapter_name",
+        why="events take the name from `lora_request`, which an engine with PEDRO clears",
+        **_ADAPTERS,
     ),
     Patch(
         "vllm.entrypoints.generate.beam_search.utils:BeamSearchInstance.__init__",
@@ -145,6 +152,21 @@ PATCHES = (
         why="a development route that takes an adapter's tensors",
         upstream=f"{VLLM}/issues/28218",
         until="plugins may add routes",
+    ),
+    Patch(
+        "vllm.entrypoints.serve.engine.serving:BaseServing._get_active_default_mm_loras",
+        "frontend.models:default_loras",
+        why="a chat for the base model is answered by the adapter that is called `text`",
+        upstream=f"{VLLM}/pull/19126",
+        until="adapters of modalities are told from those with a modality's name",
+    ),
+    Patch(
+        "model_hosting_container_standards.sagemaker.lora.transforms.inject_to_body:"
+        "InjectToBodyApiTransform.transform_request",
+        "frontend.models:keep_model",
+        why="`/invocations` drops the model that a request names, and the plain model answers",
+        upstream=f"{VLLM}/pull/27892",
+        until="the name in a request's body counts where there is no header",
     ),
     Patch(
         "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.render_chat_request",

@@ -17,7 +17,7 @@ from ..serving.admission import Admission, Turn
 from ..serving.blobs import ALIGNMENT
 from ..serving.loading import Prefetches
 from ..serving.rows import Assignment, VectorKey, VectorRows
-from ..serving.spec import RequestSpec, cache_salt
+from ..serving.spec import RequestSpec
 from ..serving.stats import merge_stats
 from . import wire
 from .offloading import Offloading
@@ -101,8 +101,6 @@ class PedroSchedulerMixin:
             request.pedro = new
             self._pedro_prefetches.want(request.request_id, new)
             wire.put_spec(request.sampling_params, new)
-            salt = (request.cache_salt or "").removesuffix(cache_salt("", old) or "")
-            request.cache_salt = cache_salt(salt or None, new)
             request.block_hashes.clear()
             request.update_block_hashes()
             count += 1

@@ -13,6 +13,8 @@ from typing import Any, Final
 
 _TEXTS: Final = {
     "0.32": """
+model_hosting_container_standards.sagemaker.lora.transforms.inject_to_body:InjectToBodyApiTransform
+    transform_request 595cdde17e5b
 vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler:OffloadingConnectorScheduler
     _build_store_jobs 91e3ed502d4d
     _calc_num_offloadable_tokens 014ed11f8bd2
@@ -41,10 +43,13 @@ vllm.entrypoints.openai.models.serving:OpenAIServingModels
     unload_lora_adapter 9d3e23adf519
 vllm.entrypoints.serve.engine.serving:BaseServing
     _check_model 5a2f4707ffb7
+    _get_active_default_mm_loras 40fb43533f2d
 vllm.entrypoints.serve
     register_vllm_dev_api_routers 4c2ada0a8004
 vllm.lora.request:LoRARequest
     __eq__ bba566415278
+vllm.v1.core.block_pool:BlockPool
+    _build_block_stored_event 724a892fa09d
 vllm.v1.core.block_pool
     generate_block_hash_extra_keys fabb6e4b928a
 vllm.v1.core.kv_cache_utils
@@ -74,7 +79,10 @@ vllm.v1.engine.input_processor:InputProcessor
     _validate_lora 14d8474923a7
     process_inputs e22b5f772979
 vllm.v1.engine.output_processor:OutputProcessor
+    add_request 8e0315ddb4d6
     process_outputs 9e116796002e
+vllm.v1.metrics.loggers:PrometheusStatLogger
+    record a506cbde7928
 vllm.v1.metrics.loggers:StatLoggerManager
     __init__ 6e75cf036af8
 vllm.v1.request:Request
@@ -119,6 +127,8 @@ vllm.entrypoints.generate.beam_search.utils:BeamSearchInstance
     __init__ e30babc0de63
 vllm.entrypoints.openai.models.serving:OpenAIServingModels
     load_lora_adapter a29620dc71ad
+vllm.v1.core.block_pool:BlockPool
+    _build_block_stored_event 7c411cf76e41
 vllm.v1.core.sched.scheduler:Scheduler
     _free_request a2e0937699dc
     _get_local_prefix_cache_hit 8e6f6ae6a7ab

@@ -79,10 +79,3 @@ def cache_key(spec: RequestSpec) -> str:
     if spec.is_static and spec.scope == "sequence":
         return f"pedro:{spec.digest}"
     return f"pedro:{spec.digest}:{spec.prompt_length}:{spec.prompt_digest}"
-
-
-def cache_salt(salt: str | None, spec: RequestSpec) -> str | None:
-    """A request's own salt, which is hashed with its first block, and with it the key of one whose
-    first token is scaled already.
-    """
-    return salt if spec.scope == "answer" else f"{salt or ''}|{cache_key(spec)}"

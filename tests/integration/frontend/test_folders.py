@@ -25,7 +25,9 @@ def test_names(name):
     [
         ("", "1 to 200 characters"),
         ("x" * (MAX_NAME_LENGTH + 1), "found 201"),
-        ("a/b", "separators"),
+        ("/b", "separators"),
+        ("a//b", "separators"),
+        ("a/../b", "separators"),
         ("a\\b", "separators"),
         ("..", "separators"),
         (".", "separators"),
@@ -39,6 +41,12 @@ def test_names(name):
 def test_names_that_are_refused(name, message):
     with pytest.raises(PedroError, match=message):
         check_name(name)
+
+
+def test_a_name_that_has_a_path_may_be_as_those_of_the_hub():
+    check_name("org/adapter")
+    with pytest.raises(PedroError, match="separators"):
+        check_name("org/adapter", is_folder=True)
 
 
 @pytest.fixture

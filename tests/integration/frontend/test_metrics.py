@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
 from prometheus_client import REGISTRY
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import SchedulerStats
 
 from vllm_pedro.integration import wire
-from vllm_pedro.integration.frontend.metrics import PedroMetrics
+from vllm_pedro.integration.frontend.metrics import AdapterInfo, PedroMetrics
 
 
 @pytest.fixture
@@ -73,7 +75,8 @@ def test_everything_is_there_from_the_start_and_no_label_is_an_adapters_name(met
     assert names == {"model_name", "engine", "tier", "state", "le"}
 
 
-def test_pedro_names_stay_out_of_the_label_that_lists_loras(metrics):
+def test_pedro_names_stay_out_of_vllms_own_label(metrics):
+    """With several API servers."""
     metrics.is_pedro_name = lambda name: name.startswith("pedro")
     stats = SchedulerStats(
         running_lora_adapters={"pedro-1": 1, "lora": 1}, waiting_lora_adapters={"pedro-2": 1}
@@ -81,3 +84,73 @@ def test_pedro_names_stay_out_of_the_label_that_lists_loras(metrics):
     metrics.record(stats, None)
     assert stats.running_lora_adapters == {"lora": 1}
     assert stats.waiting_lora_adapters == {}
+
+
+def info(max_loras=None, max_num_seqs=4, gauge=None):
+    lora = None if max_loras is None else SimpleNamespace(max_loras=max_loras)
+    scheduler = SimpleNamespace(max_num_seqs=max_num_seqs)
+    return AdapterInfo(SimpleNamespace(lora_config=lora, scheduler_config=scheduler), gauge)
+
+
+def shown():
+    """What is to be read: max_lora, and the names of running and of waiting adapters."""
+    (family,) = (f for f in REGISTRY.collect() if f.name == "vllm:lora_requests_info")
+    (sample,) = family.samples
+    assert time.time() - 5 < sample.value <= time.time()
+    labels = dict(sample.labels)
+    names = [labels.pop(f"{which}_lora_adapters").split(",") for which in ("running", "waiting")]
+    return int(labels.pop("max_lora")), *names, *labels
+
+
+def test_adapters_are_named_where_they_have_requests(metrics):
+    """vLLM's counts have every name in both places."""
+    metrics._info = info()
+    assert shown() == (4, [""], [""])
+    stats = SchedulerStats(
+        running_lora_adapters={"a": 2, "b": 1, "c": 0},
+        waiting_lora_adapters={"a": 0, "b": 3, "c": 1},
+    )
+    metrics.record(stats, None)
+    assert shown() == (4, ["a", "b"], ["b", "c"])
+    metrics.record(SchedulerStats(), None)
+    assert shown() == (4, [""], [""])
+
+
+def test_names_are_as_many_as_a_batch_takes_and_series_are_one(metrics):
+    metrics._info = info()
+    for step in range(20):
+        names = {f"{step}-{i}": 1 for i in range(20)}
+        metrics.record(SchedulerStats(running_lora_adapters=names), None)
+        assert shown()[1] == [f"{step}-{i}" for i in range(4)]
+
+
+def test_a_name_with_a_comma_is_left_out(metrics):
+    metrics._info = info()
+    metrics.record(SchedulerStats(running_lora_adapters={"a,b": 1, "c": 1}), None)
+    assert shown() == (4, ["c"], [""])
+
+
+def test_lora_has_room_as_far_as_its_slots_go(metrics):
+    """A router sends another adapter here while fewer are named than `max_lora`."""
+    metrics.is_pedro_name = lambda name: name.startswith("pedro")
+    metrics._info = info(max_loras=2)
+    assert shown()[0] == 2
+    names = {f"pedro-{i}": 1 for i in range(3)}
+    metrics.record(SchedulerStats(running_lora_adapters={**names, "lora-1": 1}), None)
+    most, running, _ = shown()
+    assert most - len(running) == 1
+    both = {**names, "lora-1": 1, "lora-2": 1}
+    metrics._info._most = 8
+    metrics.record(SchedulerStats(running_lora_adapters=both), None)
+    most, running, _ = shown()
+    assert most - len(running) == 0
+
+
+def test_vllms_labels_are_the_ones_here():
+    """Where LoRA is on, vLLM's own gauge is written."""
+    import inspect
+
+    source = inspect.getsource(PrometheusStatLogger.__init__)
+    labels = [f"self.labelname_{n}" for n in ("max_lora", "waiting_lora_adapters")]
+    labels.append("self.labelname_running_lora_adapters")
+    assert ",".join(labels) in "".join(source.split())

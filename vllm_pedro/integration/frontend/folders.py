@@ -15,10 +15,13 @@ MAX_PATH_LENGTH = 4096
 MAX_REASON_LENGTH = 600
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, is_folder: bool = False) -> None:
     """Refuse what cannot be an adapter's model name.
 
-    A name is one path component, so that a name asked for can be a folder's name below the root.
+    Args:
+        name: As it came.
+        is_folder: Whether the name is looked up as a folder's below the root; then it is one path
+            component. Where a path is given beside it, it may have several, as those of the hub.
 
     Raises:
         PedroError: Says which rule it breaks.
@@ -28,7 +31,8 @@ def check_name(name: str) -> None:
         raise PedroError(
             f"adapter name {shown}: expected 1 to {MAX_NAME_LENGTH} characters, found {len(name)}"
         )
-    if "/" in name or "\\" in name or name in (".", ".."):
+    parts = name.split("/")
+    if (len(parts) > 1 and is_folder) or "\\" in name or {"", ".", ".."} & {*parts}:
         raise PedroError(f"adapter name {shown}: path separators are not allowed")
     if name != name.strip() or any(unicodedata.category(c).startswith("C") for c in name):
         raise PedroError(

@@ -3,12 +3,13 @@
 A worker counts (`serving/stats.py`), its step's output takes the counts to the scheduler, the
 scheduler's statistics take them to the front end, and a stat logger beside vLLM's own publishes
 them there. Labels are `model_name` and `engine`, as vLLM has them, and one of a fixed set;
-never the name of an adapter.
+never the name of an adapter. But for one metric of vLLM's, by which routers choose a server.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...serving.stats import PREFILL_STATES, TIERS
@@ -32,6 +33,71 @@ LOAD_SECONDS_BUCKETS = (
 )
 
 
+class AdapterInfo:
+    """`vllm:lora_requests_info`, as the Gateway API inference extension and others read it.
+
+    Its labels name the adapters of requests that run and that wait, and its value is the time.
+    vLLM 0.32 puts every name in both labels (vllm-project/vllm#54830), and leaves a series behind
+    for each set of names that there ever was. Here a name is where it has requests, and there is
+    one series, whose labels name at most `max_num_seqs` adapters each.
+
+    `max_lora` is how many adapters a batch takes: a router that counts as many sends others
+    elsewhere. PEDRO's are bounded by `max_num_seqs` alone. With LoRA on, too, it is what LoRA
+    takes beside the PEDRO adapters that are named.
+
+    Args:
+        vllm_config: vLLM's.
+        gauge: vLLM's own, where LoRA is on.
+    """
+
+    def __init__(self, vllm_config: Any, gauge: Any = None) -> None:
+        from prometheus_client import Gauge
+
+        self._gauge = gauge or Gauge(
+            "vllm:lora_requests_info",
+            "Running stats on lora requests.",
+            ["max_lora", "waiting_lora_adapters", "running_lora_adapters"],
+        )
+        lora, self._most = vllm_config.lora_config, vllm_config.scheduler_config.max_num_seqs
+        self._max_loras = None if lora is None else lora.max_loras
+        self._shown: tuple[str, ...] = ()
+        self.show({}, {}, 0)  # routers hold a server without it for full
+
+    def show(self, running: Mapping[str, int], waiting: Mapping[str, int], num_pedro: int) -> None:
+        """Say what runs and waits.
+
+        Args:
+            running, waiting: Name -> requests, which may be none.
+            num_pedro: How many of the names are PEDRO adapters.
+        """
+        most = self._most if self._max_loras is None else self._max_loras + num_pedro
+        labels = (str(most), self._names(waiting), self._names(running))
+        self._gauge.labels(*labels).set_to_current_time()
+        if self._shown not in ((), labels):
+            self._gauge.remove(*self._shown)
+        self._shown = labels
+
+    def _names(self, requests: Mapping[str, int]) -> str:
+        # A comma in a name would make two others of it.
+        names = [name for name, count in requests.items() if count and "," not in name]
+        return ",".join(names[: self._most])
+
+
+class PedroOutputProcessorMixin:
+    """What vLLM's `OutputProcessor` does differently in a server with PEDRO.
+
+    It hears that a request waits with the request's first output, when it waits no longer.
+    """
+
+    def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        states: dict[str, Any] = self.request_states  # type: ignore[attr-defined]
+        is_new = request.request_id not in states
+        super().add_request(request, *args, **kwargs)  # type: ignore[misc]
+        if is_new:
+            name = states[request.request_id].lora_name
+            self.lora_states.request_waiting(request.request_id, name)  # type: ignore[attr-defined]
+
+
 class PedroMetrics:
     """A stat logger of vLLM's front end; comes before its other ones.
 
@@ -39,12 +105,20 @@ class PedroMetrics:
         vllm_config: vLLM's.
         engine_indexes: The engines' numbers.
         memory: Bytes that each device has for adapters.
+        info: Where adapters with requests are named; None: those of PEDRO's are not.
     """
 
-    def __init__(self, vllm_config: Any, engine_indexes: list[int], memory: int) -> None:
+    def __init__(
+        self,
+        vllm_config: Any,
+        engine_indexes: list[int],
+        memory: int,
+        info: AdapterInfo | None = None,
+    ) -> None:
         from prometheus_client import Counter, Gauge, Histogram
 
         self.is_pedro_name: Callable[[str], bool] = lambda name: False
+        self._info = info
         self._labels = {
             i: (vllm_config.model_config.served_model_name, str(i)) for i in engine_indexes
         }
@@ -131,10 +205,15 @@ class PedroMetrics:
         counts = wire.take_stats(scheduler_stats)
         if counts:
             self.observe(counts, engine_idx)
-        # vLLM makes a label of the LoRAs in use: their number is bounded by max_loras.
-        for names in (scheduler_stats.running_lora_adapters, scheduler_stats.waiting_lora_adapters):
-            for name in [n for n in names if self.is_pedro_name(n)]:
-                del names[name]
+        running = scheduler_stats.running_lora_adapters
+        waiting = scheduler_stats.waiting_lora_adapters
+        pedro = [name for name in {**running, **waiting} if self.is_pedro_name(name)]
+        if self._info is not None:
+            self._info.show(running, waiting, len(pedro))
+            return
+        for name in pedro:
+            running.pop(name, None)
+            waiting.pop(name, None)
 
     def observe(self, stats: dict[str, Any], engine_idx: int = 0) -> None:
         """Publish counts as `PedroRuntime.take_stats` gives them."""
@@ -181,10 +260,27 @@ def init(original: Callable[..., None]) -> Callable[..., None]:
         original(self, vllm_config, *args, **kwargs)
         options = options_of(vllm_config)
         if options is not None:
-            assert options.pedro_memory_bytes is not None
-            # The first, since it takes the counts out of a field that others read.
-            self.stat_loggers.insert(
-                0, PedroMetrics(vllm_config, self.engine_indexes, options.pedro_memory_bytes)
+            memory = options.pedro_memory_bytes
+            assert memory is not None
+            metrics = PedroMetrics(
+                vllm_config, self.engine_indexes, memory, _take_info(vllm_config, self.stat_loggers)
             )
+            # The first, since it takes the counts out of a field that others read.
+            self.stat_loggers.insert(0, metrics)
 
     return __init__
+
+
+def _take_info(vllm_config: Any, stat_loggers: list[Any]) -> AdapterInfo | None:
+    """The metric that names adapters, from here on PEDRO's to write.
+
+    None with several API servers: each knows its own requests only, and a series stays for ever in
+    the files that they share.
+    """
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        return None
+    gauge = None
+    for entry in stat_loggers:
+        if getattr(entry, "gauge_lora_info", None) is not None:
+            gauge, entry.gauge_lora_info = entry.gauge_lora_info, None
+    return AdapterInfo(vllm_config, gauge)

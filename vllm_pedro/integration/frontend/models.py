@@ -7,6 +7,8 @@ module given at start-up is checked without its weights; they are read when it i
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import logging
 import os
 import time
@@ -25,7 +27,7 @@ from ..patches import become
 from ..request import PedroRequest, ServedPedroRequest
 from .flags import AdapterModules, PedroModulePath
 from .folders import check_name, public_reason, resolve_folder
-from .metrics import metrics_of
+from .metrics import PedroOutputProcessorMixin, metrics_of
 from .prompt_length import (
     FIRST_TURN,
     LENGTH_KEY,
@@ -85,12 +87,14 @@ class PedroServingModelsMixin:
         self._pedro_static: list[PedroModulePath] = modules.pedro if given else []
         self._pedro_registry: AdapterRegistry = self.input_processor.pedro_registry
         self._pedro_starting = False
+        self._pedro_before: dict[str, PedroRequest | None] = {}
         self._pedro_metrics = metrics_of(self.engine_client)
         self.lora_resolver_lock = NameLocks()
         # A request whose adapter changed while it waited asks here what its name stands for now.
         self.engine_client.pedro_models = self
         if self._pedro_metrics is not None:
             self._pedro_metrics.is_pedro_name = lambda name: self._pedro_entry(name) is not None
+            become(self.engine_client.output_processor, PedroOutputProcessorMixin)
 
     def _pedro_entry(self, name: str | None) -> Any:
         entry = self.lora_requests.get(name) if name else None
@@ -186,7 +190,7 @@ class PedroServingModelsMixin:
         """What to answer, and what the name stands for; None if it was refused."""
         name = request.lora_name
         async with self.lora_resolver_lock[name]:
-            refused = await self._check_load_lora_adapter_request(request)  # type: ignore[attr-defined]
+            refused = await super()._check_load_lora_adapter_request(request)  # type: ignore[misc]
             if refused is not None:
                 return refused, None
             try:
@@ -225,11 +229,25 @@ class PedroServingModelsMixin:
 
     async def _load_lora(self, request: Any, base_model_name: str | None) -> Any:
         """vLLM's own way; what the name stood for before may be PEDRO's."""
-        old = self._pedro_entry(request.lora_name)
         answer = await super().load_lora_adapter(request, base_model_name)  # type: ignore[misc]
-        if old is not None and self._pedro_entry(request.lora_name) is None:
-            await self._pedro_release(old)
+        await self._pedro_replaced(request.lora_name)
         return answer
+
+    # vLLM calls these two when it has the name's lock: only then is it settled what it replaces.
+
+    async def _check_load_lora_adapter_request(self, request: Any) -> Any:
+        self._pedro_before[request.lora_name] = self._pedro_entry(request.lora_name)
+        return await super()._check_load_lora_adapter_request(request)  # type: ignore[misc]
+
+    async def _check_unload_lora_adapter_request(self, request: Any) -> Any:
+        self._pedro_before[request.lora_name] = self._pedro_entry(request.lora_name)
+        return await super()._check_unload_lora_adapter_request(request)  # type: ignore[misc]
+
+    async def _pedro_replaced(self, name: str) -> None:
+        """Free what vLLM put something else in the place of, or nothing."""
+        old = self._pedro_before.pop(name, None)
+        if old is not None and self._pedro_entry(name) is not old:
+            await self._pedro_release(old)
 
     async def _pedro_fetch(self, path: str) -> tuple[str, bool]:
         """The folder of a repository of the hub; False if that is LoRA's to load.
@@ -260,9 +278,12 @@ class PedroServingModelsMixin:
         """Unload an adapter: its memory is free once no running request needs it."""
         name = request.lora_name
         if self._pedro_entry(name) is None:
-            return await super().unload_lora_adapter(request)  # type: ignore[misc]
+            answer = await super().unload_lora_adapter(request)  # type: ignore[misc]
+            await self._pedro_replaced(name)
+            self._pedro_count()
+            return answer
         async with self.lora_resolver_lock[name]:
-            refused = await self._check_unload_lora_adapter_request(request)  # type: ignore[attr-defined]
+            refused = await super()._check_unload_lora_adapter_request(request)  # type: ignore[misc]
             if refused is not None:
                 return refused
             old = self.lora_requests.pop(name)
@@ -285,7 +306,7 @@ class PedroServingModelsMixin:
         if self.pedro_root is None:
             return None
         try:
-            check_name(name)
+            check_name(name, is_folder=True)
             folder = resolve_folder(name, self.pedro_root)
         except PedroError:
             return None
@@ -493,3 +514,42 @@ def check_model(original: Callable[..., Any]) -> Callable[..., Any]:
         return refused
 
     return _check_model
+
+
+def default_loras(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Patch of `BaseServing`: an adapter's name is not a kind of message content.
+
+    Upstream answers a chat for the base model with the adapter that has the name of one, "text" or
+    "image". It is meant for modalities of multimodal models, which PEDRO does not serve.
+    """
+
+    def _get_active_default_mm_loras(self: Any, request: Any) -> Any:
+        found = original(self, request)
+        return None if isinstance(found, PedroRequest) else found
+
+    return _get_active_default_mm_loras
+
+
+def keep_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Patch of `/invocations`: a request without SageMaker's header is for the model it names.
+
+    Upstream takes the model's name from the header alone, and puts nothing in its place where the
+    header is missing: the plain model then answers, whatever the request asks for.
+    """
+
+    async def transform_request(self: Any, raw_request: Any) -> Any:
+        state = raw_request.app.state
+        body: Any = None
+        if isinstance(getattr(state, "openai_serving_models", None), PedroServingModelsMixin):
+            with contextlib.suppress(ValueError):  # the original says what is wrong with it
+                body = await raw_request.json()
+        asked = body.get("model") if isinstance(body, dict) else None
+        result = await original(self, raw_request)
+        if asked is not None:
+            body = await raw_request.json()
+            if body.get("model") is None:
+                body["model"] = asked
+                raw_request._body = json.dumps(body).encode()
+        return result
+
+    return transform_request

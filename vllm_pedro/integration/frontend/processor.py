@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from array import array
 from collections.abc import Callable, Sequence
@@ -13,11 +14,12 @@ from vllm.utils.async_utils import make_async
 from ...backbone import BackboneShape
 from ...errors import PedroError
 from ...serving.adapters import AdapterLimits
-from ...serving.spec import RequestSpec, cache_salt
+from ...serving.spec import RequestSpec
 from .. import wire
 from ..options import draft_places, options_of
 from ..patches import become
 from ..request import PedroRequest, ServedPedroRequest
+from .notes import FolderNotes
 from .prompt_length import (
     LENGTH_KEY,
     TEXT_KEY,
@@ -26,7 +28,7 @@ from .prompt_length import (
     length_of_text,
     warn_of_scored_text,
 )
-from .registry import AdapterRegistry, KnownAdapter, pedro_request_of
+from .registry import AdapterRegistry, KnownAdapter, pedro_request_of, peft_type_of
 
 
 def digest_tokens(tokens: Sequence[int]) -> str:
@@ -64,7 +66,11 @@ class PedroInputProcessorMixin:
             options.pedro_target_modules,
             options.pedro_memory_bytes,
         )
-        self.pedro_registry = AdapterRegistry(limits)
+        model = self.vllm_config.model_config
+        served = model.served_model_name
+        names = [model.model, *([served] if isinstance(served, str) else served or ())]
+        notes = FolderNotes(names, lambda: self.renderer.tokenizer)
+        self.pedro_registry = AdapterRegistry(limits, notes=notes)
         # The original's was bound before the class changed.
         self.process_inputs_async = make_async(
             self.process_inputs, executor=self.renderer._executor
@@ -196,7 +202,6 @@ class PedroInputProcessorMixin:
             known.scope,
         )
         wire.put_spec(request.sampling_params, spec)
-        request.cache_salt = cache_salt(request.cache_salt, spec)
 
 
 def init(original: Callable[..., None]) -> Callable[..., None]:
@@ -211,6 +216,11 @@ def init(original: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
+@functools.lru_cache(maxsize=4096)
+def _is_pedro_folder(path: str) -> bool:
+    return peft_type_of(path) == "PEDRO"
+
+
 def validate_lora(original: Callable[..., None]) -> Callable[..., None]:
     """Patch of `InputProcessor`."""
 
@@ -219,6 +229,11 @@ def validate_lora(original: Callable[..., None]) -> Callable[..., None]:
             raise RefusedRequestError(
                 f"got {lora_request!r}, but PEDRO is not enabled: start the engine with "
                 "enable_pedro=True (--enable-pedro)"
+            )
+        if lora_request is not None and _is_pedro_folder(lora_request.lora_path):
+            raise RefusedRequestError(
+                f"{lora_request.lora_path} is a PEDRO adapter, but PEDRO is not enabled: start the "
+                "engine with enable_pedro=True (--enable-pedro)"
             )
         original(self, lora_request)
 

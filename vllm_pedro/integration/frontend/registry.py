@@ -28,6 +28,7 @@ from ...config import CONFIG_NAME, MAX_CONFIG_BYTES
 from ...errors import AdapterError
 from ...serving.adapters import AdapterLimits
 from ..request import PedroRequest
+from .notes import FolderNotes
 
 T = TypeVar("T")
 
@@ -59,8 +60,11 @@ class AdapterRegistry:
     May be asked from several threads.
     """
 
-    def __init__(self, limits: AdapterLimits, capacity: int = 100_000) -> None:
+    def __init__(
+        self, limits: AdapterLimits, capacity: int = 100_000, notes: FolderNotes | None = None
+    ) -> None:
         self.limits = limits
+        self._notes = notes
         self._capacity = capacity
         self._known: OrderedDict[str, KnownAdapter] = OrderedDict()
         self._fetched: dict[str, str] = {}
@@ -120,6 +124,9 @@ class AdapterRegistry:
         nbytes = self.limits.check_bytes(config, dtype, path)
         pools = "none" if config.r == 0 else "last" if config.pooling == "last" else "all"
         known = KnownAdapter(digest, pools, nbytes, signature or (), config.scope)
+        if self._notes is not None:
+            self._notes.base_model(config.base_model_name_or_path, path)
+            self._notes.files(path)
         with self._lock:
             self._known[path] = known
             self._known.move_to_end(path)
@@ -135,6 +142,8 @@ class AdapterRegistry:
         """
         config = inspect_adapter(path, self.limits.shape)
         self.limits.check_config(config, path)
+        if self._notes is not None:
+            self._notes.base_model(config.base_model_name_or_path, path)
 
     def forget(self, path: str) -> None:
         """Drop what is known of a folder."""

@@ -216,13 +216,21 @@ class Judge:
 
         # All now, as loading draws random numbers. The backbone by itself applies no adapter.
         backbone = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        self._models: dict[str | None, Any] = {None: backbone}
-        for name, path in adapters.items():
-            self._models[name] = PedroModel.from_pretrained(backbone, path)
+        self._backbone = backbone
+        first, *others = adapters.items()
+        self._model = PedroModel.from_pretrained(backbone, first[1], first[0])
+        for name, path in others:
+            self._model.load_adapter(path, name)
 
     def logits(self, adapter: str | None, tokens: list[int], prompt_length: int) -> torch.Tensor:
         """The reference's logits after every token."""
-        return reference_logits(self._models[adapter], tokens, prompt_length)
+        return reference_logits(self._with(adapter), tokens, prompt_length)
+
+    def _with(self, adapter: str | None) -> Any:
+        if adapter is None:
+            return self._backbone
+        self._model.set_adapter(adapter)
+        return self._model
 
     def check(self, active: Active, index: int, max_model_len: int, report: Report) -> None:
         """One completion, finished or cut short by an abort.
@@ -288,7 +296,7 @@ class Judge:
         self, active: Active, tokens: list[int], step: int, token: int
     ) -> float:
         """How far a log probability moves when each weight moves by half of its last bit."""
-        model = self._models[active.draw.adapter]
+        model = self._with(active.draw.adapter)
         weights = [(p, p.detach().clone()) for p in model.parameters()]
         generator = torch.Generator().manual_seed(0)
         found = []

@@ -85,6 +85,7 @@ DEVELOPMENT = {
     "/resume", "/server_info", "/shutdown_weight_transfer_engine", "/sleep",
     "/start_draft_weight_update", "/start_weight_update", "/update_weight_version",
     "/update_weights", "/wake_up", "/weight_checker", "/weight_info",
+    "/v1/load_pedro_tensors",
 }  # fmt: skip
 """With VLLM_SERVER_DEV_MODE; they name none either."""
 

@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import contextlib
 import gc
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,7 +154,9 @@ class Oracle:
         self._path = model
         self._keep = keep
         self._backbone: Any = None
-        self._models: dict[Path, PedroModel] = {}
+        self._model_with_adapters: PedroModel | None = None
+        self._names: dict[Path, str] = {}  # of adapters that are on the backbone
+        self._numbers = itertools.count()
 
     def adapter_bytes(self, adapter: Path) -> int:
         """What an adapter takes of the device's memory."""
@@ -173,11 +176,21 @@ class Oracle:
             )
         if adapter is None:
             return self._backbone
-        if adapter not in self._models:
-            while len(self._models) >= self._keep:
-                self._models.pop(next(iter(self._models))).unload()
-            self._models[adapter] = PedroModel.from_pretrained(self._backbone, adapter)
-        return self._models[adapter]
+        if adapter not in self._names:
+            name = f"adapter-{next(self._numbers)}"
+            if self._model_with_adapters is None:
+                made = PedroModel.from_pretrained(self._backbone, adapter, name)
+                self._model_with_adapters = made
+            else:
+                self._model_with_adapters.load_adapter(adapter, name)
+            self._names[adapter] = name
+            while len(self._names) > self._keep:
+                oldest = self._names.pop(next(iter(self._names)))
+                self._model_with_adapters.delete_adapter(oldest)
+        model = self._model_with_adapters
+        assert model is not None
+        model.set_adapter(self._names[adapter])
+        return model
 
     def score(
         self,

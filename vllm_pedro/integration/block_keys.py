@@ -8,6 +8,9 @@ from typing import Any
 from ..serving.spec import cache_key
 from .wire import spec_of
 
+PER_BLOCK = ("block_hashes", "extra_keys_list", "lookahead_token_ids")
+"""Arguments with which events are built that have an entry for each block; the last is 0.33's."""
+
 
 def with_pedro_key(original: Callable[..., Any]) -> Callable[..., Any]:
     """Patch of `generate_block_hash_extra_keys`: key the block of the first token that is scaled.
@@ -45,16 +48,12 @@ def with_adapter_name(original: Callable[..., Any]) -> Callable[..., Any]:
                 # All of them; or some are left out, and which token a hash is of is not known.
                 return original(self, request, **event)
             middle = start + plain * size
-            keys = event["extra_keys_list"]
-            before = {"block_hashes": hashes[:plain], "extra_keys_list": keys[:plain]}
+            lists = {k: v for k, v in event.items() if k in PER_BLOCK and v is not None}
+            before = {name: values[:plain] for name, values in lists.items()}
             first = original(self, request, **event | before | {"end_token_idx": middle})
             self.kv_event_queue.append(first)
-            event |= {
-                "block_hashes": hashes[plain:],
-                "parent_block_hash": hashes[plain - 1],
-                "start_token_idx": middle,
-                "extra_keys_list": keys[plain:],
-            }
+            event |= {name: values[plain:] for name, values in lists.items()}
+            event |= {"parent_block_hash": hashes[plain - 1], "start_token_idx": middle}
         event["extra_keys_list"] = [
             (("lora", spec.name), *(keys or ())) for keys in event["extra_keys_list"]
         ]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from pathlib import Path
 
 import openai
 import pytest
+import yaml
 from engines import write_lora
 from hub import fake_hub
 from server import check_greedy, curl
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_pedro.adapter import load_adapter
 from vllm_pedro.adapter.memory import to_bytes
@@ -19,6 +24,7 @@ from vllm_pedro.bench.servers import serve
 
 pytestmark = pytest.mark.engine
 
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 PROMPT = [(31 * k * k + 7 * k) % 128 for k in range(20)]
 
 
@@ -160,3 +166,39 @@ def test_tensors_that_cannot_be_served_are_refused(server, tiny_adapters):
     assert send(server, "../bad", good)[0] == 400
     status, text = send(server, "tiny", good)
     assert status == 400, text
+
+
+def test_the_dashboard_and_the_alerts_ask_for_metrics_that_exist(server, tiny_adapters):
+    """After requests of all kinds; labels that queries choose by have the values that they name."""
+    adapter = load_adapter(tiny_adapters["max"])
+    assert send(server, "seen", to_bytes(adapter.config, adapter.tensors))[0] == 200
+    tokens_of(server, "seen")
+    status, text = curl(f"{server.url}/metrics")
+    assert status == 200
+    samples = [line for line in text.splitlines() if line and not line.startswith("#")]
+    names = {re.split(r"[{ ]", line)[0] for line in samples}
+    queries = re.findall(r'"expr": "(.*)"', (DEPLOY / "grafana.json").read_text())
+    rules = yaml.safe_load((DEPLOY / "alerts.yaml").read_text())["groups"][0]["rules"]
+    assert len(queries) > 10
+    queries += [rule["expr"] for rule in rules]
+    for query in queries:
+        asked = re.findall(r"vllm:\w+", query)
+        assert asked, query
+        assert set(asked) <= names, query
+        for label in re.findall(r"by \(([\w, ]+)\)", query):
+            for each in set(label.split(", ")) - {"le"}:
+                assert any(f"{each}=" in line for line in samples if asked[0] in line), query
+        for label, value in re.findall(r'(\w+)="(\w+)"', query):
+            assert any(f'{label}="{value}"' in line for line in samples if asked[0] in line), query
+
+
+def test_the_manifest_starts_a_server_that_answers_its_probes(server):
+    deployment = next(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    probes = [container[f"{kind}Probe"] for kind in ("startup", "readiness", "liveness")]
+    for path in {probe["httpGet"]["path"] for probe in probes}:
+        assert curl(f"{server.url}{path}")[0] == 200
+    parser = make_arg_parser(FlexibleArgumentParser())
+    args = parser.parse_args(["--model", *container["args"]])
+    assert args.enable_pedro
+    assert args.pedro_root == "/adapters"

@@ -223,7 +223,7 @@ def fake_config(**changes):
             "enable_prompt_embeds": False,
         },
         "parallel_config": {
-            "tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1,
+            "tensor_parallel_size": 1, "pipeline_parallel_size": 1,
             "prefill_context_parallel_size": 1, "decode_context_parallel_size": 1,
             "use_ubatching": False,
         },
@@ -256,7 +256,6 @@ def test_the_fake_configuration_passes():
         ({"model_config__is_attention_free": True}, "attention-free models"),
         ({"model_config__use_mla": True}, "multi-head latent attention models"),
         ({"model_config__is_multimodal_model": True}, "multimodal models"),
-        ({"parallel_config__data_parallel_size": 2}, "data_parallel_size=2"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size=2"),
         ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size=2"),
         ({"parallel_config__use_ubatching": True}, "turn enable_dbo off"),

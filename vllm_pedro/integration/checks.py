@@ -49,7 +49,6 @@ def _reasons(config: Any) -> list[str]:
     for name in (
         "tensor_parallel_size",
         "pipeline_parallel_size",
-        "data_parallel_size",
         "prefill_context_parallel_size",
         "decode_context_parallel_size",
     ):

@@ -178,13 +178,20 @@ def failure_of(completion: Any) -> str:
 # Front end -> engine core and workers: vLLM calls methods by name. `plugin.py` adds them.
 
 
-async def retire(engine_client: Any, digest: str) -> dict[str, Any]:
-    """Free an adapter's memory in the workers once no request needs it; the first worker's counts.
+async def retire(engine_client: Any, digest: str) -> dict[int, dict[str, Any]]:
+    """Free an adapter's memory in the workers once no request needs it; counts by engine.
 
-    The counts tell an idle engine's metrics that the memory is free.
+    The counts tell an idle engine's metrics that the memory is free; each engine's first worker
+    counts.
     """
-    answers = await engine_client.collective_rpc("pedro_retire", args=(digest,))
-    return dict(answers[0])
+    core = engine_client.engine_core
+    answers = await core.call_utility_all_async(
+        "collective_rpc", "pedro_retire", None, (digest,), None
+    )
+    return {
+        engine: dict(counts[0])
+        for engine, counts in zip(core.engine_ranks_managed, answers, strict=True)
+    }
 
 
 async def restore(engine_client: Any, digest: str) -> None:
@@ -202,11 +209,10 @@ async def replace(
     scope: str,
 ) -> int:
     """Give a name's new content to the requests that have not begun; how many those are."""
-    return int(
-        await engine_client.engine_core.call_utility_async(
-            "pedro_replace", name, path, digest, pools, nbytes, scope
-        )
+    counts = await engine_client.engine_core.call_utility_all_async(
+        "pedro_replace", name, path, digest, pools, nbytes, scope
     )
+    return sum(map(int, counts))
 
 
 def preprocess_add_request(original: Callable[..., Any]) -> Callable[..., Any]:

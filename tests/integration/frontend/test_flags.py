@@ -119,6 +119,27 @@ def test_a_config_file_works_too(parser, tmp_path, tiny, here):
     assert [m.name for m in args.lora_modules.pedro] == ["a", "b"]
 
 
+def test_modules_say_what_is_scaled_where_no_others_can_be_loaded(
+    parser, tmp_path, monkeypatch, tiny, write_adapter
+):
+    monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", raising=False)
+    flags = ["--model", str(tiny), "--enable-pedro", "--pedro-modules"]
+    for name, targets in (("a", ["v_proj", "q_proj"]), ("b", ["v_proj", "up_proj"])):
+        write_adapter(tiny, folder=tmp_path / name, target_modules=targets)
+        flags.append(f"{name}={tmp_path / name}")
+
+    def targets(*more):
+        args = parser.parse_args([*flags, *more])
+        apply_flags(args)
+        return args.additional_config["pedro"]["pedro_target_modules"]
+
+    assert targets() == ["q_proj", "v_proj", "up_proj"]
+    assert targets("--pedro-target-modules", "v_proj") == ["v_proj"]
+    assert len(targets("--pedro-modules", "c=org/repo")) == 5
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    assert len(targets()) == 5
+
+
 def test_without_the_switch_nothing_changes(parser, tiny):
     args = parser.parse_args(["--model", str(tiny), "--lora-modules", "l=/l"])
     before = dict(vars(args))
@@ -167,11 +188,3 @@ def test_bad_values_are_usage_errors(parser, flags, capsys):
         parser.parse_args(["model", "--enable-pedro", *flags])
     assert caught.value.code == 2
     assert flags[0] in capsys.readouterr().err
-
-
-def test_data_parallelism_is_refused_with_a_reason(parser, tiny):
-    args = parser.parse_args(
-        ["--model", str(tiny), "--enable-pedro", "--data-parallel-size", "2", "--enforce-eager"]
-    )
-    with pytest.raises(ValueError, match="data_parallel_size=2 is not supported"):
-        AsyncEngineArgs.from_cli_args(args).create_engine_config()

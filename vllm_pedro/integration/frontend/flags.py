@@ -16,7 +16,7 @@ from typing import Any
 
 from ...adapter import repository_of
 from ...backbone import TARGET_MODULES
-from ...config import CONFIG_NAME
+from ...config import CONFIG_NAME, PedroConfig
 from ...errors import PedroError
 from ..options import CONFIG_KEY, ENABLE_KEYWORD, OPTION_NAMES, PedroOptions
 from .folders import check_name
@@ -209,7 +209,8 @@ def add_flags(parser: Any) -> Any:
         choices=TARGET_MODULES,
         metavar="NAME",
         help=f"Projections that can be scaled, of {', '.join(TARGET_MODULES)}; fewer make the "
-        "vector store smaller. (default: all)",
+        "vector store smaller and decoding faster. (default: those of --pedro-modules where no "
+        "others can be loaded at run time, else all)",
     )
     group.add_argument(
         "--pedro-root",
@@ -254,11 +255,6 @@ def apply_flags(args: Any) -> None:
         )
     if getattr(args, "grpc", False) and given["pedro_modules"]:
         raise ValueError("--pedro-modules is for the HTTP server; --grpc has no adapters by name")
-    options = PedroOptions.from_keywords({name: given[name] for name in OPTION_NAMES})
-    args.additional_config = {
-        **(getattr(args, "additional_config", None) or {}),
-        CONFIG_KEY: options.to_config(),
-    }
     lora = list(getattr(args, "lora_modules", None) or [])
     pedro = given["pedro_modules"] or []
     twice = {module.name for module in lora} & {module.name for module in pedro}
@@ -277,6 +273,13 @@ def apply_flags(args: Any) -> None:
         shown = ", ".join(f"{module.name}={module.path}" for module in missing[:10])
         more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
         raise ValueError(f"--pedro-modules: no {CONFIG_NAME} in {shown}{more}")
+    if given["pedro_target_modules"] is None and not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        given["pedro_target_modules"] = _target_modules_of(pedro)
+    options = PedroOptions.from_keywords({name: given[name] for name in OPTION_NAMES})
+    args.additional_config = {
+        **(getattr(args, "additional_config", None) or {}),
+        CONFIG_KEY: options.to_config(),
+    }
     root = None
     if given["pedro_root"] is not None:
         root = Path(os.path.realpath(os.path.expanduser(given["pedro_root"])))
@@ -286,6 +289,22 @@ def apply_flags(args: Any) -> None:
     if hasattr(args, "middleware"):
         headers = PooledPromptHeaders
         args.middleware = [*args.middleware, f"{headers.__module__}.{headers.__qualname__}"]
+
+
+def _target_modules_of(modules: Sequence[PedroModulePath]) -> list[str] | None:
+    """What the adapters of a server that loads no others scale: less for each step to read.
+
+    Returns:
+        None where they do not say, in part or all: those of the hub, for example, which come later.
+    """
+    found: set[str] = set()
+    for module in modules:
+        try:
+            config = PedroConfig.from_pretrained(Path(module.path).expanduser())
+        except PedroError:  # reported with all others, once the model's shape is known
+            return None
+        found.update(config.target_modules)
+    return sorted(found) or None
 
 
 def add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:

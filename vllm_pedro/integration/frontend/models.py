@@ -461,9 +461,9 @@ class PedroServingModelsMixin:
             self._pedro_registry.forget(old.lora_path)
         digest = getattr(old, "digest", "")
         if digest and all(getattr(e, "digest", "") != digest for e in entries):
-            counts = await wire.retire(self.engine_client, digest)
-            if self._pedro_metrics is not None:
-                self._pedro_metrics.observe(counts)
+            for engine, counts in (await wire.retire(self.engine_client, digest)).items():
+                if self._pedro_metrics is not None:
+                    self._pedro_metrics.observe(counts, engine)
 
     def _pedro_count(self) -> None:
         if self._pedro_metrics is not None:

@@ -78,6 +78,14 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="the backbone's (%(default)s)"
     )
+    for bits in (4, 8):
+        data.add_argument(
+            f"--load-in-{bits}bit",
+            dest="bits",
+            action="store_const",
+            const=bits,
+            help=f"quantise the backbone to {bits} bits (bitsandbytes)",
+        )
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument("--adapter", metavar="FOLDER", help="start from it, not from a fresh one")
     add_adapter_options(adapter, activation=None)
@@ -244,6 +252,7 @@ def run_train(args: argparse.Namespace, others: Sequence[str], argv: Sequence[st
         start=args.start,
         dev=args.dev,
         dtype=args.dtype,
+        bits=args.bits,
         max_length=args.max_length,
         limit=args.limit,
         dev_limit=args.dev_limit,

@@ -109,7 +109,14 @@ class Wiring:
         if active is None:
             return None
         learns = torch.is_grad_enabled() and self._model.training
-        learns = learns and any(p.requires_grad for g in active.generators for p in g.parameters())
+        if learns and not any(p.requires_grad for g in active.generators for p in g.parameters()):
+            learns = False
+            if kwargs.get("labels") is not None and not active.config.inference_mode:
+                raise PedroError(
+                    f"adapter {active.name!r} is frozen, so nothing would be learnt: "
+                    "prepare_model_for_kbit_training, and whatever else freezes a model, has to "
+                    "come before the adapter; set_adapter makes it trainable again"
+                )
         return _prompts_to_read(told, kwargs, learns)
 
     @contextmanager

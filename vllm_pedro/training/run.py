@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import shlex
@@ -21,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     EarlyStoppingCallback,
     GenerationConfig,
     PrinterCallback,
@@ -72,6 +74,7 @@ class TrainingJob:
         start: one of `STARTS`, what W_down starts from; "data" needs a config with `down_bias`.
         dev: data for evaluation; None for none.
         dtype: the backbone's; "auto" is bfloat16 on GPUs that have it, else float32.
+        bits: 4 or 8 for a backbone that bitsandbytes quantises.
         max_length: rows with more tokens are left out.
         limit: use this many rows of the training data; None for all.
         dev_limit: the same for the dev data.
@@ -98,6 +101,7 @@ class TrainingJob:
     start: str = "random"
     dev: str | None = None
     dtype: str = "auto"
+    bits: int | None = None
     max_length: int | None = None
     limit: int | None = None
     dev_limit: int | None = None
@@ -126,15 +130,30 @@ def choose_dtype(name: str, use_cpu: bool = False) -> torch.dtype:
     return torch.bfloat16 if on_gpu else torch.float32
 
 
-def load_backbone(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_backbone(folder: str, dtype: torch.dtype, bits: int | None = None) -> tuple[Any, Any]:
     """A model and its tokenizer from a folder; nothing is downloaded.
+
+    Args:
+        folder: the folder.
+        dtype: the weights', or what quantised ones are computed in.
+        bits: 4 or 8 for weights that bitsandbytes quantises; None for weights as they are.
 
     Raises:
         PedroError: the folder is not there, or holds no causal language model and tokenizer.
     """
     tokenizer = load_tokenizer(folder)
+    how: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    if bits is not None:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise PedroError(f"{bits} bits need bitsandbytes: pip install bitsandbytes")
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=bits == 4,
+            load_in_8bit=bits == 8,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+        )
     with _naming(folder, "model"), quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, **how)
     return model, tokenizer
 
 
@@ -206,7 +225,7 @@ def train(job: TrainingJob, args: PedroTrainingArguments) -> dict[str, Any]:
         return done
     if job.adapter is not None:
         verify_adapter(job.adapter)
-    model, tokenizer = load_backbone(job.model, choose_dtype(job.dtype, args.use_cpu))
+    model, tokenizer = load_backbone(job.model, choose_dtype(job.dtype, args.use_cpu), job.bits)
     longest = getattr(model.config, "max_position_embeddings", None)
     max_length = job.max_length if job.max_length is not None else longest
     how: dict[str, Any] = {
@@ -294,6 +313,7 @@ def train(job: TrainingJob, args: PedroTrainingArguments) -> dict[str, Any]:
         "seed": args.seed,
         "learning_rate": args.learning_rate,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "bits": job.bits,
         "prompt_length": job.prompt_length,
         "start": job.start if job.config.r > 0 and job.adapter is None else None,
         "prompt_use": None if use is None else dataclasses.asdict(use),

@@ -323,6 +323,51 @@ def test_gradient_checkpointing_changes_nothing(base: str, tmp_path: Path) -> No
         assert losses(saving) == pytest.approx(plain, abs=1e-6)
 
 
+SHARDED = """
+import sys
+import peft, torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+from vllm_pedro import PedroConfig, get_pedro_model
+
+torch.distributed.init_process_group("gloo")
+for name, make in (("peft", peft.get_peft_model), ("ours", get_pedro_model)):
+    torch.manual_seed(3)
+    model = make(AutoModelForCausalLM.from_pretrained(sys.argv[1]), PedroConfig(r=4)).train()
+    if torch.distributed.get_world_size() > 1:
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    ids = torch.tensor([[1, 20, 30, 40, 50, 60]])
+    labels = torch.tensor([[-100, -100, -100, 40, 50, 60]])
+    for _ in range(2):
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(f"{sys.argv[2]}/{name}")
+"""
+
+
+def test_a_sharded_model_saves_the_whole_adapter(base: str, tmp_path: Path) -> None:
+    """FSDP2, over two processes; as one process trains it, up to rounding."""
+    (tmp_path / "script.py").write_text(SHARDED)
+    found = []
+    for number in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={number}", "--", str(tmp_path / "script.py"), base]
+        done = subprocess.run(
+            [*command, str(tmp_path / str(number))], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        found += [load_adapter(tmp_path / str(number) / name).tensors for name in ("peft", "ours")]
+    for name, tensor in found[0].items():
+        for other in found[1:]:
+            assert torch.allclose(tensor, other[name], atol=1e-6), name
+
+
 @pytest.mark.parametrize("pedro", [False, True], ids=["peft", "ours"])
 def test_labels_that_are_taken_away_are_missed(base: str, tmp_path: Path, pedro: bool) -> None:
     """Trainer's label smoothing does that; the whole sequence would be pooled, answer and all."""

@@ -253,13 +253,15 @@ class VectorGenerator(nn.Module):
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters by their names on disk, detached; all but b_up share memory."""
-        return {
-            name.replace("up_proj.shift", "up_proj.bias"): (
-                self.up_proj.bias if name == "up_proj.shift" else tensor
-            )
-            for name, tensor in self.state_dict().items()
-        }
+        """The parameters by their names on disk, detached; all but b_up share memory.
+
+        Of sharded ones (FSDP2) the whole is gathered, for which every process has to call it.
+        """
+        found = {name: whole(tensor) for name, tensor in self.state_dict().items()}
+        shift = found.pop("up_proj.shift")
+        names = list(self.state_dict())
+        found["up_proj.bias"] = shift.to(compute_dtype(shift)) + 1.0
+        return {n.replace("shift", "bias"): found[n.replace("shift", "bias")] for n in names}
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -318,6 +320,12 @@ class VectorGenerator(nn.Module):
         )
         parts = torch.split(vectors, self.split_widths, dim=-1)
         return dict(zip(self.target_modules, parts, strict=True))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, or what the shards of it in several processes are together."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def _dims(tensor: Tensor) -> list[int]:

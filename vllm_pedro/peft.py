@@ -38,7 +38,7 @@ from .adapter.shapes import check_shapes
 from .backbone import BackboneShape
 from .config import PEFT_TYPE, PedroConfig
 from .errors import PedroError
-from .generator import VectorGenerator
+from .generator import VectorGenerator, whole
 from .model.projections import decoder_layers, device_of
 from .model.wiring import Active, Wiring
 
@@ -186,7 +186,9 @@ class PedroTuner(BaseTuner):
             for module in model.modules():
                 if isinstance(module, Generators) and adapter_name in module:
                     cast(VectorGenerator, module[adapter_name]).settle()
-        found = {k: v for k, v in state_dict.items() if f".{PREFIX}.{adapter_name}." in k}
+        # Sharded ones are gathered; PEFT calls this in every process.
+        mark = f".{PREFIX}.{adapter_name}."
+        found = {key: whole(tensor) for key, tensor in state_dict.items() if mark in key}
         for key in [key for key in found if key.endswith(".up_proj.shift")]:
             shift = found.pop(key)
             found[key.removesuffix("shift") + "bias"] = shift.float() + 1.0

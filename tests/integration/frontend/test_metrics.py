@@ -86,10 +86,12 @@ def test_pedro_names_stay_out_of_vllms_own_label(metrics):
     assert stats.waiting_lora_adapters == {}
 
 
-def info(max_loras=None, max_num_seqs=4, gauge=None):
+def info(max_loras=None, max_num_seqs=4, num_engines=1):
     lora = None if max_loras is None else SimpleNamespace(max_loras=max_loras)
     scheduler = SimpleNamespace(max_num_seqs=max_num_seqs)
-    return AdapterInfo(SimpleNamespace(lora_config=lora, scheduler_config=scheduler), gauge)
+    return AdapterInfo(
+        SimpleNamespace(lora_config=lora, scheduler_config=scheduler), None, num_engines
+    )
 
 
 def shown():
@@ -122,6 +124,11 @@ def test_names_are_as_many_as_a_batch_takes_and_series_are_one(metrics):
         names = {f"{step}-{i}": 1 for i in range(20)}
         metrics.record(SchedulerStats(running_lora_adapters=names), None)
         assert shown()[1] == [f"{step}-{i}" for i in range(4)]
+
+
+def test_engines_side_by_side_take_as_many_more(metrics):
+    metrics._info = info(num_engines=3)
+    assert shown()[0] == 12
 
 
 def test_a_name_with_a_comma_is_left_out(metrics):

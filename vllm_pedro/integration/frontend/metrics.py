@@ -48,9 +48,10 @@ class AdapterInfo:
     Args:
         vllm_config: vLLM's.
         gauge: vLLM's own, where LoRA is on.
+        num_engines: Whose batches are added up: the front end tells names for all of them.
     """
 
-    def __init__(self, vllm_config: Any, gauge: Any = None) -> None:
+    def __init__(self, vllm_config: Any, gauge: Any = None, num_engines: int = 1) -> None:
         from prometheus_client import Gauge
 
         self._gauge = gauge or Gauge(
@@ -58,8 +59,9 @@ class AdapterInfo:
             "Running stats on lora requests.",
             ["max_lora", "waiting_lora_adapters", "running_lora_adapters"],
         )
-        lora, self._most = vllm_config.lora_config, vllm_config.scheduler_config.max_num_seqs
-        self._max_loras = None if lora is None else lora.max_loras
+        lora = vllm_config.lora_config
+        self._most = vllm_config.scheduler_config.max_num_seqs * num_engines
+        self._max_loras = None if lora is None else lora.max_loras * num_engines
         self._shown: tuple[str, ...] = ()
         self.show({}, {}, 0)  # routers hold a server without it for full
 
@@ -262,16 +264,15 @@ def init(original: Callable[..., None]) -> Callable[..., None]:
         if options is not None:
             memory = options.pedro_memory_bytes
             assert memory is not None
-            metrics = PedroMetrics(
-                vllm_config, self.engine_indexes, memory, _take_info(vllm_config, self.stat_loggers)
-            )
+            info = _take_info(vllm_config, self.stat_loggers, len(self.engine_indexes))
+            metrics = PedroMetrics(vllm_config, self.engine_indexes, memory, info)
             # The first, since it takes the counts out of a field that others read.
             self.stat_loggers.insert(0, metrics)
 
     return __init__
 
 
-def _take_info(vllm_config: Any, stat_loggers: list[Any]) -> AdapterInfo | None:
+def _take_info(vllm_config: Any, stat_loggers: list[Any], num_engines: int) -> AdapterInfo | None:
     """The metric that names adapters, from here on PEDRO's to write.
 
     None with several API servers: each knows its own requests only, and a series stays for ever in
@@ -283,4 +284,4 @@ def _take_info(vllm_config: Any, stat_loggers: list[Any]) -> AdapterInfo | None:
     for entry in stat_loggers:
         if getattr(entry, "gauge_lora_info", None) is not None:
             gauge, entry.gauge_lora_info = entry.gauge_lora_info, None
-    return AdapterInfo(vllm_config, gauge)
+    return AdapterInfo(vllm_config, gauge, num_engines)

@@ -76,7 +76,10 @@ def check_model_folder(model: str | os.PathLike[str]) -> None:
         PedroError: there is no such folder, or no `config.json` in it.
     """
     if not Path(model, "config.json").is_file():
-        raise PedroError(f"{model}: expected a model's folder with a config.json")
+        raise PedroError(
+            f"{model}: expected a model's folder with a config.json ('hf download NAME' prints "
+            "that of a model on the hub)"
+        )
 
 
 @dataclass(frozen=True)

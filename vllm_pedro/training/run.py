@@ -380,7 +380,8 @@ def evaluate_files(
     details: list[dict[str, Any]] = []
     rows = read_rows(data, limit, prompt_length, all_turns, chat_template_kwargs, end_tokens(model))
     tokenizer = load_tokenizer(model)
-    positions = AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
+    shape = AutoConfig.from_pretrained(model).get_text_config()
+    positions = getattr(shape, "max_position_embeddings", None)
     number = len(rows)
     rows = _short(rows, tokenizer, positions)
     kind = str(choose_dtype(dtype)).removeprefix("torch.")
@@ -401,7 +402,7 @@ def evaluate_files(
         )
     else:
         longest = max(len(encode(tokenizer, row)) for row in rows)
-        room = min(longest + max_new_tokens + 1, positions)
+        room = min(longest + max_new_tokens + 1, positions or sys.maxsize)
         with start_engine(model, adapter, room, kind) as served:
             scores = evaluate(served, tokenizer, rows, metric, max_new_tokens, details)
     if output is not None:

@@ -41,8 +41,8 @@ def measure(model: str, paths: list[Path]) -> dict[str, list[float]]:
     from vllm_pedro.integration import plugin
     from vllm_pedro.integration.frontend.registry import AdapterRegistry
     from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, AdapterReader, HostCache
+    from vllm_pedro.serving.columns import StoreColumns
     from vllm_pedro.serving.spec import RequestSpec
-    from vllm_pedro.serving.store import VectorStore
 
     importlib.import_module("vllm.logger")
     plugin.register()  # shows this package's log lines as vLLM's
@@ -50,8 +50,7 @@ def measure(model: str, paths: list[Path]) -> dict[str, list[float]]:
     shape, cpu = BackboneShape.from_pretrained(model), torch.device("cpu")
     limits = AdapterLimits(shape, PEDRO_RANK, MODULES)
     registry = AdapterRegistry(limits)
-    store = VectorStore(shape, MODULES, 1, 1, torch.bfloat16, cpu)
-    reader = AdapterReader(limits, store.columns)
+    reader = AdapterReader(limits, StoreColumns.of(shape, MODULES))
     host = HostCache(HOST_SLOTS, reader)
     bank = AdapterBank(8 * limits.largest_blob, reader, cpu, host)
     found: dict[str, list[float]] = {part: [] for part in PARTS}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from vllm_pedro import backbone, config
-from vllm_pedro.backbone import ARCHITECTURES, BLOCKS, PACKED, TARGET_MODULES, BackboneShape
+from vllm_pedro import config
+from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
 from vllm_pedro.errors import PedroError
 
 
@@ -52,12 +52,24 @@ def test_shape_of_a_multimodal_config_is_its_texts() -> None:
 
 
 def test_shape_refuses_what_it_cannot_read() -> None:
-    with pytest.raises(PedroError, match=r"GPT2Config.*'intermediate_size'"):
-        BackboneShape.from_hf_config(transformers.GPT2Config())
+    with pytest.raises(PedroError, match=r"MambaConfig.*'num_attention_heads'"):
+        BackboneShape.from_hf_config(transformers.MambaConfig())
     with pytest.raises(PedroError, match="widths must name"):
         BackboneShape(1, 8, {"q_proj": 8})
     with pytest.raises(PedroError, match="num_layers must be a positive int, not 0"):
         BackboneShape(0, 8, dict.fromkeys(TARGET_MODULES, 8))
+
+
+def test_shape_of_layers_that_differ() -> None:
+    one = dict.fromkeys(TARGET_MODULES, 8)
+    other = one | {"q_proj": 16, "gate_proj": 0}
+    even = BackboneShape.of_layers(4, [one, one])
+    assert even == BackboneShape(2, 4, one)
+    shape = BackboneShape.of_layers(4, [one, other])
+    assert shape.widths == one | {"q_proj": 16}
+    assert shape.split_widths(["gate_proj", "q_proj"], 1) == [0, 16]
+    with pytest.raises(PedroError, match="widths of 1 layers, not 2"):
+        BackboneShape(2, 4, one, (one,))
 
 
 def test_shape_of_a_folder(tmp_path: Path) -> None:
@@ -71,18 +83,6 @@ def test_shape_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(PedroError, match=r"cannot read its config\.json: "):
         BackboneShape.from_pretrained(tmp_path)
-
-
-def test_architectures_are_those_of_transformers() -> None:
-    for name, architecture in ARCHITECTURES.items():
-        model = getattr(transformers, name)
-        assert model.config_class.model_type == architecture.model_type
-        assert backbone.is_packed(architecture.model_type) == architecture.is_packed
-
-
-def test_packed_projections_are_the_targets_in_order() -> None:
-    assert tuple(name for names in PACKED.values() for name in names) == TARGET_MODULES
-    assert set(BLOCKS) == {*PACKED, *TARGET_MODULES}
 
 
 def test_config_has_the_names_that_were_there() -> None:

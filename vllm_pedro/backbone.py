@@ -1,4 +1,4 @@
-"""What an adapter has to fit: the backbone's shape, and where models keep their projections."""
+"""What an adapter has to fit: the backbone's shape."""
 
 from __future__ import annotations
 
@@ -10,63 +10,20 @@ from typing import TYPE_CHECKING, Final
 
 from .errors import PedroError, first_line
 from .files import is_int
+from .places import TARGET_MODULES as TARGET_MODULES
+from .places import architecture_of, widths_on_meta
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-TARGET_MODULES: Final = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-"""The projections that an adapter may scale, in the order in which `PACKED` packs them."""
-
-PACKED: Final = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-"""Packed projections and what they pack, in the order of their outputs: vLLM's of every
-architecture, transformers' where `Architecture.is_packed` says so."""
-
 BLOCKS: Final = {
-    "qkv_proj": "self_attn",
     "q_proj": "self_attn",
     "k_proj": "self_attn",
     "v_proj": "self_attn",
-    "gate_up_proj": "mlp",
     "gate_proj": "mlp",
     "up_proj": "mlp",
 }
-"""The part of a decoder layer that has each projection."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A family of models whose projections are known.
-
-    Attributes:
-        model_type: transformers' name of it.
-        is_packed: whether transformers packs its projections as `PACKED` says. The order cannot be
-            read off a model.
-    """
-
-    model_type: str
-    is_packed: bool = False
-
-
-ARCHITECTURES: Final = {
-    "LlamaForCausalLM": Architecture("llama"),
-    "MistralForCausalLM": Architecture("mistral"),
-    "Qwen2ForCausalLM": Architecture("qwen2"),
-    "Qwen3ForCausalLM": Architecture("qwen3"),
-    "GemmaForCausalLM": Architecture("gemma"),
-    "Gemma2ForCausalLM": Architecture("gemma2"),
-    "Gemma3ForCausalLM": Architecture("gemma3_text"),
-    "Phi3ForCausalLM": Architecture("phi3", is_packed=True),
-}
-"""By the class name that transformers and vLLM share. Each is compared with plain transformers in
-`tests/integration/test_architectures.py`."""
-
-
-def is_packed(model_type: str) -> bool:
-    """Whether transformers packs the projections of this kind of model."""
-    return any(a.is_packed for a in ARCHITECTURES.values() if a.model_type == model_type)
+"""The part of a decoder layer that has each projection, in models of Llama's kind."""
 
 
 def check_model_folder(model: str | os.PathLike[str]) -> None:
@@ -89,33 +46,61 @@ class BackboneShape:
     Attributes:
         num_layers: number of decoder layers.
         hidden_size: width d of the residual stream.
-        widths: output width of each of the five projections, by name.
+        widths: output width of each of the five projections, by name; where layers differ, the
+            largest. 0 where no layer has it.
+        layers: each layer's widths; empty where they are all alike.
+        is_grouped: whether vLLM may keep Q, K and V of each KV head side by side.
     """
 
     num_layers: int
     hidden_size: int
     widths: Mapping[str, int]
+    layers: tuple[Mapping[str, int], ...] = ()
+    is_grouped: bool = False
 
     def __post_init__(self) -> None:
-        sizes = {"num_layers": self.num_layers, "hidden_size": self.hidden_size, **self.widths}
+        sizes = {"num_layers": self.num_layers, "hidden_size": self.hidden_size}
         for name, value in sizes.items():
             if not is_int(value) or value < 1:
                 raise PedroError(f"backbone shape: {name} must be a positive int, not {value!r}")
-        if set(self.widths) != set(TARGET_MODULES):
+        for widths in (self.widths, *self.layers):
+            if set(widths) != set(TARGET_MODULES):
+                raise PedroError(
+                    f"backbone shape: widths must name {list(TARGET_MODULES)}, "
+                    f"found {sorted(widths)}"
+                )
+            for name, value in widths.items():
+                if not is_int(value) or value < 0:
+                    raise PedroError(f"backbone shape: {name} must be an int, not {value!r}")
+        if len(self.layers) not in (0, self.num_layers):
             raise PedroError(
-                f"backbone shape: widths must name {list(TARGET_MODULES)}, "
-                f"found {sorted(self.widths)}"
+                f"backbone shape: widths of {len(self.layers)} layers, not {self.num_layers}"
             )
 
     @classmethod
+    def of_layers(
+        cls, hidden_size: int, layers: Sequence[Mapping[str, int]], is_grouped: bool = False
+    ) -> BackboneShape:
+        """The shape of layers with these widths."""
+        widest = {m: max((w[m] for w in layers), default=0) for m in TARGET_MODULES}
+        uneven = tuple(layers) if any(w != widest for w in layers) else ()
+        return cls(len(layers), hidden_size, widest, uneven, is_grouped)
+
+    @classmethod
     def from_hf_config(cls, config: PretrainedConfig) -> BackboneShape:
-        """Read the shape off a transformers config (its text part, for multimodal models).
+        """The shape of a model with this transformers config (its text part, if multimodal).
+
+        Most configs say the widths. For other architectures of the table it is read off a model
+        without weights, which takes a second or two.
 
         Raises:
             PedroError: the config lacks a width, or gives one that differs from layer to layer.
         """
         if hasattr(config, "get_text_config"):
             config = config.get_text_config()
+        architecture = architecture_of(config)
+        if architecture is not None and not architecture.is_even:
+            return _shape_on_meta(config, architecture.is_grouped)
 
         def size(name: str, default: int | None = None) -> int:
             value = getattr(config, name, None)
@@ -156,6 +141,35 @@ class BackboneShape:
             ) from error
         return cls.from_hf_config(config)
 
-    def split_widths(self, target_modules: Sequence[str]) -> list[int]:
-        """Widths d_t of the parts of l, in the order of `target_modules`."""
-        return [self.widths[name] for name in target_modules]
+    def check_modules(self, target_modules: Sequence[str]) -> None:
+        """Refuse target modules that no layer has.
+
+        Raises:
+            PedroError: names them, and those that there are.
+        """
+        missing = [name for name in target_modules if not self.widths[name]]
+        if missing:
+            there = [name for name in TARGET_MODULES if self.widths[name]]
+            raise PedroError(
+                f"target_modules: no layer of this backbone has {', '.join(missing)}, only "
+                f"{', '.join(there)}"
+            )
+
+    def widths_of(self, layer: int) -> Mapping[str, int]:
+        """Output width of each of the five projections in one layer; 0 where it has none."""
+        return self.layers[layer] if self.layers else self.widths
+
+    def split_widths(self, target_modules: Sequence[str], layer: int = 0) -> list[int]:
+        """Widths d_t of a layer's parts of l, in the order of `target_modules`."""
+        widths = self.widths_of(layer)
+        return [widths[name] for name in target_modules]
+
+
+_shapes: dict[str, BackboneShape] = {}
+
+
+def _shape_on_meta(config: PretrainedConfig, is_grouped: bool) -> BackboneShape:
+    key = str(config.to_json_string(use_diff=False))
+    if key not in _shapes:
+        _shapes[key] = BackboneShape.of_layers(*widths_on_meta(config), is_grouped)
+    return _shapes[key]

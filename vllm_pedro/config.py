@@ -243,14 +243,17 @@ class PedroConfig(_Base):
             shape: the backbone.
             paper: count as the paper does, without biases and the activations' coefficients.
         """
-        width = sum(shape.split_widths(self.target_modules))
-        total = shape.num_layers * self.r * (shape.hidden_size + width)
+        widths = [
+            sum(shape.split_widths(self.target_modules, layer)) for layer in range(shape.num_layers)
+        ]
+        scaled = [layer for layer, width in enumerate(widths) if width]
+        total = self.r * (len(scaled) * shape.hidden_size + sum(widths))
         if paper:
             return total
-        total += shape.num_layers * width
+        total += sum(widths)
         if self.r > 0:
             m, n = self.rational_order
-            kinds = [self.activation_of(layer) for layer in range(shape.num_layers)]
+            kinds = [self.activation_of(layer) for layer in scaled]
             total += kinds.count("rational") * (m + 1 + n)
-            total += shape.num_layers * self.r * self.down_bias
+            total += len(scaled) * self.r * self.down_bias
         return total

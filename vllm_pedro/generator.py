@@ -222,8 +222,9 @@ class VectorGenerator(nn.Module):
         random: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.target_modules = tuple(config.target_modules)
-        self.split_widths = shape.split_widths(config.target_modules)
+        widths = shape.widths_of(layer_index)
+        self.target_modules = tuple(m for m in config.target_modules if widths[m])
+        self.split_widths = shape.split_widths(self.target_modules, layer_index)
         self.pooling = config.pooling
         self.input_norm = config.input_norm
         self.order = config.rational_order
@@ -299,8 +300,8 @@ class VectorGenerator(nn.Module):
             mask: bool `[P]` or `[B, P]`, True at prompt tokens; see `pool`.
 
         Returns:
-            For each target module, in the config's order, `[d_t]` or `[B, d_t]` in float32
-            (float64 if `hidden` is).
+            For each target module that the layer has, in the config's order, `[d_t]` or
+            `[B, d_t]` in float32 (float64 if `hidden` is).
         """
         if self.is_static:
             # No input is looked at; the pooled vector only carries the batch dimension.

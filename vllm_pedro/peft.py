@@ -120,6 +120,13 @@ class PedroTuner(BaseTuner):
         layers = decoder_layers(model)
         shape = BackboneShape.from_hf_config(model.config)
         config.validate(shape.num_layers)
+        shape.check_modules(config.target_modules)
+        widths = [sum(shape.split_widths(config.target_modules, i)) for i in range(len(layers))]
+        if not all(widths):
+            raise PedroError(
+                f"layer {widths.index(0)} has none of {', '.join(config.target_modules)}, and "
+                "PEFT's form has a generator in every layer; use get_pedro_model"
+            )
         devices = [device_of(index, layer) for index, layer in enumerate(layers)]
         if "." in adapter_name:
             raise PedroError(f"adapter name {adapter_name!r}: not usable, it holds a dot")

@@ -7,6 +7,7 @@ import pickle
 from types import SimpleNamespace
 
 import pytest
+import torch
 from scenarios import ask, greedy, tokens
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -51,6 +52,28 @@ def test_assignments_arrive_and_their_loss_is_noticed():
     assert wire.assignments_of(sent(output)) == {}
     wire.put_assignments(output, {"a": Assignment(2, True, 1)})
     assert wire.assignments_of(sent(output)) == {"a": Assignment(2, True, 1)}
+
+
+def test_failures_go_from_stage_to_stage():
+    from vllm.distributed.parallel_state import _split_tensor_dict
+    from vllm.sequence import IntermediateTensors
+    from vllm.v1.worker.gpu_worker import AsyncIntermediateTensors
+
+    computed = IntermediateTensors({"hidden_states": torch.zeros(2, 4)})
+    waited = []
+    received = AsyncIntermediateTensors(
+        dict(computed.tensors), comm_postprocess=[lambda: waited.append(True)]
+    )
+    assert wire.take_failures(received) == []
+    assert not waited  # while nothing failed, the tensors come as the stage computes
+    wire.hand_on_failures(computed, {"a": "gone", "b": "gone"})
+    metadata, tensors = _split_tensor_dict(computed.tensors)
+    received = AsyncIntermediateTensors(
+        dict(zip([name for name, _ in metadata], tensors, strict=True))
+    )
+    assert wire.take_failures(received) == ["a", "b"]
+    assert wire.take_failures(received) == []
+    assert list(received.tensors) == ["hidden_states"]
 
 
 def test_prefetches_arrive():

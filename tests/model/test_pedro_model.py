@@ -719,15 +719,16 @@ def test_unknown_architectures_are_refused_and_left_alone() -> None:
     small = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97, "n_inner": 48}
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**small))
     gpt2.config.intermediate_size = 48
-    moe = transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**SIZES, num_local_experts=2, head_dim=8)
+    gpt2.config.model_type = "unheard-of"
+    mamba = transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2)
     )
     fused = make_backbone("Phi3")
     fused.config.model_type = "unheard-of"
     for model, said in (
-        (gpt2, "GPT2LMHeadModel: looked for the decoder layers in 'model.layers'"),
-        (moe, r"looked for 'mlp.gate_proj' in decoder layer 0.*'mlp.experts'"),
-        (fused, r"looked for 'self_attn.q_proj' in decoder layer 0.*'self_attn.qkv_proj'"),
+        (gpt2, r"decoder layer 0: expected .*'q_proj': 32.* found .*'q_proj': 0.*'attn.c_attn'"),
+        (mamba, "'num_attention_heads'"),
+        (fused, r"decoder layer 0: .* found .*'q_proj': 0.*'self_attn.qkv_proj'"),
     ):
         with pytest.raises(PedroError, match=said):
             get_pedro_model(model, CONFIG)
@@ -738,7 +739,9 @@ def test_unknown_architectures_are_refused_and_left_alone() -> None:
 def test_widths_that_differ_from_the_config_are_refused() -> None:
     model = make_backbone()
     model.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 40, bias=False)
-    with pytest.raises(PedroError, match=r"layer 1, 'mlp.up_proj': expected 48 .* found 40"):
+    with pytest.raises(
+        PedroError, match=r"layer 1: expected .*'up_proj': 48.* found .*'up_proj': 40"
+    ):
         get_pedro_model(model, CONFIG)
 
 

@@ -1,6 +1,7 @@
 import random
 import time
 
+import numpy as np
 import pytest
 import torch
 from banks import CPU, LIMITS, SHAPE, reader, write
@@ -11,6 +12,7 @@ from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
 from vllm_pedro.config import ACTIVATIONS, POOLINGS, PedroConfig
 from vllm_pedro.errors import AdapterError
 from vllm_pedro.ops.layout import read_record
+from vllm_pedro.places import modules_of
 from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, AdapterReader, HostCache
 from vllm_pedro.serving.blobs import blob_bytes
 
@@ -193,7 +195,8 @@ def check_blob(adapters, spec):
         for module, width in zip(
             config.target_modules, shape.split_widths(config.target_modules), strict=True
         ):
-            own = store[columns[module]]
+            number = TARGET_MODULES.index(module)
+            own = store[np.flatnonzero(modules_of(columns.layers[i]) == number)]
             assert torch.equal(record.bias[own].float(), weights.bias[start : start + width])
             if weights.up is not None:
                 up = record.up[:, own].float().t()

@@ -8,6 +8,7 @@ from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
 from vllm_pedro.config import PedroConfig
 from vllm_pedro.generator import VectorGenerator
 from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, AdapterReader, HostCache
+from vllm_pedro.serving.columns import StoreColumns
 from vllm_pedro.serving.rows import VectorRows
 from vllm_pedro.serving.runtime import PedroRuntime
 from vllm_pedro.serving.spec import RequestSpec
@@ -68,7 +69,7 @@ def request(folder, digest, length, prompt="p"):
 def runtime(largest=4, sequences=4, dtype=torch.float32, has_host=False):
     """With room for so many of the largest adapters, and a host memory of its own if asked."""
     cpu = torch.device("cpu")
-    store = VectorStore(SHAPE, TARGET_MODULES, sequences, 64, dtype, cpu)
+    store = VectorStore(StoreColumns.of(SHAPE, TARGET_MODULES), sequences, 64, dtype, cpu)
     reader = AdapterReader(LIMITS, store.columns)
     host = HostCache(8, reader) if has_host else None
     bank = AdapterBank(largest * LIMITS.largest_blob, reader, cpu, host)
@@ -214,6 +215,31 @@ def test_an_adapter_that_went_away_fails_its_own_request_only(tmp_path):
     # A step that was scheduled before the scheduler heard of it runs the row as a base row.
     rt.prepare(("a", 1, 2), ("b", 1, 2))
     assert rt.plan.num_with_adapter == 1
+
+
+@pytest.mark.parametrize("where", ["beside", "before"])
+def test_a_request_that_fails_on_another_rank_fails_here_too(where, tmp_path):
+    """Ranks with other columns of the same layers vote; those with earlier layers tell."""
+    folders = [write(tmp_path / name, seed=i)[1] for i, name in enumerate(("bad", "good"))]
+    asked = []
+
+    def failed_anywhere(here):
+        asked.append(here)
+        return [where == "beside", False]
+
+    made = runtime()
+    rt = Harness(made.bank, made.store, failed_anywhere, sequences=4)
+    rt.enter("a", request(tmp_path / "bad", folders[0], 2))
+    rt.enter("b", request(tmp_path / "good", folders[1], 2))
+    rt.failed_before(["a"] if where == "before" else [])
+    rt.prepare(("a", 2, 0), ("b", 2, 0))
+    assert asked == [[where == "before", False]]
+    failed = rt.take_failed()
+    assert list(failed) == ["a"]
+    assert "rank" in failed["a"]
+    assert rt.store.token_rows[:4].tolist() == [0, 0, rt.row("b"), rt.row("b")]
+    rt.prepare(("a", 1, 2), ("b", 1, 2))  # nothing generates, so that nobody is asked
+    assert len(asked) == 1
 
 
 def test_vectors_are_made_in_float32_and_kept_in_the_model_dtype(tmp_path):

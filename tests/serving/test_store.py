@@ -1,7 +1,10 @@
+import numpy as np
 import pytest
 import torch
 
 from vllm_pedro.backbone import BackboneShape
+from vllm_pedro.places import widths_of
+from vllm_pedro.serving.columns import StoreColumns
 from vllm_pedro.serving.plan import IDENTITY_ROW, StepPlan, plan_step
 from vllm_pedro.serving.store import VectorStore
 
@@ -17,24 +20,25 @@ def plan(slots, lengths=None):
 
 
 def store(modules=ALL, dtype=torch.float32):
-    return VectorStore(SHAPE, modules, 3, 10, dtype, torch.device("cpu"))
+    return VectorStore(StoreColumns.of(SHAPE, modules), 3, 10, dtype, torch.device("cpu"))
 
 
 def test_columns_lie_as_vllm_packs_them():
-    columns = store().columns
-    assert [columns[m] for m in ALL] == [
-        slice(0, 8), slice(8, 12), slice(12, 16), slice(16, 32), slice(32, 48)
-    ]  # fmt: skip
+    s = store()
+    assert [widths_of([codes]) for codes in s.columns.layers] == [SHAPE.widths] * 2
+    assert all((np.diff(codes) > 0).all() for codes in s.columns.layers)
+    assert s.columns.ranges(("up_proj", "v_proj")) == (((12, 4), (32, 16)),) * 2
 
 
 def test_fewer_modules_make_a_smaller_store():
     small = store(("up_proj", "v_proj"))
-    assert small.columns == {"v_proj": slice(0, 4), "up_proj": slice(4, 20)}
+    assert small.columns.ranges(("v_proj",)) == (((0, 4),),) * 2
+    assert small.columns.ranges(("up_proj",)) == (((4, 16),),) * 2
     assert small.nbytes == 2 * 4 * 20 * 4 < store().nbytes
 
 
 def test_k_comes_along_where_q_and_v_are_scaled():
-    assert store(("q_proj", "v_proj")).modules == ("q_proj", "k_proj", "v_proj")
+    assert store(("q_proj", "v_proj")).columns.widths() == [8 + 4 + 4] * 2
 
 
 def test_all_rows_start_as_the_identity():
@@ -71,7 +75,7 @@ def test_the_operators_are_told_what_there_is_to_do():
 
 
 def test_on_a_device_a_dummy_run_launches_what_a_captured_graph_needs():
-    s = VectorStore(SHAPE, ALL, 3, 10, torch.float32, torch.device("meta"))
+    s = VectorStore(StoreColumns.of(SHAPE, ALL), 3, 10, torch.float32, torch.device("meta"))
     s.load_dummy()
     assert s.counts.tolist() == [0, 1, 0]
     s.load_plan(StepPlan())

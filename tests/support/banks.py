@@ -8,8 +8,8 @@ from vllm_pedro.adapter import init_adapter, save_adapter
 from vllm_pedro.backbone import BackboneShape
 from vllm_pedro.config import PedroConfig
 from vllm_pedro.serving.adapters import AdapterLimits, AdapterReader
+from vllm_pedro.serving.columns import StoreColumns
 from vllm_pedro.serving.spec import RequestSpec
-from vllm_pedro.serving.store import VectorStore
 
 SHAPE = BackboneShape(2, 8, {"q_proj": 8, "k_proj": 4, "v_proj": 4, "gate_proj": 16, "up_proj": 16})
 LIMITS = AdapterLimits(SHAPE, 4)
@@ -23,5 +23,4 @@ def write(folder, seed=0, shape=SHAPE, dtype=None, **config):
 
 
 def reader(limits=LIMITS):
-    store = VectorStore(limits.shape, limits.modules, 2, 8, torch.float32, CPU)
-    return AdapterReader(limits, store.columns)
+    return AdapterReader(limits, StoreColumns.of(limits.shape, limits.modules))

@@ -65,7 +65,11 @@ def start_engine(model: Path | str, pedro: bool = True, **settings: Any) -> Iter
     try:
         with _hide_llvmlite(), _no_collections():
             llm = LLM(str(model), **arguments)
-        if pedro and current_runner() == "v2":
+        if (
+            pedro
+            and current_runner() == "v2"
+            and arguments["distributed_executor_backend"] == "uni"
+        ):
             stage_as_on_a_device(llm)
         yield llm
     finally:

@@ -67,7 +67,7 @@ class Place(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Consecutive layers that are evenly spaced in the data."""
+    """Consecutive layers of the same shapes that are evenly spaced in the data."""
 
     first: int
     number: int
@@ -103,7 +103,7 @@ class Header:
 
     @functools.cached_property
     def runs(self) -> list[Run]:
-        """The layers 0, 1, ... in as few runs as possible, once `check_shapes` has passed.
+        """The layers that have tensors, in as few runs as possible, after `check_shapes`.
 
         safetensors sorts names as text, 10 before 2, so thirty layers are five runs.
         """
@@ -112,8 +112,9 @@ class Header:
             if match := LAYER_NAME.fullmatch(name):
                 layers.setdefault(int(match[1]), {})[match[2]] = place
         runs: list[Run] = []
-        for layer in range(len(layers)):
-            step = _step(runs[-1], layers[layer]) if runs else None
+        for layer in sorted(layers):
+            follows = runs and layer == runs[-1].first + runs[-1].number
+            step = _step(runs[-1], layers[layer]) if follows else None
             if step is None:
                 runs.append(Run(layer, 1, 0, layers[layer]))
             else:
@@ -128,6 +129,8 @@ def _position(item: tuple[str, Entry]) -> tuple[int, int]:
 def _step(run: Run, layer: Mapping[str, Place]) -> int | None:
     """The distance between a run's layers if this layer extends it; None if it does not."""
     if run.places.keys() != layer.keys():
+        return None
+    if any(layer[suffix].shape != place.shape for suffix, place in run.places.items()):
         return None
     distances = {layer[suffix].begin - place.begin for suffix, place in run.places.items()}
     step, rest = divmod(distances.pop(), run.number)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ..backbone import BackboneShape
 from ..config import PedroConfig
@@ -18,14 +18,14 @@ from .names import BIAS, DENOMINATOR, DOWN, DOWN_BIAS, LAYER_NAME, NUMERATOR, UP
 class _Size(NamedTuple):
     """What the tensors' names and shapes depend on, besides the config."""
 
-    num_layers: int
     hidden_size: int
-    width: int  # D
+    widths: tuple[int, ...]  # D of each layer; layers of width 0 have no tensors
 
 
 def _size(config: PedroConfig, shape: BackboneShape) -> _Size:
-    width = sum(shape.split_widths(config.target_modules))
-    return _Size(shape.num_layers, shape.hidden_size, width)
+    layers = range(shape.num_layers)
+    widths = tuple(sum(shape.split_widths(config.target_modules, layer)) for layer in layers)
+    return _Size(shape.hidden_size, widths)
 
 
 def expected_shapes(config: PedroConfig, shape: BackboneShape) -> Mapping[str, tuple[int, ...]]:
@@ -38,7 +38,7 @@ def expected_shapes(config: PedroConfig, shape: BackboneShape) -> Mapping[str, t
 
 
 def _expected(config: PedroConfig, size: _Size) -> Mapping[str, tuple[int, ...]]:
-    config.validate(size.num_layers)
+    config.validate(len(size.widths))
     kinds = config.activation if isinstance(config.activation, str) else tuple(config.activation)
     return _expected_of(config.r, config.down_bias, kinds, config.rational_order, size)
 
@@ -50,13 +50,15 @@ def _expected_of(
 ) -> Mapping[str, tuple[int, ...]]:
     m, n = order
     result: dict[str, tuple[int, ...]] = {}
-    for layer in range(size.num_layers):
+    for layer, width in enumerate(size.widths):
+        if not width:
+            continue
         if r > 0:
             result[tensor_name(layer, DOWN)] = (r, size.hidden_size)
             if down_bias:
                 result[tensor_name(layer, DOWN_BIAS)] = (r,)
-            result[tensor_name(layer, UP)] = (size.width, r)
-        result[tensor_name(layer, BIAS)] = (size.width,)
+            result[tensor_name(layer, UP)] = (width, r)
+        result[tensor_name(layer, BIAS)] = (width,)
         if r > 0 and (kinds if isinstance(kinds, str) else kinds[layer]) == "rational":
             result[tensor_name(layer, NUMERATOR)] = (m + 1,)
             result[tensor_name(layer, DENOMINATOR)] = (n,)
@@ -64,21 +66,29 @@ def _expected_of(
 
 
 def _infer_size(config: PedroConfig, shapes: Mapping[str, tuple[int, ...]], source: str) -> _Size:
-    """The size that layer 0's tensors have; `check_shapes` compares the other layers with it."""
-    num_layers = len(_layers_found(shapes))
-    if num_layers == 0:
+    """The size that the tensors have among themselves: layers that have none are of width 0."""
+    layers = _layers_found(shapes)
+    if not layers:
         raise AdapterError(
             f"{source}: expected tensors named {tensor_name(0, BIAS)!r} and so on, "
             f"found {shorten(sorted(shapes)) or 'none'}"
         )
-    bias = shapes.get(tensor_name(0, BIAS), ())
-    down = shapes.get(tensor_name(0, DOWN), ())
-    # A shape with the wrong number of dimensions gives no size; 0 never matches and is refused.
-    return _Size(
-        num_layers,
-        down[1] if len(down) == 2 else 0,
-        bias[0] if len(bias) == 1 else 0,
-    )
+    first, last = min(layers), max(layers)
+    if last >= MAX_LAYERS:
+        raise AdapterError(f"{source}: expected at most {MAX_LAYERS} layers, found layer {last}")
+    # A shape with the wrong number of dimensions gives no size; -1 never matches and is refused.
+    widths = [0] * (last + 1)
+    for layer in layers:
+        bias = shapes.get(tensor_name(layer, BIAS), ())
+        widths[layer] = bias[0] if len(bias) == 1 and bias[0] else -1
+    down = shapes.get(tensor_name(first, DOWN), ())
+    if isinstance(config.activation, list) and config.r > 0:
+        widths += [0] * (len(config.activation) - len(widths))
+    return _Size(down[1] if len(down) == 2 else -1, tuple(widths))
+
+
+MAX_LAYERS: Final = 1 << 12
+"""Most layers that a folder is read for."""
 
 
 def _layers_found(names: Mapping[str, object]) -> set[int]:
@@ -103,18 +113,26 @@ def check_shapes(
     Raises:
         AdapterError: a tensor is missing, unexpected or of another shape.
     """
+    if shape is not None:
+        try:
+            shape.check_modules(config.target_modules)
+        except PedroError as error:
+            raise AdapterError(f"{source}: {error}") from None
     size = _infer_size(config, shapes, source) if shape is None else _size(config, shape)
     with contextlib.suppress(PedroError):
         if shapes == _expected(config, size):
             return
     # The tensors are wrong. The rest finds the first difference for the message.
     layers = _layers_found(shapes)
-    contiguous = layers == set(range(len(layers)))
-    if shape is not None and layers and contiguous and len(layers) != shape.num_layers:
+    wanted = {layer for layer, width in enumerate(size.widths) if width}
+    if shape is not None and layers and layers != wanted:
+        without = shape.num_layers - len(wanted)
+        bare = f", {without} of which have none of its modules" if without else ""
         raise AdapterError(
-            f"{source}: expected tensors for the {shape.num_layers} layers of this backbone, "
-            f"found {len(layers)} layers: the adapter was made for another backbone, or is "
-            "incomplete"
+            f"{source}: expected tensors for the {shape.num_layers} layers of this backbone{bare}, "
+            f"found {len(layers)} layers: missing {shorten(sorted(wanted - layers)) or 'none'}, "
+            f"unexpected {shorten(sorted(layers - wanted)) or 'none'}: the adapter was made for "
+            "another backbone, or is incomplete"
         )
     try:
         expected = _expected(config, size)
@@ -122,8 +140,7 @@ def check_shapes(
         raise AdapterError(f"{source}: {error}") from None
     missing = [name for name in expected if name not in shapes]
     if missing:
-        gap = "" if contiguous else "; layers must be numbered from 0 without a gap"
-        raise AdapterError(f"{source}: missing tensors {shorten(missing)}{gap}")
+        raise AdapterError(f"{source}: missing tensors {shorten(missing)}")
     extra = sorted(name for name in shapes if name not in expected)
     if extra:
         raise AdapterError(
@@ -150,7 +167,11 @@ def _reason(name: str, config: PedroConfig, shape: BackboneShape) -> str:
         return f"r {config.r}"
     if name.endswith(DOWN):
         return f"hidden_size {shape.hidden_size}"
-    widths = zip(config.target_modules, shape.split_widths(config.target_modules), strict=True)
+    match = LAYER_NAME.fullmatch(name)
+    layer = int(match[1]) if match else 0
+    widths = zip(
+        config.target_modules, shape.split_widths(config.target_modules, layer), strict=True
+    )
     return ", ".join(f"{module} {width}" for module, width in widths)
 
 

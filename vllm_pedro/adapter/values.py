@@ -14,7 +14,17 @@ from torch import Tensor
 
 from ..config import PedroConfig
 from .header import Header, Run
-from .names import BIAS, DENOMINATOR, DOWN, DOWN_BIAS, NUMERATOR, UP, Array, tensor_name
+from .names import (
+    BIAS,
+    DENOMINATOR,
+    DOWN,
+    DOWN_BIAS,
+    LAYER_NAME,
+    NUMERATOR,
+    UP,
+    Array,
+    tensor_name,
+)
 
 
 class LayerTensors(NamedTuple):
@@ -46,18 +56,19 @@ class Adapter:
 
     @functools.cached_property
     def num_layers(self) -> int:
-        """Number of decoder layers the adapter is for."""
-        return sum(name.endswith("." + BIAS) for name in self.tensors)
+        """Number of decoder layers the adapter is for, up to the last that it scales."""
+        matches = (LAYER_NAME.fullmatch(name) for name in self.tensors)
+        return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
     def layer(self, index: int) -> LayerTensors:
-        """The tensors of one layer."""
+        """The tensors of one layer; an empty bias where the adapter scales nothing in it."""
         if not 0 <= index < self.num_layers:
             raise IndexError(f"layer {index} of an adapter with {self.num_layers} layers")
         get = self.tensors.get
         return LayerTensors(
             get(tensor_name(index, DOWN)),
             get(tensor_name(index, UP)),
-            self.tensors[tensor_name(index, BIAS)],
+            get(tensor_name(index, BIAS), torch.empty(0)),
             get(tensor_name(index, NUMERATOR)),
             get(tensor_name(index, DENOMINATOR)),
             get(tensor_name(index, DOWN_BIAS)),

@@ -100,9 +100,12 @@ def init_adapter(
         The adapter, with the digest it gets when it is saved in float32.
     """
     config.validate(shape.num_layers)
+    shape.check_modules(config.target_modules)
     random = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for layer in range(shape.num_layers):
+        if not sum(shape.split_widths(config.target_modules, layer)):
+            continue
         generator = VectorGenerator(config, shape, layer, random)
         for suffix, tensor in generator.tensors().items():
             if scale is not None and suffix in (UP, BIAS, DOWN_BIAS):

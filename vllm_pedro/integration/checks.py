@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..backbone import ARCHITECTURES
+from ..places import ARCHITECTURES
 from .offloading import CONNECTORS
 
 SPECULATION = ("ngram", "ngram_gpu", "draft_model", "eagle")
@@ -31,10 +31,7 @@ def _reasons(config: Any) -> list[str]:
         found.append(f"runner {model.runner_type!r} does not generate text (use runner='generate')")
     kinds = {
         "encoder-decoder": model.is_encoder_decoder,
-        "mixture-of-experts": model.is_moe,
-        "hybrid (Mamba or linear attention)": model.is_hybrid,
         "attention-free": model.is_attention_free,
-        "multi-head latent attention": model.use_mla,
         "multimodal": model.is_multimodal_model,
     }
     for kind, is_kind in kinds.items():
@@ -46,9 +43,12 @@ def _reasons(config: Any) -> list[str]:
             f"architecture {architecture} is not among those whose projections are known "
             f"({', '.join(ARCHITECTURES)})"
         )
+    if model.is_hybrid and config.cache_config.mamba_cache_mode != "none":
+        found.append(
+            "prefix caching of a hybrid model splits prompts at block ends (turn "
+            "enable_prefix_caching off)"
+        )
     for name in (
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
         "prefill_context_parallel_size",
         "decode_context_parallel_size",
     ):

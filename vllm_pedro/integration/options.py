@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..backbone import TARGET_MODULES
+from ..backbone import TARGET_MODULES, BackboneShape
 from ..files import is_int
 
 CONFIG_KEY = "pedro"
@@ -134,6 +135,20 @@ def options_of(vllm_config: Any) -> PedroOptions | None:
     if not isinstance(additional, Mapping) or CONFIG_KEY not in additional:
         return None
     return PedroOptions.from_keywords(additional[CONFIG_KEY])
+
+
+def shape_of(vllm_config: Any) -> BackboneShape:
+    """The backbone's shape by its configuration.
+
+    vLLM's Transformers backend changes classes of transformers, which the shape may be read off:
+    once an engine has run in this process, their models ask whether they are to be compiled.
+    """
+    from vllm.config import CompilationConfig, CompilationMode, set_current_vllm_config
+
+    plain = copy.copy(vllm_config)
+    plain.compilation_config = CompilationConfig(mode=CompilationMode.NONE)
+    with set_current_vllm_config(plain):
+        return BackboneShape.from_hf_config(vllm_config.model_config.hf_config)
 
 
 def draft_places(speculative_config: Any) -> int:

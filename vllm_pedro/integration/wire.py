@@ -6,6 +6,7 @@
 | assignments | an attribute of `SchedulerOutput` | scheduler | runner, scheduler |
 | prefetches | another one | scheduler | runner |
 | `StepReport` | an attribute of `ModelRunnerOutput` | runner | scheduler |
+| failed requests | `IntermediateTensors` | a pipeline stage | the next one |
 | counts | `SchedulerStats.ec_connector_stats` | scheduler | metrics |
 | a failure's reason | `stop_reason` of a request's last output | scheduler | front end |
 | calls | `EngineCore`, `WorkerBase`: methods of these names | front end | engine core, worker |
@@ -17,9 +18,12 @@ as "nobody enters" or "nothing failed".
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from ..serving.rows import Assignment
 from ..serving.spec import RequestSpec
@@ -30,6 +34,7 @@ KEY = "vllm_pedro"
 _ASSIGNMENTS = "pedro_assignments"
 _PREFETCHES = "pedro_prefetches"
 _REPORT = "pedro_report"
+_FAILED = "pedro_failed"
 _FAILURE = "PEDRO: "
 
 
@@ -139,6 +144,29 @@ def report_of(model_runner_output: Any) -> StepReport:
     return report
 
 
+# One stage of pipeline parallelism -> the next. vLLM hears the last one alone.
+
+
+def hand_on_failures(intermediate_tensors: Any, request_ids: Iterable[str]) -> None:
+    """Send requests that failed in a step with what the next stage computes on.
+
+    As a tensor, as vLLM's CPU backend sends nothing else.
+    """
+    text = bytearray(json.dumps(list(request_ids)).encode())
+    intermediate_tensors.tensors[_FAILED] = torch.frombuffer(text, dtype=torch.uint8)
+
+
+def take_failures(intermediate_tensors: Any) -> list[str]:
+    """The requests that failed in earlier stages; they are gone from there afterwards.
+
+    Only where there are any are the tensors waited for.
+    """
+    if _FAILED not in vars(intermediate_tensors)["tensors"]:
+        return []
+    text = intermediate_tensors.tensors.pop(_FAILED)
+    return [str(request_id) for request_id in json.loads(bytes(text.tolist()))]
+
+
 # Scheduler -> front end.
 
 
@@ -181,15 +209,16 @@ def failure_of(completion: Any) -> str:
 async def retire(engine_client: Any, digest: str) -> dict[int, dict[str, Any]]:
     """Free an adapter's memory in the workers once no request needs it; counts by engine.
 
-    The counts tell an idle engine's metrics that the memory is free; each engine's first worker
-    counts.
+    The counts tell an idle engine's metrics that the memory is free; in each engine that worker
+    counts whose reports the scheduler hears.
     """
-    core = engine_client.engine_core
+    core, parallel = engine_client.engine_core, engine_client.vllm_config.parallel_config
+    reporting = (parallel.pipeline_parallel_size - 1) * parallel.tensor_parallel_size
     answers = await core.call_utility_all_async(
         "collective_rpc", "pedro_retire", None, (digest,), None
     )
     return {
-        engine: dict(counts[0])
+        engine: dict(counts[reporting])
         for engine, counts in zip(core.engine_ranks_managed, answers, strict=True)
     }
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import PedroError
 from ..generator import VectorGenerator
+from ..places import Projection, packed, widths_of
 from .cache import PromptVectors, attach_vectors
-from .projections import Projections
 from .prompts import Packed
 from .scaling import scale_sequences
 
@@ -33,6 +34,9 @@ class Pass:
         readers: `[B, S]`, whose vectors each token reads, of N sequences; N where it reads none, in
             scope "answer". None where each row is one sequence that reads its own.
         layers_run: indices of the layers that took part.
+        is_handed_on: whether the backbone hands the pass on to its layers, among the keyword
+            arguments. Otherwise they look it up while it runs; gradient checkpointing, which runs
+            them again later, is then not possible.
     """
 
     generators: Sequence[nn.Module] | nn.ModuleList
@@ -42,10 +46,13 @@ class Pass:
     packed: Packed | None = None
     readers: Tensor | None = None
     layers_run: set[int] = field(default_factory=set)
+    is_handed_on: bool = True
 
     def vectors_of(self, index: int, hidden: Tensor, cache: Any) -> dict[str, Tensor]:
         """The vectors of layer `index`, `[B, d_t]` each, or `[N, d_t]` of N packed sequences."""
         self.layers_run.add(index)
+        if not isinstance(self.generators[index], VectorGenerator):  # nothing of it is scaled
+            return self.vectors.layers.setdefault(index, {})
         if not self.is_prefill:
             vectors = self.vectors.layers[index]
             rows = next(iter(vectors.values())).shape[0]
@@ -69,12 +76,48 @@ class Pass:
         return vectors
 
 
+class Factors:
+    """What a projection's outputs are multiplied by.
+
+    Args:
+        projection: where they come from.
+    """
+
+    def __init__(self, projection: Projection) -> None:
+        codes = projection.codes
+        widths = widths_of([codes])
+        self.widths = {name: widths[name] for name in projection.modules}
+        whole = packed(self.widths)
+        # Where each output's entry is among the modules' vectors, one after the other.
+        self._order = None
+        if not np.array_equal(whole, codes):
+            self._order = torch.from_numpy(np.searchsorted(whole, codes))
+
+    def of(self, vectors: dict[str, Tensor], output: Tensor) -> Tensor:
+        """`[rows, width]`, from the vectors of the modules that are scaled."""
+        rows = next(iter(vectors.values())).shape[0]
+        parts = [
+            vectors[name].to(output.device, output.dtype)
+            if name in vectors
+            else output.new_ones(rows, width)
+            for name, width in self.widths.items()
+        ]
+        factor = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return factor if self._order is None else factor[:, self._order.to(factor.device)]
+
+
 class LayerHooks:
     """What PEDRO does in one decoder layer."""
 
-    def __init__(self, index: int, layer: nn.Module, projections: Projections) -> None:
+    def __init__(
+        self,
+        index: int,
+        layer: nn.Module,
+        projections: list[Projection],
+        running: Callable[[], Pass | None],
+    ) -> None:
         self.index = index
-        self.widths = projections.widths
+        self.running = running
         self.current: dict[str, Tensor] | None = None
         self.readers: Tensor | None = None
         self.applied: list[str] = []
@@ -82,16 +125,24 @@ class LayerHooks:
             layer.register_forward_pre_hook(self.before, with_kwargs=True),
             layer.register_forward_hook(self.after, always_call=True),
         ]
-        for path, names in projections.modules.items():
-            hook = functools.partial(self.scale, names=names)
-            self.handles.append(layer.get_submodule(path).register_forward_hook(hook))
+        for projection in projections:
+            hook = functools.partial(self.scale, factors=Factors(projection))
+            module = layer.get_submodule(projection.path)
+            if projection.is_input:
+                before = functools.partial(self.scale_input, factors=Factors(projection))
+                self.handles.append(module.register_forward_pre_hook(before))
+            else:
+                self.handles.append(module.register_forward_hook(hook))
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         current: Pass | None = kwargs.pop(PASS_KEY, None)
         if current is None:
-            return None
+            current = self.running()
+            if current is None or self.index in current.layers_run:
+                return None
+            current.is_handed_on = False
         hidden = args[0] if args else kwargs["hidden_states"]
         self.applied = []
         self.readers = current.readers
@@ -99,25 +150,23 @@ class LayerHooks:
         return args, kwargs
 
     def scale(
-        self, module: nn.Module, args: Any, output: Tensor, names: tuple[str, ...]
+        self, module: nn.Module, args: Any, output: Tensor, factors: Factors
     ) -> Tensor | None:
-        if self.current is None or not any(name in self.current for name in names):
+        if self.current is None or self.current.keys().isdisjoint(factors.widths):
             return None
-        parts = []
-        rows = next(iter(self.current.values())).shape[0]
-        for name in names:
-            vector = self.current.get(name)
-            if vector is None:
-                vector = output.new_ones(rows, self.widths[name])
-            else:
-                self.applied.append(name)
-            parts.append(vector.to(output.device, output.dtype))
-        factor = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        self.applied += [name for name in factors.widths if name in self.current]
+        factor = factors.of(self.current, output)
         if self.readers is None:
             return scale_sequences(output, factor)
         # One more, for tokens that read none.
         factor = torch.cat([factor, factor.new_ones(1, factor.shape[1])])
         return scale_sequences(output, factor, self.readers.to(output.device))
+
+    def scale_input(
+        self, module: nn.Module, args: tuple[Any, ...], factors: Factors
+    ) -> tuple[Any, ...] | None:
+        scaled = self.scale(module, None, args[0], factors)
+        return None if scaled is None else (scaled, *args[1:])
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         current, self.current = self.current, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -110,8 +110,8 @@ class PedroModel(nn.Module):
     adapter.
 
     Args:
-        model: the backbone: Llama, Mistral, Qwen2, Qwen3, Gemma 1-3, Phi-3 and others whose
-            decoder layers have the same modules.
+        model: the backbone: of an architecture of `places.ARCHITECTURES`, or another whose
+            decoder layers have modules of the same names.
         config: the first adapter's config; the adapter starts as the identity.
         adapter_name: its name.
 
@@ -255,7 +255,8 @@ class PedroModel(nn.Module):
         return {
             tensor_name(index, suffix): tensor
             for index, generator in enumerate(self._generators(name))
-            for suffix, tensor in cast(VectorGenerator, generator).tensors().items()
+            if isinstance(generator, VectorGenerator)
+            for suffix, tensor in generator.tensors().items()
         }
 
     def fill_adapter(self, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -281,10 +282,14 @@ class PedroModel(nn.Module):
         if adapter_name in self.pedro_configs:
             raise PedroError(f"adapter {adapter_name!r} exists already")
         config.validate(self.shape.num_layers)
+        self.shape.check_modules(config.target_modules)
         generators = nn.ModuleList()
         for index, layer in enumerate(decoder_layers(self.base_model)):
-            device = device_of(index, layer)
-            generators.append(VectorGenerator(config, self.shape, index).to(device))
+            if sum(self.shape.split_widths(config.target_modules, index)):
+                device = device_of(index, layer)
+                generators.append(VectorGenerator(config, self.shape, index).to(device))
+            else:
+                generators.append(nn.Identity())
         try:
             self.vector_generators[adapter_name] = generators
         except (KeyError, TypeError) as error:

@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..backbone import BLOCKS, PACKED, BackboneShape, is_packed
+from ..backbone import BackboneShape
 from ..errors import PedroError
+from ..places import Projection, transformers_layers, transformers_projections, widths_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True)
-class Projections:
-    """Where a model computes the five projections.
-
-    Attributes:
-        modules: paths of modules in a decoder layer, with the projections each computes.
-        widths: output width of each projection.
-    """
-
-    modules: dict[str, tuple[str, ...]]
-    widths: dict[str, int]
-
-
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+    layers = transformers_layers(model)
+    if layers is None:
         raise PedroError(
-            f"{type(model).__name__}: looked for the decoder layers in 'model.layers' and found "
-            "none; PEDRO needs a decoder-only causal language model of the Llama kind (Llama, "
-            "Mistral, Qwen2, Qwen3, Gemma, Phi-3)"
+            f"{type(model).__name__}: looked for the decoder layers of a decoder-only causal "
+            "language model and found none"
         )
     return layers
 
@@ -53,8 +39,8 @@ def device_of(index: int, layer: nn.Module) -> torch.device:
     return device
 
 
-def find_projections(model: PreTrainedModel, shape: BackboneShape) -> Projections:
-    """Find the five projections, and check that they are alike in every layer.
+def find_projections(model: PreTrainedModel, shape: BackboneShape) -> list[list[Projection]]:
+    """Find each layer's projections, and check that their widths are the shape's.
 
     Raises:
         PedroError: names the layer, what was looked for and what is there.
@@ -65,39 +51,20 @@ def find_projections(model: PreTrainedModel, shape: BackboneShape) -> Projection
             f"{type(model).__name__}: expected {shape.num_layers} decoder layers by its config, "
             f"found {len(layers)}"
         )
-    packs = is_packed(model.config.model_type)
-    modules: dict[str, tuple[str, ...]] = {}
-    for packed, names in PACKED.items():
-        path = f"{BLOCKS[packed]}.{packed}"
-        if packs and _submodule(layers[0], path) is not None:
-            modules[path] = names
-        else:
-            modules.update({f"{BLOCKS[name]}.{name}": (name,) for name in names})
+    config = model.config.get_text_config()
+    found = []
     for index, layer in enumerate(layers):
-        for path, names in modules.items():
-            module = _submodule(layer, path)
-            if module is None:
-                raise PedroError(
-                    f"{type(model).__name__}: looked for '{path}' in decoder layer {index} and "
-                    f"found no such module, only "
-                    f"{sorted(name for name, _ in layer.named_children())} with "
-                    f"{_grandchildren(layer)}: the projections of this architecture are not known"
-                )
-            want = sum(shape.widths[name] for name in names)
-            found = getattr(module, "out_features", want)
-            if found != want:
-                raise PedroError(
-                    f"{type(model).__name__}: decoder layer {index}, '{path}': expected "
-                    f"{want} output features by the model's config, found {found}"
-                )
-    return Projections(modules, dict(shape.widths))
-
-
-def _submodule(layer: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return layer.get_submodule(path)
-    except AttributeError:
-        return None
+        projections = transformers_projections(layer, config)
+        want, widths = dict(shape.widths_of(index)), widths_of(p.codes for p in projections)
+        if widths != want:
+            raise PedroError(
+                f"{type(model).__name__}: decoder layer {index}: expected projections of widths "
+                f"{want} by the model's config, found {widths} in "
+                f"{[p.path for p in projections]} of {_grandchildren(layer)}: the projections of "
+                "this architecture are not known"
+            )
+        found.append(projections)
+    return found
 
 
 def _grandchildren(layer: nn.Module) -> list[str]:

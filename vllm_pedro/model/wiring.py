@@ -62,6 +62,7 @@ class Wiring:
         self.shape = BackboneShape.from_hf_config(model.config)
         self.prompts: Prompts | None = None
         self.wants_hidden_states = False
+        self._running: Pass | None = None
         self._model = model
         self._active = active
         self._always = always
@@ -72,7 +73,7 @@ class Wiring:
             model.register_forward_hook(self._after, with_kwargs=True),
         ]
         self._layers = [
-            LayerHooks(index, layer, projections)
+            LayerHooks(index, layer, projections[index], self._running_pass)
             for index, layer in enumerate(decoder_layers(model))
         ]
 
@@ -156,11 +157,13 @@ class Wiring:
             for key in PROMPT_KEYS:
                 kwargs.pop(key, None)
         active = None if prompts is None else self._active()
+        self._running = None
         if prompts is None or active is None:
             return args, kwargs
         cache = kwargs.get("past_key_values")
         if cache is not None and int(cache.get_seq_length()) > 0:
-            return args, kwargs | {PASS_KEY: self._continued(active, cache)}
+            self._running = self._continued(active, cache)
+            return args, kwargs | {PASS_KEY: self._running}
         tokens = kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs["inputs_embeds"]
@@ -173,8 +176,11 @@ class Wiring:
         if active.config.scope == "answer":
             readers = readers_from_pooled_token(tokens, mask, packed)
         vectors = PromptVectors(active.name)
-        current = Pass(active.generators, vectors, mask, True, packed, readers)
-        return args, kwargs | {PASS_KEY: current}
+        self._running = Pass(active.generators, vectors, mask, True, packed, readers)
+        return args, kwargs | {PASS_KEY: self._running}
+
+    def _running_pass(self) -> Pass | None:
+        return self._running
 
     def _continued(self, active: Active, cache: Any) -> Pass:
         vectors = getattr(cache, "pedro_vectors", None)
@@ -192,12 +198,20 @@ class Wiring:
 
     def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         current: Pass | None = kwargs.get(PASS_KEY)
+        self._running = None
         if current is not None:
             missed = set(range(self.shape.num_layers)) - current.layers_run
             if missed:
                 raise PedroError(
                     f"{type(module).__name__}: layers {shorten(sorted(missed))} never saw the "
-                    "adapter: the model does not pass keyword arguments on to its decoder layers"
+                    "adapter"
+                )
+            checkpoints = getattr(module, "is_gradient_checkpointing", False) and module.training
+            if not current.is_handed_on and checkpoints and torch.is_grad_enabled():
+                raise PedroError(
+                    f"{type(module).__name__}: no gradient checkpointing: the model does not pass "
+                    "keyword arguments on to its decoder layers, which would run again without "
+                    "the adapter"
                 )
         if not self.wants_hidden_states:
             return None

@@ -85,7 +85,7 @@ def scaled(x: Tensor, vectors: Tensor, token_rows: Tensor, columns: slice) -> Te
     Returns:
         A new `[tokens, width]`. Rows that read the identity row are bit-equal to `x`.
     """
-    return x * vectors[:, columns][token_rows[: x.shape[0]]]
+    return x * vectors[:, columns][token_rows[: x.shape[-2]]]
 
 
 def warm_up(hidden_size: int, width: int, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -103,9 +103,9 @@ def warm_up(hidden_size: int, width: int, dtype: torch.dtype, device: torch.devi
         dtype: Of the residual stream and the vector store.
         device: Where they are; with a GPU the current one.
     """
-    layout = BlobLayout(1, hidden_size, 1, width, "float32")
+    layout = BlobLayout((((0, width),),), hidden_size, 1, "float32")
     blob = np.zeros(layout.nbytes, np.uint8)
-    layout.begin(blob, [(0, width)], ["relu"], (1, 1), "last", False)
+    layout.begin(blob, ["relu"], (1, 1), "last", False)
     generate_vectors(
         torch.zeros(2, hidden_size, dtype=dtype, device=device),
         torch.ones(2, width, dtype=dtype, device=device),

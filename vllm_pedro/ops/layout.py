@@ -18,7 +18,7 @@ from its start, in a record from the record's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -84,7 +84,7 @@ def aligned(nbytes: int, to: int = UNIT) -> int:
 
 
 class BlobViews(NamedTuple):
-    """Parts of a blob whose layers are all alike, by name; bfloat16 as its bits, uint16.
+    """Parts of a blob's layers that are alike, by name; bfloat16 as its bits, uint16.
 
     Attributes:
         header: `[layers, 16]` int32, see `RECORD_FIELDS`.
@@ -107,62 +107,85 @@ class BlobViews(NamedTuple):
     up: Array
 
 
+Ranges = tuple[tuple[int, int], ...]
+"""First column of the vector store and width of each piece of a layer's D' columns, ascending."""
+
+
 @dataclass(frozen=True)
 class BlobLayout:
     """Where an adapter's values lie in its blob.
 
     Attributes:
-        num_layers: Of the backbone.
+        ranges: Each layer's; a layer without any has no generator.
         hidden_size: d.
         rank: r; 0 for static vectors.
-        columns: D', columns of the adapter's target modules.
         dtype: One of `DTYPES`.
     """
 
-    num_layers: int
+    ranges: tuple[Ranges, ...]
     hidden_size: int
     rank: int
-    columns: int
     dtype: str
 
+    def __post_init__(self) -> None:
+        most = max(map(len, self.ranges), default=0)
+        if most > MAX_RANGES:
+            raise ValueError(f"a layer's columns are in {most} pieces, at most {MAX_RANGES} fit")
+
     @cached_property
-    def _parts(self) -> tuple[int, int, int, int, int]:
+    def stretches(self) -> list[slice]:
+        """Consecutive layers with a generator on the same columns, whose records are alike."""
+        found: list[slice] = []
+        for layer, ranges in enumerate(self.ranges):
+            if found and found[-1].stop == layer and self.ranges[layer - 1] == ranges:
+                found[-1] = slice(found[-1].start, layer + 1)
+            elif ranges:
+                found.append(slice(layer, layer + 1))
+        return found
+
+    @cached_property
+    def _records(self) -> list[int]:
+        """Where each layer's record begins, 0 where there is none; and where the last one ends."""
+        places, at = [], self.first_record
+        for ranges in self.ranges:
+            places.append(at if ranges else 0)
+            at += self._parts(ranges)[-1] if ranges else 0
+        return [*places, at]
+
+    def _parts(self, ranges: Ranges) -> tuple[int, int, int, int, int]:
         """Where `b_down`, `b_up`, `W_down` and `W_up` begin in a record, and where it ends."""
         size = 2 if self.dtype != "float32" else 4
+        columns = sum(width for _, width in ranges)
         down_bias = 4 * WEIGHTS_AT
         bias = down_bias + aligned(4 * self.rank)
-        down = bias + aligned(size * self.columns)
+        down = bias + aligned(size * columns)
         up = down + aligned(size * self.rank * self.hidden_size)
-        return down_bias, bias, down, up, up + aligned(size * self.rank * self.columns)
+        return down_bias, bias, down, up, up + aligned(size * self.rank * columns)
 
     @property
     def first_record(self) -> int:
-        """Where the first layer's record begins, in bytes."""
-        return aligned(4 * (BLOB_WORDS + self.num_layers))
-
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of one layer's record."""
-        return self._parts[-1]
+        """Where the first record begins, in bytes."""
+        return aligned(4 * (BLOB_WORDS + len(self.ranges)))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the blob."""
-        return self.first_record + self.num_layers * self.record_bytes
+        return self._records[-1]
 
-    def views(self, blob: Array) -> BlobViews:
-        """The parts of a blob by name, without a copy."""
-        down_bias, bias, down, up, _ = self._parts
+    def views(self, blob: Array, layers: slice) -> BlobViews:
+        """The parts of some layers of one stretch by name, without a copy."""
+        ranges = self.ranges[layers.start]
+        columns = sum(width for _, width in ranges)
+        down_bias, bias, down, up, record_bytes = self._parts(ranges)
+        begin, number = self._records[layers.start], layers.stop - layers.start
         kind: Any = _NUMPY[self.dtype]
 
         def view(at: int, dtype: Any, *shape: int) -> Array:
             inside = [np.dtype(dtype).itemsize]
             for extent in reversed(shape[1:]):
                 inside.insert(0, inside[0] * extent)
-            strides = (self.record_bytes, *inside)
-            return np.ndarray(
-                (self.num_layers, *shape), dtype, blob, self.first_record + at, strides
-            )
+            strides = (record_bytes, *inside)
+            return np.ndarray((number, *shape), dtype, blob, begin + at, strides)
 
         return BlobViews(
             view(0, np.int32, RECORD_WORDS),
@@ -170,49 +193,45 @@ class BlobLayout:
             view(4 * NUMERATOR_AT, np.float32, MAX_RATIONAL_DEGREE + 1),
             view(4 * DENOMINATOR_AT, np.float32, MAX_RATIONAL_DEGREE),
             view(down_bias, np.float32, self.rank),
-            view(bias, kind, self.columns),
+            view(bias, kind, columns),
             view(down, kind, self.rank, self.hidden_size),
-            view(up, kind, self.rank, self.columns),
+            view(up, kind, self.rank, columns),
         )
 
     def begin(
         self,
         blob: Array,
-        ranges: Iterable[tuple[int, int]],
-        activations: Iterable[str],
+        activations: Sequence[str],
         order: tuple[int, int],
         pooling: str,
         input_norm: bool,
-    ) -> BlobViews:
+    ) -> None:
         """Write all of a blob but its weights, with coefficients and a down bias of zeros.
 
         Args:
             blob: `[nbytes]` uint8; what is in it is overwritten.
-            ranges: First column of the store and width of each piece of the D' columns, ascending.
             activations: Each layer's.
             order: m and n of the rational activation.
             pooling: One of `config.POOLINGS`.
             input_norm: Whether hidden states are normalised before they are pooled.
-
-        Returns:
-            Where the weights go.
         """
-        pieces = list(ranges)
-        places = [at // UNIT for at in self._parts[:-1]]
         words = blob[: self.first_record].view(np.int32)
         words[:] = 0
-        words[: len(BLOB_FIELDS)] = MAGIC, self.num_layers, self.nbytes // UNIT
-        records = np.arange(self.num_layers) * self.record_bytes + self.first_record
-        words[BLOB_WORDS : BLOB_WORDS + self.num_layers] = records // UNIT
-        views = self.views(blob)
-        for part in (*views[:4], views.down_bias):
-            part[...] = 0
+        words[: len(BLOB_FIELDS)] = MAGIC, len(self.ranges), self.nbytes // UNIT
+        words[BLOB_WORDS : BLOB_WORDS + len(self.ranges)] = [
+            place // UNIT for place in self._records[:-1]
+        ]
         fixed = [DTYPES.index(self.dtype), 0, self.rank, *order, POOLINGS.index(pooling)]
-        fixed += [int(input_norm), self.hidden_size, self.columns, len(pieces), *places]
-        views.header[:, : len(fixed)] = fixed
-        views.header[:, 1] = [ACTIVATION_CODES.index(name) for name in activations]
-        views.ranges[:, : len(pieces)] = pieces
-        return views
+        fixed += [int(input_norm), self.hidden_size]
+        for layers in self.stretches:
+            ranges, views = self.ranges[layers.start], self.views(blob, layers)
+            for part in (*views[:4], views.down_bias):
+                part[...] = 0
+            own = [*fixed, sum(width for _, width in ranges), len(ranges)]
+            own += [at // UNIT for at in self._parts(ranges)[:-1]]
+            views.header[:, : len(own)] = own
+            views.header[:, 1] = [ACTIVATION_CODES.index(name) for name in activations[layers]]
+            views.ranges[:, : len(ranges)] = ranges
 
 
 class Record(NamedTuple):

@@ -133,19 +133,18 @@ def generate_sample(
         third = width // 3
         ranges = ([(0, width)], [(1, third), (2 * third, width - 2 * third - 1)])[slot % 2]
         ranges = [(third, 7)] if slot == 4 else ranges
-        columns = sum(w for _, w in ranges)
-        layout = BlobLayout(2, d, rank, columns, STORED[(0, 1, 1, 2, 1, 2, 0)[slot]])
+        layout = BlobLayout((tuple(ranges),) * 2, d, rank, STORED[(0, 1, 1, 2, 1, 2, 0)[slot]])
         kind = ("rational", "relu", "gelu", "rational", "gelu", "relu", "gelu")[slot]
         order = (6, 5) if slot == 0 else (3, 2)
         blob = np.full(layout.nbytes, 0xFF, np.uint8)
-        views = layout.begin(
+        layout.begin(
             blob,
-            ranges,
             [kind] * 2,
             order,
             POOLINGS[(slot // 2) % 3],
             slot % 2 == 1,
         )
+        views = layout.views(blob, slice(0, 2))
         for values, scale in (
             (views.down, d**-0.5),
             (views.up, 0.3),
@@ -177,6 +176,7 @@ def generate_sample(
         table[: len(prompts)] = torch.tensor(prompts, dtype=torch.int32)
     vectors = torch.full((len(lengths) + 2, width), 7.0, dtype=dtype)
     vectors[[0, -1]] = 1.0
+    largest = BlobLayout((((0, width),),), d, max_rank, "float32")
     return GenerateSample(
         torch.randn(start + 2, d, generator=random).to(dtype).to(device),
         vectors.to(device),
@@ -184,7 +184,7 @@ def generate_sample(
         table.to(device),
         torch.tensor([LAYER], dtype=torch.int32),
         torch.tensor([len(prompts), len(prompts), max_rank], dtype=torch.int32),
-        BlobLayout(1, d, max_rank, width, "float32").record_bytes,
+        largest.nbytes - largest.first_record,
     )
 
 

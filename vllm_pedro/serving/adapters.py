@@ -16,9 +16,10 @@ from ..adapter import StoredAdapter, read_adapter
 from ..backbone import TARGET_MODULES, BackboneShape
 from ..config import PedroConfig
 from ..errors import AdapterError
-from ..ops.layout import UNIT, BlobLayout, aligned
+from ..ops.layout import UNIT, aligned
 from .arena import Span, Spans
-from .blobs import ALIGNMENT, blob_bytes, blob_layout, pack
+from .blobs import ALIGNMENT, blob_bytes, blob_layout, most_bytes, pack
+from .columns import StoreColumns
 from .loading import AdapterLoader, Blob
 from .spec import RequestSpec
 from .stats import AdapterStats
@@ -63,11 +64,7 @@ class AdapterLimits:
     @property
     def largest_blob(self) -> int:
         """What an adapter takes of an arena at most: of the highest rank, with all modules."""
-        columns = sum(self.shape.widths[module] for module in self.modules)
-        layout = BlobLayout(
-            self.shape.num_layers, self.shape.hidden_size, self.max_rank, columns, "float32"
-        )
-        return aligned(layout.nbytes, ALIGNMENT)
+        return most_bytes(self.shape, self.modules, self.max_rank, "float32")
 
     def check_config(self, config: PedroConfig, source: str) -> None:
         """`check` with an adapter's config."""
@@ -104,14 +101,14 @@ class AdapterReader:
 
     Args:
         limits: What the engine accepts.
-        columns: Where each target module's columns are in the vector store.
+        columns: The vector store's.
         load: What reads a folder.
     """
 
     def __init__(
         self,
         limits: AdapterLimits,
-        columns: dict[str, slice],
+        columns: StoreColumns,
         load: Callable[..., StoredAdapter] = read_adapter,
     ) -> None:
         self.limits = limits
@@ -134,11 +131,11 @@ class AdapterReader:
 
     def nbytes(self, adapter: StoredAdapter) -> int:
         """Bytes of the adapter's blob."""
-        return blob_layout(adapter.config, adapter.dtype, self.limits.shape).nbytes
+        return blob_layout(adapter.config, adapter.dtype, self._columns).nbytes
 
     def pack(self, adapter: StoredAdapter, blob: Tensor) -> None:
         """Write the adapter's blob into uint8 of its size or more, on the CPU."""
-        pack(adapter, self.limits.shape, self._columns, blob.numpy())
+        pack(adapter, self._columns, blob.numpy())
 
 
 def _log_loaded(spec: RequestSpec, seconds: float) -> None:

@@ -141,6 +141,16 @@ class AdapterLoader:
             self._loads.pop(key, None)
             return load.outcome
 
+    def forget_failure(self, spec: RequestSpec) -> None:
+        """The step whose requests could not have an adapter is over: the next one tries again.
+
+        Nobody may ask for it first: the scheduler hears one rank, which may have read it.
+        """
+        with self._changed:
+            load = self._loads.get(_key(spec))
+            if load is not None and isinstance(load.outcome, PedroError):
+                del self._loads[_key(spec)]
+
     def finished(self) -> list[tuple[RequestSpec, bool]]:
         """Loads that ended since it was last asked, and whether they went well."""
         with self._changed:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import PedroError
@@ -29,6 +29,8 @@ class PedroRuntime:
     Args:
         bank: Adapters on the device.
         store: The vector store. Which request reads which row is the scheduler's decision.
+        failed_anywhere: Where several ranks run the same steps: which of a step's prompts failed on
+            some rank, given those that failed on this one. Called in the same steps on all of them.
 
     Attributes:
         layers: What each decoder layer does with them.
@@ -36,12 +38,19 @@ class PedroRuntime:
 
     MAX_RETIRED = 65_536
 
-    def __init__(self, bank: AdapterBank, store: VectorStore) -> None:
+    def __init__(
+        self,
+        bank: AdapterBank,
+        store: VectorStore,
+        failed_anywhere: Callable[[list[bool]], list[bool]] | None = None,
+    ) -> None:
         self.bank = bank
         self.store = store
+        self._failed_anywhere = failed_anywhere
         self.stats = bank.stats = AdapterStats()
         self.plan = StepPlan()
         self.failed: dict[str, str] = {}
+        self._failed_before: frozenset[str] = frozenset()
         self.layers = [
             PedroLayer(vectors, layer, bank.arena, store.token_rows, store.prefills, store.counts)
             for layer, vectors in enumerate(store.vectors)
@@ -59,8 +68,9 @@ class PedroRuntime:
 
         Those that scale are launched in vLLM's profiling run already.
         """
-        vectors, shape = self.store.vectors[0], self.bank.reader.limits.shape
-        warm_up(shape.hidden_size, self.store.width, vectors.dtype, vectors.device)
+        vectors = max(self.store.vectors, key=lambda vectors: vectors.shape[1])
+        hidden = self.store.columns.shape.hidden_size
+        warm_up(hidden, vectors.shape[1], vectors.dtype, vectors.device)
 
     # The life of a request.
 
@@ -194,6 +204,10 @@ class PedroRuntime:
         """Whether this step's forward pass has to run the vector generators."""
         return self.store.has_prefills
 
+    def failed_before(self, request_ids: Iterable[str]) -> None:
+        """The requests of the next step that failed on ranks with earlier layers."""
+        self._failed_before = frozenset(request_ids)
+
     def take_failed(self) -> dict[str, str]:
         """Requests whose adapter failed to load, with the reason; empties the record."""
         failed, self.failed = self.failed, {}
@@ -207,14 +221,25 @@ class PedroRuntime:
         Returns:
             The step's prompts, grouped by adapter, and the adapters' highest rank.
         """
-        bank, loaded = self.bank, []
-        needed = {prefill.digest for prefill in self.plan.prefills}
-        for prefill in self.plan.prefills:
-            spec = self._specs[prefill.request_id]
+        bank, loaded, prefills = self.bank, [], self.plan.prefills
+        needed = {prefill.digest for prefill in prefills}
+        states, errors = [""] * len(prefills), [""] * len(prefills)
+        for i, prefill in enumerate(prefills):
             try:
-                state = bank.make_resident(spec, keep=needed)
+                states[i] = bank.make_resident(self._specs[prefill.request_id], keep=needed)
             except PedroError as error:
-                self._fail(prefill.request_id, spec, str(error))
+                errors[i] = str(error)
+            if prefill.request_id in self._failed_before:
+                errors[i] = errors[i] or "a rank with earlier layers could not read the adapter"
+        if self._failed_anywhere is not None and prefills:
+            for i, failed in enumerate(self._failed_anywhere([bool(e) for e in errors])):
+                if failed:
+                    errors[i] = errors[i] or "another rank could not read the adapter"
+        for prefill, state, reason in zip(prefills, states, errors, strict=True):
+            if reason:
+                spec = self._specs[prefill.request_id]
+                self._fail(prefill.request_id, spec, reason)
+                bank.loader.forget_failure(spec)
                 continue
             self.stats.prefills[state] += 1
             self._pending.pop(prefill.request_id)

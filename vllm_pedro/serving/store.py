@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..backbone import TARGET_MODULES, BackboneShape
+from .columns import StoreColumns
 from .plan import IDENTITY_ROW, StepPlan
 
 
@@ -19,8 +19,7 @@ class VectorStore:
     Allocated once, before vLLM profiles its memory, and filled in place, so addresses stay fixed.
 
     Attributes:
-        modules: The target modules the columns stand for, in canonical order.
-        columns: Column range of each module.
+        columns: Which entry of an adapter's vectors each column holds.
         vectors: Per layer `[num_sequences + 1, D]` in the model's dtype.
         token_rows: `[max_tokens]` int64, the row that each token of the step reads.
         prefills: `[num_sequences, 4]` int32, see `vllm_pedro.ops.generate_vectors`.
@@ -34,29 +33,18 @@ class VectorStore:
 
     def __init__(
         self,
-        shape: BackboneShape,
-        modules: tuple[str, ...],
+        columns: StoreColumns,
         num_sequences: int,
         max_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        wanted = set(modules)
-        if {"q_proj", "v_proj"} <= wanted:
-            # K lies between Q and V in the packed projection; one contiguous range is scaled.
-            wanted.add("k_proj")
-        self.modules = tuple(m for m in TARGET_MODULES if m in wanted)
-        self.columns: dict[str, slice] = {}
-        width = 0
-        for module in self.modules:
-            self.columns[module] = slice(width, width + shape.widths[module])
-            width += shape.widths[module]
-        self.width = width
+        self.columns = columns
         # One tensor a layer, not views of one: the compiled graph mutates it in place, and
         # functionalisation copies aliased inputs.
         self.vectors = [
             torch.ones(num_sequences + 1, width, dtype=dtype, device=device)
-            for _ in range(shape.num_layers)
+            for width in columns.widths()
         ]
         self.token_rows = torch.full((max_tokens,), IDENTITY_ROW, dtype=torch.int64, device=device)
         self.prefills = torch.zeros(num_sequences, 4, dtype=torch.int32, device=device)

@@ -253,6 +253,9 @@ def describe_layers(adapter: Adapter) -> str:
     for index in range(adapter.num_layers):
         layer = adapter.layer(index)
         bias = layer.bias
+        if not len(bias):
+            lines.append(f"{index:>5}  -")
+            continue
         kind = "-" if layer.down is None else adapter.config.activation_of(index)
         text = f"{index:>5}  {kind:<11}{float(bias.mean()):>11.4f}"
         for value in (bias.std(correction=0), bias.min(), bias.max()):

@@ -54,7 +54,7 @@ def pooled_states(
         collate: makes a batch of rows; one that pads, such as `CompletionCollator`.
 
     Returns:
-        For each layer `[N, d]`, float32 on the CPU.
+        For each layer `[N, d]`, float32 on the CPU; empty where none of it is scaled.
     """
     generators: Any = model.vector_generators[model._active()]
     found: list[list[Tensor]] = [[] for _ in generators]
@@ -80,7 +80,7 @@ def pooled_states(
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    return [torch.cat(rows) for rows in found]
+    return [torch.cat(rows) if rows else torch.empty(0) for rows in found]
 
 
 @torch.no_grad()
@@ -102,11 +102,13 @@ def condition(
     if config.r == 0 or not config.down_bias:
         raise PedroError("a start from the data needs r above 0 and down_bias true")
     generators: Any = model.vector_generators[name]
-    if any(bool(generator.up_proj.weight.any()) for generator in generators):
+    made: list[Any] = [g for g in generators if isinstance(g, VectorGenerator)]
+    if any(bool(generator.up_proj.weight.any()) for generator in made):
         raise PedroError(f"a start from the data: adapter {name!r} has been trained already")
     number = min(len(examples), MAX_PROMPTS)
     chosen = [examples[i * len(examples) // number] for i in range(number)]
-    for generator, states in zip(generators, pooled_states(model, chosen, collate), strict=True):
+    states_of = [states for states in pooled_states(model, chosen, collate) if len(states)]
+    for generator, states in zip(made, states_of, strict=True):
         start = start_of(states, generator.down_proj.weight.cpu())
         if start is not None:
             generator.down_proj.weight.copy_(start[0])

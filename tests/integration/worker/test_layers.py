@@ -9,12 +9,15 @@ import pytest
 import torch
 from stored import stored
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
 from vllm_pedro.adapter import init_adapter
 from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
 from vllm_pedro.config import PedroConfig
-from vllm_pedro.integration.worker.layers import HookedModel, find_decoder_layers
+from vllm_pedro.integration.worker.layers import HookedModel
+from vllm_pedro.integration.worker.places import find_places
 from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, AdapterReader
+from vllm_pedro.serving.columns import StoreColumns
 from vllm_pedro.serving.rows import Assignment
 from vllm_pedro.serving.runtime import PedroRuntime
 from vllm_pedro.serving.spec import RequestSpec
@@ -37,7 +40,9 @@ SUBSETS = [
 class Projection(nn.Linear):
     """A packed projection returns its bias too, as vLLM's do."""
 
-    output_sizes = (16, 16)
+    def __init__(self, inputs: int, outputs: int, **sizes: Any) -> None:
+        super().__init__(inputs, outputs)
+        self.__dict__.update(sizes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return super().forward(x), None
@@ -59,11 +64,11 @@ class Attend(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    q_size, kv_size = 8, 4
-
     def __init__(self) -> None:
         super().__init__()
-        self.qkv_proj = Projection(8, 16)
+        self.qkv_proj = Projection(
+            8, 16, total_num_heads=2, total_num_kv_heads=1, head_size=4, v_head_size=4
+        )
         self.attn = Attend()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,7 +84,7 @@ class SiluAndMul(nn.Module):
 class MLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.gate_up_proj = Projection(8, 32)
+        self.gate_up_proj = Projection(8, 32, output_sizes=(16, 16))
         self.act_fn = SiluAndMul()
         self.down_proj = nn.Linear(16, 8)
 
@@ -120,12 +125,14 @@ def serve(modules: tuple[str, ...], is_compiled: bool) -> tuple[Model, HookedMod
     config = PedroConfig(r=2, target_modules=list(modules))
     adapter = stored(init_adapter(config, SHAPE, seed=1, scale=0.5))
     limits = AdapterLimits(SHAPE, 4, modules)
-    store = VectorStore(SHAPE, modules, 4, 16, torch.float32, CPU)
+    model = Model()
+    places = find_places(model, LlamaConfig(), SHAPE, modules)
+    columns = StoreColumns(SHAPE, [layer.codes for layer in places])
+    store = VectorStore(columns, 4, 16, torch.float32, CPU)
     reader = AdapterReader(limits, store.columns, lambda *args, **keywords: adapter)
     runtime = PedroRuntime(AdapterBank(limits.largest_blob, reader, CPU), store)
-    model = Model()
     runtime.admit("a", RequestSpec("x", "/x", "x", 3, "a"))
-    return model, HookedModel(model, SHAPE, runtime, is_compiled)
+    return model, HookedModel(places, LlamaConfig(), runtime, is_compiled)
 
 
 def own_forwards(model: Model) -> set[str]:
@@ -189,9 +196,3 @@ def test_a_traced_model_computes_what_a_switched_one_does(modules: tuple[str, ..
         assert not torch.allclose(found[rows:], plain(x)[rows:])
     for a, b in zip(one.runtime.store.vectors, two.runtime.store.vectors, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-def test_the_layers_are_found() -> None:
-    assert len(find_decoder_layers(Model())) == 2
-    with pytest.raises(ValueError, match="Linear has no decoder layers"):
-        find_decoder_layers(nn.Linear(2, 2))

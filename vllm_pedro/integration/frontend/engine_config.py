@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from ... import __version__
-from ...backbone import BackboneShape
 from ...serving.adapters import AdapterLimits
 from ..options import (
     CONFIG_KEY,
@@ -16,6 +15,7 @@ from ..options import (
     VERSION_KEY,
     PedroOptions,
     options_of,
+    shape_of,
     tokens_for_any_prompt,
 )
 
@@ -81,7 +81,7 @@ def _fill_in_memory(config: Any, options: PedroOptions) -> None:
     total = int(current_platform.get_device_total_memory())
     if current_platform.is_cpu():
         total = min(total, 20 * CPU_MEMORY)
-    shape = BackboneShape.from_hf_config(config.model_config.hf_config)
+    shape = shape_of(config)
     limits = AdapterLimits(shape, options.max_pedro_rank, options.pedro_target_modules)
     memory = options.default_memory(total, limits.largest_blob)
     config.additional_config = {

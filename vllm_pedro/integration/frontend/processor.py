@@ -11,12 +11,11 @@ from typing import Any
 from vllm.sampling_params import SamplingParams
 from vllm.utils.async_utils import make_async
 
-from ...backbone import BackboneShape
 from ...errors import PedroError
 from ...serving.adapters import AdapterLimits
 from ...serving.spec import RequestSpec
 from .. import wire
-from ..options import draft_places, options_of
+from ..options import draft_places, options_of, shape_of
 from ..patches import become
 from ..request import PedroRequest, ServedPedroRequest
 from .notes import FolderNotes
@@ -59,7 +58,7 @@ class PedroInputProcessorMixin:
         """Called once, after the original `__init__`."""
         options = options_of(self.vllm_config)
         assert options is not None
-        shape = BackboneShape.from_hf_config(self.vllm_config.model_config.hf_config)
+        shape = shape_of(self.vllm_config)
         limits = AdapterLimits(
             shape,
             options.max_pedro_rank,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...serving.layer import PedroLayer
 from ...serving.store import VectorStore
@@ -24,21 +24,29 @@ class Generation:
     Args:
         state: The layer.
         store: Whose vectors they are.
+        input_of: What finds the layer's input in a call of the module that reads it.
         is_split: Whether the compiled graph is split at the generators, so that the pieces between
             them are CUDA graphs of steps that generate, too.
     """
 
-    def __init__(self, state: PedroLayer, store: VectorStore, is_split: bool) -> None:
+    def __init__(
+        self,
+        state: PedroLayer,
+        store: VectorStore,
+        input_of: Callable[..., Tensor],
+        is_split: bool,
+    ) -> None:
         self._state = state
         self._store = store
+        self._input_of = input_of
         self._is_split = is_split
         self._waiting: list[torch.Tensor] = []
 
-    def input_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Behind the layer's input norm."""
-        # vLLM's norms take (x, residual) and return (normed, residual + x), which is the layer's
-        # input; in the first layer, and in models without the fused form, the argument itself is.
-        hidden = output[1] if isinstance(output, tuple) else args[0]
+    def input_hook(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None
+    ) -> None:
+        """Behind the layer's input norm; before the layer, if it has none."""
+        hidden = self._input_of(args, kwargs, output)
         if not torch.compiler.is_compiling():
             if self._store.has_prefills:
                 self._state.generate(hidden)
@@ -49,8 +57,8 @@ class Generation:
             hidden = hidden * self._state.one
         self._waiting.append(hidden)
 
-    def projection_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Behind the layer's first scaled projection, before it is scaled."""
+    def projection_hook(self, module: nn.Module, args: Any, output: Any = None) -> None:
+        """Behind the layer's first scaled projection, before it is scaled, or its input is."""
         if torch.compiler.is_compiling():
             self._state.generate(self._waiting.pop())
 
@@ -72,7 +80,7 @@ def scale_hook(
         if not torch.compiler.is_compiling():
             # The operator would return at once, but getting there takes a while, in each layer.
             if store.scales_rows:
-                state.scale_(x, ranges)
+                state.scale_(x if x.dim() == 2 else x.flatten(0, -2), ranges)
             return None
         if compiled_elsewhere:
             return output
@@ -80,9 +88,22 @@ def scale_hook(
             x = state.scaled(x, columns)
         else:
             end = offset + width
-            middle = state.scaled(x[:, offset:end], columns)
-            x = torch.cat((x[:, :offset], middle, x[:, end:]), dim=-1)
+            middle = state.scaled(x[..., offset:end], columns)
+            x = torch.cat((x[..., :offset], middle, x[..., end:]), dim=-1)
         return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    return hook
+
+
+def scale_input_hook(
+    state: PedroLayer, store: VectorStore, columns: slice
+) -> Callable[..., tuple[Any, ...] | None]:
+    """Scale all that a module reads."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if torch.compiler.is_compiling() or store.scales_rows:
+            return (state.scaled(args[0], columns), *args[1:])
+        return None
 
     return hook
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...serving.layer import PedroLayer
 
@@ -23,17 +23,30 @@ class ForwardSwitch:
         self._scaling: list[tuple[nn.Module, Callable[..., Any]]] = []
         self._generates = self._scales = False
 
-    def add_generator(self, norm: nn.Module, state: PedroLayer) -> None:
+    def add_generator(
+        self, module: nn.Module, state: PedroLayer, input_of: Callable[..., Tensor]
+    ) -> None:
         """Run a layer's generators on what its input norm reads."""
-        original, generate = norm.forward, state.generate
+        original, generate = module.forward, state.generate
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
-            hidden = output[1] if isinstance(output, tuple) else args[0]
-            generate(hidden)
+            generate(input_of(args, kwargs, output))
             return output
 
-        self._generating.append((norm, forward))
+        self._generating.append((module, forward))
+
+    def add_generator_before(
+        self, layer: nn.Module, state: PedroLayer, input_of: Callable[..., Tensor]
+    ) -> None:
+        """The same on what the layer itself reads, which it may change afterwards."""
+        original, generate = layer.forward, state.generate
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            generate(input_of(args, kwargs))
+            return original(*args, **kwargs)
+
+        self._generating.append((layer, forward))
 
     def add_scaling(
         self, projection: nn.Module, state: PedroLayer, ranges: tuple[int, int, int]
@@ -44,10 +57,22 @@ class ForwardSwitch:
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             x = output[0] if isinstance(output, tuple) else output
-            scale_(x, ranges)
+            scale_(x if x.dim() == 2 else x.flatten(0, -2), ranges)
             return output
 
         self._scaling.append((projection, forward))
+
+    def add_scaling_before(
+        self, module: nn.Module, state: PedroLayer, ranges: tuple[int, int, int]
+    ) -> None:
+        """Scale what a module reads, in place."""
+        original, scale_ = module.forward, state.scale_
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            scale_(x if x.dim() == 2 else x.flatten(0, -2), ranges)
+            return original(x, *args, **kwargs)
+
+        self._scaling.append((module, forward))
 
     def __call__(self, generates: bool, scales: bool) -> None:
         """Get ready for a step.

@@ -2,58 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ...backbone import BLOCKS, PACKED, TARGET_MODULES, BackboneShape
+from ...places import architecture_of
 from ...serving.layer import PedroLayer
 from ...serving.plan import Ints
 from ...serving.runtime import PedroRuntime
 from ...serving.store import VectorStore
 from ..options import GENERATORS
-from .compiled import Generation, activation_hook, scale_hook, value_hook
+from .compiled import Generation, activation_hook, scale_hook, scale_input_hook, value_hook
 from .eager import ForwardSwitch
+from .inputs import input_of_layer, input_of_norm
+from .places import LayerPlaces
 
-
-def find_decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers of a vLLM model.
-
-    Raises:
-        ValueError: There are none with the projections that PEDRO scales.
-    """
-    for name, module in model.named_modules():
-        if not (isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "layers"):
-            continue
-        if len(module) and all(_is_decoder_layer(layer) for layer in module):
-            return list(module)
-    raise ValueError(
-        f"{type(model).__name__} has no decoder layers with input_layernorm, self_attn.qkv_proj "
-        "and mlp.gate_up_proj: PEDRO does not know its projections"
-    )
-
-
-def _is_decoder_layer(layer: nn.Module) -> bool:
-    return (
-        hasattr(layer, "input_layernorm")
-        and hasattr(getattr(layer, "self_attn", None), "qkv_proj")
-        and hasattr(getattr(layer, "mlp", None), "gate_up_proj")
-    )
-
-
-def layer_widths(layer: nn.Module) -> dict[str, int]:
-    """Output width of each projection, as the loaded layer has it."""
-    attention: Any = layer.self_attn
-    mlp: Any = layer.mlp
-    gate, up = mlp.gate_up_proj.output_sizes
-    return {
-        "q_proj": attention.q_size,
-        "k_proj": attention.kv_size,
-        "v_proj": attention.kv_size,
-        "gate_proj": gate,
-        "up_proj": up,
-    }
+INPUT_NORMS = (
+    "input_layernorm",
+    "attention_layernorm",
+    "attention_norm",
+    "ln_1",
+    "ln_attn",
+    "operator_norm",
+)
+"""What vLLM's layers call the norm of their input. It sees the residual stream whole, also where
+the layer gets it in two parts."""
 
 
 def is_compiled(vllm_config: Any) -> bool:
@@ -76,38 +51,31 @@ class HookedModel:
     Forward hooks leave modules and parameter names as they are, so weights load and reload as ever.
 
     Args:
-        model: vLLM's model.
-        shape: The backbone's shape by its configuration.
+        layers: The layers on this device.
+        config: transformers', of the model's text part.
         runtime: Whose vectors the layers generate and read.
         is_compiled: Whether vLLM compiles the model; steps outside of the graph work all the same.
         is_split: Whether the compiled graph is split at the generators.
 
     Raises:
-        ValueError: The model is not of the shape that its configuration promised.
+        ValueError: A layer's input cannot be told.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        shape: BackboneShape,
+        layers: list[LayerPlaces],
+        config: Any,
         runtime: PedroRuntime,
         is_compiled: bool,
         is_split: bool = False,
     ) -> None:
-        layers = find_decoder_layers(model)
-        if len(layers) != shape.num_layers:
-            raise ValueError(f"the model has {len(layers)} decoder layers, not {shape.num_layers}")
-        expected = {module: shape.widths[module] for module in TARGET_MODULES}
         self.runtime = runtime
         self.is_split = is_split
         self._switch = None if is_compiled else ForwardSwitch()
-        for index, layer in enumerate(layers):
-            if layer_widths(layer) != expected:
-                raise ValueError(
-                    f"layer {index} has projections of widths {layer_widths(layer)}, "
-                    f"expected {expected}"
-                )
-            _hook_layer(layer, runtime.layers[index], runtime.store, self._switch, is_split)
+        for found in layers:
+            if found.places:
+                state, store = runtime.layers[found.index], runtime.store
+                _hook_layer(found, config, state, store, self._switch, is_split)
 
     def prepare_step(self, request_ids: Sequence[str], lengths: Ints, computed: Ints) -> None:
         """See `PedroRuntime.prepare_step`."""
@@ -126,47 +94,76 @@ class HookedModel:
             self._switch(store.has_prefills, store.scales_rows)
 
 
+def _input_of(layer: nn.Module, config: Any) -> tuple[nn.Module, Callable[..., Tensor]]:
+    """The module that sees the residual stream at a layer's input, and what finds it there.
+
+    Raises:
+        ValueError: The layer gets it in two parts, and has no norm of a known name.
+    """
+    architecture = architecture_of(config)
+    if architecture is None or architecture.has_input_norm:
+        for name in INPUT_NORMS:
+            norm = getattr(layer, name, None)
+            if isinstance(norm, nn.Module):
+                return norm, input_of_norm
+    names = list(inspect.signature(layer.forward).parameters)
+    is_split = "residual" in names and (architecture is None or architecture.has_input_norm)
+    if is_split or "hidden_states" not in names:
+        raise ValueError(
+            f"{type(layer).__name__} has no input norm of a known name ({', '.join(INPUT_NORMS)}): "
+            "PEDRO does not know where its residual stream is"
+        )
+    return layer, input_of_layer(names.index("hidden_states"))
+
+
 def _hook_layer(
-    layer: Any, state: PedroLayer, store: VectorStore, switch: ForwardSwitch | None, is_split: bool
+    found: LayerPlaces,
+    config: Any,
+    state: PedroLayer,
+    store: VectorStore,
+    switch: ForwardSwitch | None,
+    is_split: bool,
 ) -> None:
     """Hooks for the compiler to trace, or, without one, forwards to switch."""
+    layer = found.layer
     layer.add_module("pedro", state)
-    widths, stored = layer_widths(layer), store.columns
-    attention, mlp = layer.self_attn, layer.mlp
-    compiled_elsewhere = set()
+    reads_input, input_of = _input_of(layer, config)
     if switch is not None:
-        switch.add_generator(layer.input_layernorm, state)
+        if reads_input is layer:
+            switch.add_generator_before(layer, state, input_of)
+        else:
+            switch.add_generator(reads_input, state, input_of)
     else:
-        generation = Generation(state, store, is_split)
-        layer.input_layernorm.register_forward_hook(generation.input_hook)
-        first = next(name for name, packed in PACKED.items() if _columns(stored, packed))
-        projection = getattr(getattr(layer, BLOCKS[first]), first)
-        projection.register_forward_hook(generation.projection_hook)
-        if "v_proj" in stored and isinstance(getattr(attention, "attn", None), nn.Module):
-            attention.attn.register_forward_pre_hook(value_hook(state))
-        if "up_proj" in stored and "gate_proj" not in stored and hasattr(mlp, "act_fn"):
-            mlp.act_fn.register_forward_hook(activation_hook(state, stored["up_proj"]))
-            compiled_elsewhere.add("gate_up_proj")
-    for name, packed in PACKED.items():
-        columns = _columns(stored, packed)
-        if columns is None:
-            continue
-        projection = getattr(getattr(layer, BLOCKS[name]), name)
-        offset = 0
-        for module in packed:
-            if module in stored:
-                break
-            offset += widths[module]
+        generation = Generation(state, store, input_of, is_split)
+        if reads_input is layer:
+            layer.register_forward_pre_hook(generation.input_hook, with_kwargs=True)
+        else:
+            reads_input.register_forward_hook(generation.input_hook, with_kwargs=True)
+        first = found.places[0]
+        projection = layer.get_submodule(first.path)
+        if first.is_input:
+            projection.register_forward_pre_hook(generation.projection_hook)
+        else:
+            projection.register_forward_hook(generation.projection_hook)
+    for place in found.places:
+        projection = layer.get_submodule(place.path)
+        width = place.columns.stop - place.columns.start
         if switch is not None:
-            width = columns.stop - columns.start
-            switch.add_scaling(projection, state, (offset, columns.start, width))
+            add = switch.add_scaling_before if place.is_input else switch.add_scaling
+            add(projection, state, (place.offset, place.columns.start, width))
             continue
-        total = sum(widths[module] for module in packed)
-        hook = scale_hook(state, store, columns, offset, total, name in compiled_elsewhere)
+        if place.is_input:
+            projection.register_forward_pre_hook(scale_input_hook(state, store, place.columns))
+            continue
+        parent: Any = layer.get_submodule(place.path.rpartition(".")[0])
+        compiled_elsewhere = False
+        if "v_proj" in place.modules and isinstance(getattr(parent, "attn", None), nn.Module):
+            parent.attn.register_forward_pre_hook(value_hook(state))
+        act_fn = getattr(parent, "act_fn", None)
+        if place.modules == {"up_proj"} and width < len(place.codes) and act_fn is not None:
+            act_fn.register_forward_hook(activation_hook(state, place.columns))
+            compiled_elsewhere = True
+        hook = scale_hook(
+            state, store, place.columns, place.offset, len(place.codes), compiled_elsewhere
+        )
         projection.register_forward_hook(hook)
-
-
-def _columns(columns: dict[str, slice], packed: tuple[str, ...]) -> slice | None:
-    """The store's columns from the first to the last module of a packed projection it holds."""
-    held = [columns[module] for module in packed if module in columns]
-    return slice(held[0].start, held[-1].stop) if held else None

@@ -7,7 +7,8 @@ from typing import Any
 
 from ...serving.runtime import PedroRuntime
 from .. import wire
-from .build import build, execute, report_of_step
+from ..options import shape_of
+from .build import build, execute, report_of_step, reports
 from .layers import HookedModel
 
 
@@ -17,11 +18,27 @@ class PedroRunnerV1Mixin:
     pedro: PedroRuntime
     pedro_model: HookedModel
     input_batch: Any
+    vllm_config: Any
+    intermediate_tensors: Any
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
+        shape = shape_of(self.vllm_config)
         super().load_model(*args, **kwargs)  # type: ignore[misc]
-        self.pedro_model = build(self, self.get_model())  # type: ignore[attr-defined]
+        self.pedro_model = build(self, self.get_model(), shape)  # type: ignore[attr-defined]
         self.pedro = self.pedro_model.runtime
+        self._make_intermediate_tensors()
+
+    def _make_intermediate_tensors(self) -> None:
+        """What a later pipeline stage receives into; vLLM's CPU worker leaves out the dummy run
+        that makes them."""
+        from vllm.distributed import get_pp_group
+
+        if not get_pp_group().is_first_rank and self.intermediate_tensors is None:
+            self.intermediate_tensors = self.get_model().make_empty_intermediate_tensors(  # type: ignore[attr-defined]
+                batch_size=self.max_num_tokens,  # type: ignore[attr-defined]
+                dtype=self.dtype,  # type: ignore[attr-defined]
+                device=self.device,  # type: ignore[attr-defined]
+            )
 
     def _update_states(self, scheduler_output: Any) -> Any:
         self.pedro.finish(scheduler_output.finished_req_ids)
@@ -77,5 +94,7 @@ class PedroRunnerV1Mixin:
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
-        wire.put_report(output, report_of_step(self.pedro))
+        report = report_of_step(self.pedro)
+        if reports():
+            wire.put_report(output, report)
         return output

@@ -20,8 +20,9 @@ from typing import Any
 from vllm.config.compilation import CUDAGraphMode
 
 from .. import wire
+from ..options import shape_of
 from ..patches import become
-from .build import build, execute, report_of_step
+from .build import build, execute, report_of_step, reports
 
 
 class PedroModelStateMixin:
@@ -113,10 +114,12 @@ class PedroRunnerV2Mixin:
     model_state: Any
     cudagraph_manager: Any
     req_states: Any
+    vllm_config: Any
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
+        shape = shape_of(self.vllm_config)
         super().load_model(*args, **kwargs)  # type: ignore[misc]
-        self.pedro_model = build(self, self.model)
+        self.pedro_model = build(self, self.model, shape)
         self.pedro = self.pedro_model.runtime
         # Its class was chosen when the runner created it: see plugin.py.
         self.model_state.pedro, self.model_state.pedro_model = self.pedro, self.pedro_model
@@ -159,6 +162,8 @@ class PedroRunnerV2Mixin:
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
-        if output is not None:
+        if not reports():
+            report_of_step(self.pedro)
+        elif output is not None:
             wire.put_report(output, report_of_step(self.pedro))
         return output

@@ -122,7 +122,9 @@ def test_a_config_file_works_too(parser, tmp_path, tiny, here):
 def test_modules_say_what_is_scaled_where_no_others_can_be_loaded(
     parser, tmp_path, monkeypatch, tiny, write_adapter
 ):
-    monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", raising=False)
+    switches = ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SERVER_DEV_MODE")
+    for switch in switches:
+        monkeypatch.delenv(switch, raising=False)
     flags = ["--model", str(tiny), "--enable-pedro", "--pedro-modules"]
     for name, targets in (("a", ["v_proj", "q_proj"]), ("b", ["v_proj", "up_proj"])):
         write_adapter(tiny, folder=tmp_path / name, target_modules=targets)
@@ -136,8 +138,10 @@ def test_modules_say_what_is_scaled_where_no_others_can_be_loaded(
     assert targets() == ["q_proj", "v_proj", "up_proj"]
     assert targets("--pedro-target-modules", "v_proj") == ["v_proj"]
     assert len(targets("--pedro-modules", "c=org/repo")) == 5
-    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-    assert len(targets()) == 5
+    for switch in switches:
+        with monkeypatch.context() as patch:
+            patch.setenv(switch, "1")
+            assert len(targets()) == 5
 
 
 def test_without_the_switch_nothing_changes(parser, tiny):

@@ -92,6 +92,32 @@ def test_a_file_that_is_rewritten_with_its_old_time_is_read_again(tmp_path):
     assert known.lookup(old.path).digest == new.digest != old.digest
 
 
+def test_requests_for_one_repository_fetch_it_once(tmp_path, monkeypatch):
+    """However many come before it is there: no more than `MAX_READS` are under way at a time."""
+    known, spec = AdapterRegistry(LIMITS), write(tmp_path / "a")
+    request = PedroRequest("a", 1, "org/name")
+
+    async def ask():
+        many = (locate_in_time(known, request) for _ in range(2 * registry.MAX_READS))
+        first = asyncio.create_task(locate_in_time(known, request))
+        rest = asyncio.gather(*many)
+        await asyncio.sleep(0.05)
+        first.cancel()  # one who gives up takes it from nobody
+        hub.goes_on.set()
+        return await rest
+
+    with fake_hub() as hub:
+        use_hub(monkeypatch, hub.url, tmp_path / "cache")
+        hub.commit("org/name", tmp_path / "a")
+        hub.goes_on.clear()
+        found = asyncio.run(ask())
+        assert len(hub.downloads()) == 2
+        for _ in range(2):  # what failed is tried again
+            with pytest.raises(AdapterError, match="the repository has no such revision"):
+                asyncio.run(locate_in_time(known, PedroRequest("a", 1, "org/name@v9")))
+    assert {load_adapter(one.lora_path).digest for one in found} == {spec.digest}
+
+
 def test_a_hub_that_hangs_fails_its_own_after_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "FETCH_SECONDS", 0.3)
     known, spec = AdapterRegistry(LIMITS), write(tmp_path / "a")

@@ -273,7 +273,8 @@ def apply_flags(args: Any) -> None:
         shown = ", ".join(f"{module.name}={module.path}" for module in missing[:10])
         more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
         raise ValueError(f"--pedro-modules: no {CONFIG_NAME} in {shown}{more}")
-    if given["pedro_target_modules"] is None and not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+    others = envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING or envs.VLLM_SERVER_DEV_MODE  # its own route
+    if given["pedro_target_modules"] is None and not others:
         given["pedro_target_modules"] = _target_modules_of(pedro)
     options = PedroOptions.from_keywords({name: given[name] for name in OPTION_NAMES})
     args.additional_config = {

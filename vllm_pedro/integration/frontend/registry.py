@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -68,6 +69,7 @@ class AdapterRegistry:
         self._capacity = capacity
         self._known: OrderedDict[str, KnownAdapter] = OrderedDict()
         self._fetched: dict[str, str] = {}
+        self._fetches: dict[str, tuple[Future[str], float]] = {}  # and until when it is shared
         self._lock = Lock()
 
     def fetch(self, path: str) -> str:
@@ -97,7 +99,7 @@ class AdapterRegistry:
             if known is not None and known.signature == signature and signature is not None:
                 self._known.move_to_end(path)
                 return known
-        return READING.wait(path, lambda: self.read(path))
+        return READING.wait(path, READING.start(path, lambda: self.read(path)))
 
     def locate(self, path: str) -> str:
         """The folder that a request's path means; a repository is fetched once in a process.
@@ -107,7 +109,23 @@ class AdapterRegistry:
         """
         if not may_be_repository(path):
             return self.fetch(path)
-        return self._fetched.get(path) or FETCHING.wait(path, lambda: self.fetch(path))
+        return self._fetched.get(path) or FETCHING.wait(path, self.start_locating(path))
+
+    def start_locating(self, path: str) -> Future[str]:
+        """`locate` in a thread of its own, which requests that come meanwhile share."""
+        with self._lock:
+            shared, until = self._fetches.get(path, (None, 0.0))
+            if shared is not None and time.monotonic() < until:
+                return shared
+            fetch = FETCHING.start(path, lambda: self._fetched.get(path) or self.fetch(path))
+            self._fetches[path] = fetch, time.monotonic() + FETCHING.seconds()
+        fetch.add_done_callback(lambda done: self._end_locating(path, done))
+        return fetch
+
+    def _end_locating(self, path: str, done: Future[str]) -> None:
+        with self._lock:
+            if self._fetches.get(path, (None, 0.0))[0] is done:
+                del self._fetches[path]
 
     def read(self, path: str) -> KnownAdapter:
         """Read a folder whether it seems to have changed or not, values included.
@@ -177,30 +195,33 @@ class TimedWork:
     seconds: Callable[[], float]
     culprit: str
 
-    def wait(self, path: str, work: Callable[[], T]) -> T:
-        """The work's result.
+    def wait(self, path: str, work: Future[T]) -> T:
+        """The result of work that was started.
 
         Raises:
             AdapterError: Of the work; or that it took too long.
         """
         try:
-            return self._start(path, work).result(self.seconds())
+            return work.result(self.seconds())
         except TimeoutError:
             raise self._overdue(path) from None
 
-    async def wait_async(self, path: str, work: Callable[[], T]) -> T:
+    async def wait_async(self, path: str, work: Future[T]) -> T:
         """`wait`, beside the event loop."""
         try:
-            future = self._start(path, work)
-            return await asyncio.wait_for(asyncio.wrap_future(future), self.seconds())
+            return await asyncio.wait_for(asyncio.wrap_future(work), self.seconds())
         except TimeoutError:
             raise self._overdue(path) from None
 
-    def _start(self, path: str, work: Callable[[], T]) -> Future[T]:
+    def start(self, path: str, work: Callable[[], T]) -> Future[T]:
+        """Start work; no waiter that gives up cancels it.
+
+        Raises:
+            AdapterError: Too much of it is under way.
+        """
         future: Future[T] = Future()
 
         def run() -> None:
-            future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
             try:
                 future.set_result(work())
             except Exception as error:
@@ -212,6 +233,7 @@ class TimedWork:
             raise AdapterError(
                 f"{path}: not read, as {MAX_READS} reads of adapters are under way or hang"
             )
+        future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
         Thread(target=run, name="pedro-read", daemon=True).start()
         return future
 
@@ -232,7 +254,7 @@ async def read_in_time(registry: AdapterRegistry, path: str) -> KnownAdapter:
     Raises:
         AdapterError: What is wrong with the folder; or that it took too long.
     """
-    return await READING.wait_async(path, lambda: registry.read(path))
+    return await READING.wait_async(path, READING.start(path, lambda: registry.read(path)))
 
 
 async def fetch_in_time(registry: AdapterRegistry, path: str) -> str:
@@ -241,7 +263,7 @@ async def fetch_in_time(registry: AdapterRegistry, path: str) -> str:
     Raises:
         AdapterError: It cannot be had; or that took too long.
     """
-    return await FETCHING.wait_async(path, lambda: registry.fetch(path))
+    return await FETCHING.wait_async(path, FETCHING.start(path, lambda: registry.fetch(path)))
 
 
 async def fetch_config_in_time(path: str) -> str:
@@ -252,7 +274,8 @@ async def fetch_config_in_time(path: str) -> str:
     """
     repository = repository_of(path)
     assert repository is not None, path
-    return str(await FETCHING.wait_async(path, lambda: fetch_config(repository)))
+    config = FETCHING.start(path, lambda: str(fetch_config(repository)))
+    return await FETCHING.wait_async(path, config)
 
 
 async def locate_in_time(registry: AdapterRegistry, request: PedroRequest) -> PedroRequest:
@@ -264,7 +287,7 @@ async def locate_in_time(registry: AdapterRegistry, request: PedroRequest) -> Pe
     path = request.lora_path
     if not may_be_repository(path):
         return request
-    folder = await FETCHING.wait_async(path, lambda: registry.locate(path))
+    folder = await FETCHING.wait_async(path, registry.start_locating(path))
     return msgspec.structs.replace(request, lora_path=folder)
 
 

@@ -73,7 +73,7 @@ vllm.v1.engine.core:EngineCore
     collective_rpc f0d85bf03430
     preprocess_add_request a8b386db3f85
 vllm.v1.engine.core_client:AsyncMPClient
-    call_utility_async 56362d56455f
+    call_utility_all_async 477aad87bf49
 vllm.v1.engine.input_processor:InputProcessor
     __init__ 5137c92ffb92
     _validate_lora 14d8474923a7

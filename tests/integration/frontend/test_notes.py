@@ -129,6 +129,33 @@ def test_what_cannot_be_read_is_passed_over(said, tmp_path):
     assert told(said, tmp_path, SimpleNamespace(chat_template=None)) == []  # of another kind
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+def test_a_disk_that_fails_is_passed_over(said, tmp_path, monkeypatch, name):
+    """A link to where this process may not look, say."""
+    original = type(tmp_path).exists
+
+    def exists(path):
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(type(tmp_path), "exists", exists)
+    assert told(said, tmp_path, make_tokenizer()) == []
+
+
+def test_tenants_files_are_parsed_once(said, tmp_path):
+    """They are mostly the same, and Python does nothing else meanwhile."""
+    asked, tokenizer = [], make_tokenizer()
+    telling = FolderNotes(SERVED, lambda: asked.append(1) or tokenizer)
+    other = make_tokenizer()
+    other.add_tokens(["<tool>"])
+    for number in range(30):
+        (tokenizer if number % 2 else other).save_pretrained(tmp_path / str(number))
+        telling.files(str(tmp_path / str(number)))
+    assert len(asked) == 3  # a chat template, two tokenizers
+    assert len(said()) == 15
+
+
 def test_a_folder_is_read_with_its_notes(said, tmp_path):
     from banks import LIMITS, write
 

@@ -6,6 +6,7 @@ tokenizer and chat template, they do not tell.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable
@@ -23,6 +24,17 @@ MOST_TOLD = 20
 
 MAX_FILE_BYTES = 64 << 20
 
+_UNREADABLE = (
+    AdapterError,
+    AttributeError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""Files of any content, on any disk, and tokenizers of any kind."""
+
 
 class FolderNotes:
     """Says each thing once.
@@ -38,6 +50,7 @@ class FolderNotes:
         self._names = [name for name in model_names if name]
         self._get_tokenizer = get_tokenizer
         self._told: dict[str, set[str]] = {}
+        self._compared: dict[bytes, bool] = {}
         self._lock = Lock()
 
     def base_model(self, named: str | None, folder: str) -> None:
@@ -63,18 +76,16 @@ class FolderNotes:
 
         Requests use the model's. What cannot be read is passed over: none of it is needed.
         """
-        tokenizer = None
-        for kind, read, own in (
-            ("chat template", _chat_template, lambda t: _text(t.chat_template)),
-            ("tokenizer", _vocabulary, lambda t: _words(json.loads(t.backend_tokenizer.to_str()))),
+        for kind, read, parse, own in (
+            ("chat template", _chat_template, _text, lambda t: t.chat_template),
+            ("tokenizer", _tokenizer, _words, lambda t: t.backend_tokenizer.to_str()),
         ):
+            if len(self._told.get(kind, ())) >= MOST_TOLD:
+                continue
             try:
                 found = read(Path(folder))
-                if found is None:
-                    continue
-                tokenizer = tokenizer or self._get_tokenizer()
-                differs = tokenizer is not None and own(tokenizer) not in (None, found)
-            except (AdapterError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
+                differs = found is not None and self._differs(kind, found, parse, own)
+            except _UNREADABLE:
                 continue
             if differs and self._is_new(kind, folder):
                 logger.info(
@@ -82,6 +93,22 @@ class FolderNotes:
                     folder,
                     kind,
                 )
+
+    def _differs(
+        self, kind: str, found: str, parse: Callable[[Any], Any], own: Callable[[Any], Any]
+    ) -> bool:
+        """Whether a file's text says something else than the model's tokenizer.
+
+        Each text is parsed once, as tenants' are mostly the same: a tokenizer's may have tens of
+        megabytes, and nothing else of this process runs while it is parsed.
+        """
+        key = hashlib.sha256(f"{kind} {found}".encode()).digest()
+        if key not in self._compared:
+            tokenizer = self._get_tokenizer()
+            if tokenizer is None:
+                return False
+            self._compared[key] = parse(own(tokenizer)) not in (None, parse(found))
+        return self._compared[key]
 
     def _is_new(self, kind: str, what: str) -> bool:
         with self._lock:
@@ -120,13 +147,13 @@ def _chat_template(folder: Path) -> str | None:
     return _text(own)
 
 
-def _vocabulary(folder: Path) -> Any:
-    text = _read(folder / "tokenizer.json")
-    return None if text is None else _words(json.loads(text))
+def _tokenizer(folder: Path) -> str | None:
+    return _read(folder / "tokenizer.json")
 
 
-def _words(tokenizer: Any) -> Any:
+def _words(text: str) -> Any:
     """What decides which tokens a text has, as far as libraries write it in one way."""
+    tokenizer = json.loads(text)
     merges = [
         merge if isinstance(merge, str) else " ".join(merge)
         for merge in tokenizer["model"].get("merges", ())

@@ -42,31 +42,27 @@ def ask(llm, rows):
     return llm.generate(prompts, greedy(), lora_request=requests, use_tqdm=False)
 
 
-def held():
-    """Adapters in shared memory."""
-    return set(Path(SHARED_MEMORY).glob("vllm-pedro-*"))
-
-
 def test_an_adapter_is_handed_over_as_tensors_at_every_step(
     tiny_engine, tiny_oracle, tiny_adapters
 ):
     from vllm_pedro import PedroRequest
 
-    before = held()
     with tiny_engine(enable_prefix_caching=True) as llm:
         prompt = tokens(40)
         for name in ("last", "mean", "other", "last"):
             adapter = load_adapter(tiny_adapters[name])
             request = PedroRequest.from_tensors("policy", 1, adapter.config, adapter.tensors)
             adapter.tensors.clear()  # the values were copied
-            assert len(held() - before) == 1
+            folder = Path(request.lora_path)
+            assert folder.parent == Path(SHARED_MEMORY)
+            assert folder.is_dir()
             outputs = llm.generate(
                 {"prompt_token_ids": prompt}, greedy(), lora_request=request, use_tqdm=False
             )
             check_all(tiny_oracle, [(prompt, tiny_adapters[name], None)], outputs)
             del request, outputs  # which have it too
             gc.collect()
-            assert held() == before
+            assert not folder.exists()
 
 
 def test_new_weights_of_the_backbone(

@@ -71,7 +71,7 @@ def server(folders, smol, tmp_path_factory):
     flags += ["--enable-pedro", "--max-pedros", "4", "--max-cpu-pedros", "16", "--pedro-modules"]
     flags += [f"a{number}={folders / str(number)}" for number in range(ADAPTERS)]
     log = tmp_path_factory.mktemp("log") / "server.log"
-    with serve(smol, flags, log, OMP_NUM_THREADS="1") as it:
+    with serve(smol, flags, log, OMP_NUM_THREADS="1", VLLM_SERVER_DEV_MODE="1") as it:
         yield it
 
 
@@ -134,6 +134,9 @@ def test_run_time_loading_with_several_api_servers_is_off(server, folders):
     """vLLM refuses its switch for it (each process has its own table); so there is no endpoint."""
     body = {"lora_name": "x", "lora_path": str(folders / "0")}
     assert curl(f"{server.url}/v1/load_lora_adapter", body)[0] == 404
+    status, text = curl(f"{server.url}/v1/load_pedro_tensors?lora_name=x", body)
+    assert status == 400
+    assert "one of 2 API servers would know the adapter" in text
 
 
 def test_what_cannot_be_served_stops_the_start(folders, smol, tmp_path):

@@ -223,6 +223,11 @@ class PedroServingModelsMixin:
         return answer
 
     @property
+    def pedro_api_servers(self) -> int:
+        """Processes that answer requests, each with names of its own."""
+        return int(self.engine_client.vllm_config.parallel_config._api_process_count)
+
+    @property
     def pedro_max_body(self) -> int:
         """Bytes of the largest adapter that can be sent."""
         return 2 * self._pedro_registry.limits.largest_blob + MAX_HEADER_BYTES

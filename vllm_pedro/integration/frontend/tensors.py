@@ -38,6 +38,11 @@ def _make_route() -> Callable[..., Any]:
             answer: Any = create_error_response(
                 message="PEDRO is not enabled: start the server with --enable-pedro"
             )
+        elif models.pedro_api_servers > 1:
+            answer = create_error_response(
+                message=f"one of {models.pedro_api_servers} API servers would know the adapter: "
+                "start the server with --api-server-count 1"
+            )
         else:
             body, size, most = bytearray(), 0, models.pedro_max_body
             async for piece in raw_request.stream():  # to its end, or the answer is not heard

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
-from vllm_pedro.config import ACTIVATIONS, INPUT_NORMS, MAX_CONFIG_BYTES, POOLINGS, PedroConfig
+from vllm_pedro.config import (
+    ACTIVATIONS,
+    INPUT_NORMS,
+    MAX_CONFIG_BYTES,
+    POOLINGS,
+    PedroConfig,
+    peft_type_of,
+)
 from vllm_pedro.errors import AdapterError, PedroError
 
 LLAMA_2_7B = BackboneShape(
@@ -215,6 +224,28 @@ def test_broken_files(tmp_path: Path, data: bytes, said: str) -> None:
         PedroConfig.from_pretrained(tmp_path)
     assert said in str(error.value)
     assert str(file) in str(error.value)
+
+
+def test_what_a_folder_says_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "adapter_config.json"
+    assert peft_type_of(tmp_path) is None
+    for data, kind in (
+        (b'{"peft_type": "LORA", "r": 8}', "LORA"),
+        (PedroConfig().to_json(), "PEDRO"),
+        (b'{"peft_type": 1}', None),
+        (b"[]", None),
+        (b"[" * 100_000, None),
+        (b" " * (MAX_CONFIG_BYTES + 1) + b'{"peft_type": "LORA"}', None),
+    ):
+        file.write_bytes(data)
+        assert peft_type_of(tmp_path) == kind
+    file.unlink()
+    os.mkfifo(file)
+    found: list[str | None] = ["it hangs"]
+    thread = threading.Thread(target=lambda: found.append(peft_type_of(tmp_path)), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert found[-1] is None
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -44,6 +44,17 @@ def read_config_bytes(path: str | os.PathLike[str]) -> bytes:
     return data
 
 
+def peft_type_of(folder: str | os.PathLike[str]) -> str | None:
+    """What an adapter's folder says it is, "PEDRO" or "LORA"; None where it cannot be read."""
+    path = os.path.join(os.path.expanduser(folder), CONFIG_NAME)
+    try:
+        content = json.loads(read_config_bytes(path))
+    except (AdapterError, OSError, ValueError, RecursionError):
+        return None
+    kind = content.get("peft_type") if isinstance(content, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
 class _Base:
     """A place for `peft.PeftConfig` among the bases, once PEFT is imported; see `vllm_pedro.peft`.
 

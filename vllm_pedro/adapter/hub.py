@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from ..backbone import BackboneShape
-from ..config import CONFIG_NAME, MAX_CONFIG_BYTES, PEFT_TYPE, PedroConfig, read_config_bytes
+from ..config import (
+    CONFIG_NAME,
+    MAX_CONFIG_BYTES,
+    PEFT_TYPE,
+    PedroConfig,
+    peft_type_of,
+    read_config_bytes,
+)
 from ..errors import AdapterError, PedroError, first_line
 from ..files import parse_json_object, replace_file
 from .header import FLOAT_DTYPES, MAX_HEADER_BYTES
@@ -116,7 +123,7 @@ def local_config(
             folder = fetch_config(repository._replace(revision=revision or repository.revision))
         except AdapterError:
             return None
-    return folder if _is_pedro(folder / CONFIG_NAME) else None
+    return folder if peft_type_of(folder) == PEFT_TYPE else None
 
 
 def write_card(folder: str | os.PathLike[str], base_model: str | None) -> None:
@@ -158,14 +165,6 @@ def push(folder: str | os.PathLike[str], repo_id: str, **how: Any) -> str:
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise PedroError(f"{repo_id}: cannot push to the hub: {first_line(error)}") from error
     return str(found)
-
-
-def _is_pedro(config: Path) -> bool:
-    try:
-        values = json.loads(config.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and values.get("peft_type") == PEFT_TYPE
 
 
 def _fetch(repository: Repository, name: str, most: int) -> Path:

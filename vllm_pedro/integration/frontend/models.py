@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 
 from ...adapter import memory, repository_of
 from ...adapter.header import MAX_HEADER_BYTES
+from ...config import PEFT_TYPE, peft_type_of
 from ...errors import PedroError
 from .. import wire
 from ..options import options_of
@@ -40,7 +41,6 @@ from .registry import (
     AdapterRegistry,
     fetch_config_in_time,
     fetch_in_time,
-    peft_type_of,
     read_in_time,
 )
 
@@ -266,7 +266,7 @@ class PedroServingModelsMixin:
             if envs.VLLM_USE_MODELSCOPE:
                 return path, False
             config = await fetch_config_in_time(path)
-            if await asyncio.to_thread(peft_type_of, config) not in ("PEDRO", None):
+            if await asyncio.to_thread(peft_type_of, config) not in (PEFT_TYPE, None):
                 return path, False
         return await fetch_in_time(self._pedro_registry, path), True
 
@@ -277,7 +277,7 @@ class PedroServingModelsMixin:
         if not await asyncio.to_thread(os.path.isdir, folder):
             # LoRA takes names of repositories too, but not below a root.
             return self.pedro_root is not None and not self._pedro_starting
-        return await asyncio.to_thread(peft_type_of, folder) in ("PEDRO", None)
+        return await asyncio.to_thread(peft_type_of, folder) in (PEFT_TYPE, None)
 
     async def unload_lora_adapter(self, request: Any) -> Any:
         """Unload an adapter: its memory is free once no running request needs it."""
@@ -317,7 +317,7 @@ class PedroServingModelsMixin:
             return None
         if not await asyncio.to_thread(os.path.isdir, folder):
             return None
-        if self.lora_resolvers and await asyncio.to_thread(peft_type_of, folder) != "PEDRO":
+        if self.lora_resolvers and await asyncio.to_thread(peft_type_of, folder) != PEFT_TYPE:
             return None
         async with self.lora_resolver_lock[name]:
             if name in self.lora_requests:

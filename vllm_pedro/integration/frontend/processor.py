@@ -11,6 +11,7 @@ from typing import Any
 from vllm.sampling_params import SamplingParams
 from vllm.utils.async_utils import make_async
 
+from ...config import PEFT_TYPE, peft_type_of
 from ...errors import PedroError
 from ...serving.adapters import AdapterLimits
 from ...serving.spec import RequestSpec
@@ -27,7 +28,7 @@ from .prompt_length import (
     length_of_text,
     warn_of_scored_text,
 )
-from .registry import AdapterRegistry, KnownAdapter, pedro_request_of, peft_type_of
+from .registry import AdapterRegistry, KnownAdapter, pedro_request_of
 
 
 def digest_tokens(tokens: Sequence[int]) -> str:
@@ -217,7 +218,7 @@ def init(original: Callable[..., None]) -> Callable[..., None]:
 
 @functools.lru_cache(maxsize=4096)
 def _is_pedro_folder(path: str) -> bool:
-    return peft_type_of(path) == "PEDRO"
+    return peft_type_of(path) == PEFT_TYPE
 
 
 def validate_lora(original: Callable[..., None]) -> Callable[..., None]:

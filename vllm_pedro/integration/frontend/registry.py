@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from threading import BoundedSemaphore, Lock, Thread
 from typing import Any, TypeVar
 
@@ -25,7 +23,7 @@ from ...adapter import (
     repository_of,
     verify_adapter,
 )
-from ...config import CONFIG_NAME, MAX_CONFIG_BYTES
+from ...config import CONFIG_NAME, PEFT_TYPE, peft_type_of
 from ...errors import AdapterError
 from ...serving.adapters import AdapterLimits
 from ..request import PedroRequest
@@ -307,21 +305,8 @@ def pedro_request_of(lora_request: Any) -> PedroRequest | None:
     """
     if lora_request is None or isinstance(lora_request, PedroRequest):
         return lora_request
-    if peft_type_of(lora_request.lora_path) != "PEDRO":
+    if peft_type_of(lora_request.lora_path) != PEFT_TYPE:
         return None
     return PedroRequest(
         **{name: getattr(lora_request, name) for name in lora_request.__struct_fields__}
     )
-
-
-def peft_type_of(folder: str) -> str | None:
-    """What an adapter folder says it is; None where it cannot be read."""
-    try:
-        config = Path(folder).expanduser() / CONFIG_NAME
-        if config.stat().st_size > MAX_CONFIG_BYTES:
-            return None
-        content = json.loads(config.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    kind = content.get("peft_type") if isinstance(content, dict) else None
-    return kind if isinstance(kind, str) else None

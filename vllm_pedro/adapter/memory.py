@@ -45,7 +45,7 @@ def to_bytes(config: PedroConfig, tensors: Mapping[str, Tensor]) -> bytes:
     return serialise(tensors, {CONFIG_KEY: config.to_json().decode()})
 
 
-def hold_bytes(data: bytes, source: str) -> str:
+def hold_bytes(data: bytes | bytearray, source: str) -> str:
     """`hold_tensors` with what `to_bytes` gives; no more is checked than that it has a config.
 
     Raises:
@@ -55,7 +55,7 @@ def hold_bytes(data: bytes, source: str) -> str:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(len(data) - 8, MAX_HEADER_BYTES):
         raise AdapterError(f"{source}: expected {FILE_EXPECTED}, found {len(data)} other bytes")
-    header = parse_json_object(data[8 : 8 + length], f"{source}: safetensors header")
+    header = parse_json_object(bytes(data[8 : 8 + length]), f"{source}: safetensors header")
     metadata = header.get("__metadata__")
     config = metadata.get(CONFIG_KEY) if isinstance(metadata, dict) else None
     if not isinstance(config, str):

@@ -200,7 +200,7 @@ class PedroServingModelsMixin:
             await self._pedro_register(entry)
         return f"Success: LoRA adapter '{name}' added successfully.", entry
 
-    async def pedro_load_bytes(self, name: str, data: bytes, load_inplace: bool) -> Any:
+    async def pedro_load_bytes(self, name: str, data: bytes | bytearray, load_inplace: bool) -> Any:
         """Load or replace an adapter that was sent as `adapter.memory.to_bytes` writes it."""
         from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 

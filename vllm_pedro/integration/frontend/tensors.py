@@ -49,13 +49,15 @@ def _make_route() -> Callable[..., Any]:
                 size += len(piece)
                 if size <= most:
                     body += piece
+                else:
+                    body.clear()
             if size > most:
                 answer = create_error_response(
                     message=f"the body has {size} bytes, the largest adapter that this server "
                     f"takes {most} (--max-pedro-rank)"
                 )
             else:
-                answer = await models.pedro_load_bytes(lora_name, bytes(body), load_inplace)
+                answer = await models.pedro_load_bytes(lora_name, body, load_inplace)
         if isinstance(answer, ErrorResponse):
             return JSONResponse(answer.model_dump(), status_code=answer.error.code)
         return PlainTextResponse(answer)

@@ -151,10 +151,12 @@ def test_tensors_that_cannot_be_served_are_refused(server, tiny_adapters):
     adapter = load_adapter(tiny_adapters["last"])
     good = to_bytes(adapter.config, adapter.tensors)
     plain = (tiny_adapters["last"] / "adapter_model.safetensors").read_bytes()
+    half = rb'{"__metadata__": {"adapter_config": "\ud800"}}'  # of a surrogate pair
     broken = {name: tensor / 0 for name, tensor in adapter.tensors.items()}
     for data, reason in [
         (b"", "expected a safetensors file, found 0 other bytes"),
         (good[:-4], "the file is truncated"),
+        (len(half).to_bytes(8, "little") + half, "adapter_config: 'utf-8' codec can't encode"),
         (plain, "the safetensors metadata has no 'adapter_config'"),
         (to_bytes(adapter.config, broken), "expected finite values"),
         (bytes(64 << 20), "the body has 67108864 bytes"),

@@ -63,9 +63,13 @@ def hold_bytes(data: bytes | bytearray, source: str) -> str:
             f"{source}: the safetensors metadata has no {CONFIG_KEY!r} with the JSON of the "
             "adapter's config"
         )
+    try:
+        config_bytes = config.encode()
+    except UnicodeEncodeError as error:
+        raise AdapterError(f"{source}: {CONFIG_KEY}: {error}") from None
 
     def write(folder: str) -> None:
-        Path(folder, CONFIG_NAME).write_bytes(config.encode())
+        Path(folder, CONFIG_NAME).write_bytes(config_bytes)
         Path(folder, WEIGHTS_NAME).write_bytes(data)
 
     return _hold(write)

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "vllm_pedro"
 FLOORS = [
     "errors",
     "files",
+    "architectures",
     "places",
     "backbone",
     "config",

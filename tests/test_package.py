@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import tomllib
+from importlib.machinery import ModuleSpec
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -138,14 +139,11 @@ def test_hook_waits_for_a_module_that_is_being_executed(tmp_path, monkeypatch):
         f"import sys\nseen = []\nm = sys.modules[{first!r}]\n"
         f"when_imported({first!r}, lambda: seen.append(m.value))\n"
     )
-    (tmp_path / "some_later_module.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
-    finders = list(sys.meta_path)
-    importlib.import_module(first)
-    assert sys.modules[second].seen == []
-    importlib.import_module("some_later_module")
+    module = importlib.import_module(first)
     assert sys.modules[second].seen == [1]
-    sys.meta_path[:] = finders
+    assert type(module.__spec__) is ModuleSpec
+    assert not module.__spec__._initializing
 
 
 def test_there_is_one_dialect() -> None:

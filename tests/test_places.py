@@ -6,10 +6,8 @@ import numpy as np
 import torch
 import transformers
 
+from vllm_pedro.architectures import ARCHITECTURES, PROJECTIONS, TARGET_MODULES
 from vllm_pedro.places import (
-    ARCHITECTURES,
-    PROJECTIONS,
-    TARGET_MODULES,
     codes_of,
     entries_of,
     grouped,

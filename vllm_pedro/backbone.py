@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from .architectures import TARGET_MODULES as TARGET_MODULES
+from .architectures import architecture_of
 from .errors import PedroError, first_line
 from .files import is_int
-from .places import TARGET_MODULES as TARGET_MODULES
-from .places import architecture_of, widths_on_meta
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -169,6 +169,8 @@ _shapes: dict[str, BackboneShape] = {}
 
 
 def _shape_on_meta(config: PretrainedConfig, is_grouped: bool) -> BackboneShape:
+    from .places import widths_on_meta  # takes NumPy
+
     key = str(config.to_json_string(use_diff=False))
     if key not in _shapes:
         _shapes[key] = BackboneShape.of_layers(*widths_on_meta(config), is_grouped)

@@ -7,7 +7,7 @@ from architectures import CONFIGS, LAST_ENGINE, make, plain_classes
 from engines import Mismatch, Oracle
 
 from vllm_pedro import BackboneShape, PedroRequest
-from vllm_pedro.places import ARCHITECTURES, TARGET_MODULES, Architecture
+from vllm_pedro.architectures import ARCHITECTURES, TARGET_MODULES, Architecture
 
 pytestmark = pytest.mark.engine
 

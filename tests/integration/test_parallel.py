@@ -7,7 +7,7 @@ from architectures import make
 from engines import Oracle
 
 from vllm_pedro import BackboneShape, PedroRequest
-from vllm_pedro.places import TARGET_MODULES
+from vllm_pedro.architectures import TARGET_MODULES
 
 pytestmark = pytest.mark.engine
 

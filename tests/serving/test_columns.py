@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from vllm_pedro.adapter import load_adapter, read_adapter
+from vllm_pedro.architectures import TARGET_MODULES
 from vllm_pedro.backbone import BackboneShape
 from vllm_pedro.ops.layout import MAX_RANGES, UNIT, read_record
 from vllm_pedro.places import (
-    TARGET_MODULES,
     codes_of,
     entries_of,
     grouped,

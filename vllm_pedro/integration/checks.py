@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..places import ARCHITECTURES
+from ..architectures import ARCHITECTURES
 from .offloading import CONNECTORS
 
 SPECULATION = ("ngram", "ngram_gpu", "draft_model", "eagle")

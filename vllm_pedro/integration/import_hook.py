@@ -11,12 +11,11 @@ from types import ModuleType
 
 
 def when_imported(name: str, action: Callable[[], None]) -> None:
-    """Call `action` right after module `name` is executed; at once if it already was.
-
-    While it is being executed: once it was, when the next module is imported.
-    """
-    if _is_executing(name):
-        sys.meta_path.insert(0, _LaterFinder(name, action))
+    """Call `action` right after module `name` is executed; at once if it already was."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    if type(spec) in (ModuleSpec, _ExecutingSpec) and spec._initializing:  # type: ignore[union-attr]
+        spec.__class__ = _ExecutingSpec
+        spec.__dict__.setdefault("_pedro_actions", []).append(action)
     elif name in sys.modules:
         action()
     else:
@@ -25,36 +24,36 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
 
 def forget_hooks() -> None:
     """Drop every action that still waits for its module."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Waiting)]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
 
 
-def _is_executing(name: str) -> bool:
-    spec = getattr(sys.modules.get(name), "__spec__", None)
-    return bool(getattr(spec, "_initializing", False))
+class _ExecutingSpec(ModuleSpec):
+    """The spec of a module that is being executed: the import system notes there when it was.
+
+    vLLM may import this package from within the module, and whoever imports that uses it next.
+    """
+
+    @property
+    def _initializing(self) -> bool:
+        return bool(self.__dict__["_initializing"])
+
+    @_initializing.setter
+    def _initializing(self, value: bool) -> None:
+        self.__dict__["_initializing"] = value
+        if not value:
+            actions = self.__dict__.pop("_pedro_actions")
+            object.__setattr__(self, "__class__", ModuleSpec)
+            if self.name in sys.modules:  # its execution did not fail
+                for action in actions:
+                    action()
 
 
-class _Waiting(importlib.abc.MetaPathFinder):
+class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self._name = name
         self._action = action
         self._is_looking = False
 
-
-class _LaterFinder(_Waiting):
-    _is_done = False
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        # It stays where it is: whoever walks along the list now would skip the next finder.
-        if not self._is_done and not _is_executing(self._name):
-            self._is_done = True
-            if self._name in sys.modules:
-                self._action()
-        return None
-
-
-class _Finder(_Waiting):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:

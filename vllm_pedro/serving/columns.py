@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..architectures import TARGET_MODULES
 from ..backbone import BackboneShape
 from ..ops.layout import MAX_RANGES, Ranges
-from ..places import TARGET_MODULES, Codes, codes_of, entries_of, modules_of
+from ..places import Codes, codes_of, entries_of, modules_of
 
 
 class Part(NamedTuple):

@@ -9,9 +9,10 @@ import pytest
 from torch import nn
 from transformers import GPTNeoXConfig, LlamaConfig
 
+from vllm_pedro.architectures import TARGET_MODULES
 from vllm_pedro.backbone import BackboneShape
 from vllm_pedro.integration.worker.places import find_places
-from vllm_pedro.places import TARGET_MODULES, codes_of, grouped
+from vllm_pedro.places import codes_of, grouped
 
 CONFIG = LlamaConfig()
 

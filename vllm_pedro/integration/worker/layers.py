@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...places import architecture_of
+from ...architectures import architecture_of
 from ...serving.layer import PedroLayer
 from ...serving.plan import Ints
 from ...serving.runtime import PedroRuntime

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ...architectures import TARGET_MODULES, architecture_of
 from ...backbone import BackboneShape
 from ...places import (
-    TARGET_MODULES,
     Codes,
     Projection,
-    architecture_of,
     codes_of,
     find_projections,
     fused_qkv,

@@ -15,6 +15,10 @@ _TEXTS: Final = {
     "0.32": """
 model_hosting_container_standards.sagemaker.lora.transforms.inject_to_body:InjectToBodyApiTransform
     transform_request 595cdde17e5b
+vllm.compilation.backends
+    split_graph e6f3aa52de16
+vllm.config.compilation:CompilationConfig
+    is_attention_compiled_piecewise 21fb10f29d12
 vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler:OffloadingConnectorScheduler
     _build_store_jobs 91e3ed502d4d
     _calc_num_offloadable_tokens 014ed11f8bd2
@@ -67,6 +71,8 @@ vllm.v1.core.sched.scheduler:Scheduler
     reset_prefix_cache 8e03dcc540a2
     schedule da4f2cf2fc39
     update_from_output 85b29db96051
+vllm.v1.cudagraph_dispatcher:CudagraphDispatcher
+    dispatch 56eabe7548de
 vllm.v1.engine.async_llm:AsyncLLM
     generate 5bd0ee90459b
 vllm.v1.engine.core:EngineCore
@@ -85,12 +91,17 @@ vllm.v1.metrics.loggers:PrometheusStatLogger
     record a506cbde7928
 vllm.v1.metrics.loggers:StatLoggerManager
     __init__ 6e75cf036af8
+vllm.v1.metrics.stats:LoRARequestStates
+    request_waiting cd5c761944f1
+    update_scheduler_stats 09c74cedb96f
 vllm.v1.request:Request
     update_block_hashes fbb2f6a93ec8
 vllm.v1.worker.cpu_model_runner:CPUModelRunner
     load_model 270bdfc6670d
 vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager
     dispatch 16099f992970
+vllm.v1.worker.gpu.dp_utils
+    dispatch_cg_and_sync_dp 7b73eb8cd9b2
 vllm.v1.worker.gpu.model_runner:GPUModelRunner
     add_requests 8321187d017e
     execute_model e1535583ba75
@@ -139,6 +150,8 @@ vllm.v1.engine.async_llm:AsyncLLM
     generate f8205b7b520c
 vllm.v1.engine.output_processor:OutputProcessor
     process_outputs 06811284749d
+vllm.v1.worker.gpu.dp_utils
+    dispatch_cg_and_sync_dp d8a28dfab9d8
 vllm.v1.worker.gpu.model_runner:GPUModelRunner
     execute_model 7a1168866a75
     initialize_kv_cache bb3b354975f1

@@ -92,7 +92,10 @@ class PedroGraphsMixin:
         )
         if not generates or found.cg_mode == CUDAGraphMode.NONE:
             return found
-        if found.cg_mode == CUDAGraphMode.PIECEWISE and self.pedro_model.is_split:
+        # Engines side by side agree on a kind of graph, and vLLM then asks each of them anew: they
+        # agree on none.
+        is_alone = self.dp_size == 1  # type: ignore[attr-defined]
+        if found.cg_mode == CUDAGraphMode.PIECEWISE and self.pedro_model.is_split and is_alone:
             return found
         return replace(
             found,

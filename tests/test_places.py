@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
+import pytest
 import torch
 import transformers
+from architectures import plain_classes
 
 from vllm_pedro.architectures import ARCHITECTURES, PROJECTIONS, TARGET_MODULES
 from vllm_pedro.places import (
@@ -18,6 +22,12 @@ from vllm_pedro.places import (
     transformers_projections,
     widths_of,
 )
+
+
+@pytest.fixture(autouse=True)
+def _plain_classes() -> Iterator[None]:
+    with plain_classes():
+        yield
 
 
 def test_architectures_are_those_of_transformers() -> None:

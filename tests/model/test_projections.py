@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from architectures import plain_classes
 
 from vllm_pedro.adapter import init_adapter
 from vllm_pedro.backbone import BackboneShape
@@ -40,6 +42,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _plain_classes() -> Iterator[None]:
+    with plain_classes():
+        yield
 
 
 def backbone(name: str) -> Any:

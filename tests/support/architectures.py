@@ -147,11 +147,11 @@ LAST_ENGINE: list[Any] = []
 def plain_classes():
     """vLLM's Transformers backend decorates classes of transformers: models of them are made in
     here once an engine has run, and are computed as ever."""
-    from vllm.config import CompilationConfig, set_current_vllm_config
-
     if not LAST_ENGINE:
         yield
         return
+    from vllm.config import CompilationConfig, set_current_vllm_config
+
     config = copy.copy(LAST_ENGINE[-1])
     config.compilation_config = CompilationConfig(mode=0)
     with set_current_vllm_config(config):

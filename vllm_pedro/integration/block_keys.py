@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..serving.spec import cache_key
-from .wire import spec_of
+from .wire import spec_of_request
 
 PER_BLOCK = ("block_hashes", "extra_keys_list", "lookahead_token_ids")
 """Arguments with which events are built that have an entry for each block; the last is 0.33's."""
@@ -21,7 +21,7 @@ def with_pedro_key(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def wrapped(request: Any, start: int, end: int, start_mm_idx: int) -> Any:
         keys, next_mm_idx = original(request, start, end, start_mm_idx)
-        spec = spec_of(request.sampling_params)
+        spec = spec_of_request(request)
         if spec is not None and start <= spec.first_scaled < end:
             keys = (*(keys or ()), ("pedro", cache_key(spec)))
         return keys, next_mm_idx
@@ -37,7 +37,7 @@ def with_adapter_name(original: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def _build_block_stored_event(self: Any, request: Any, **event: Any) -> Any:
-        spec = spec_of(request.sampling_params)
+        spec = spec_of_request(request)
         if spec is None:
             return original(self, request, **event)
         hashes, size = event["block_hashes"] or [], event["block_size"]

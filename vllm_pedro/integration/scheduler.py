@@ -58,7 +58,7 @@ class PedroSchedulerMixin:
         self._pedro_stats: dict[str, Any] = {}
 
     def add_request(self, request: Any) -> None:
-        request.pedro = spec = wire.spec_of(request.sampling_params)
+        spec = wire.spec_of_request(request)
         if spec is not None and not self._pedro_rows.has(spec.vector_key):
             self._pedro_prefetches.want(request.request_id, spec)
         super().add_request(request)  # type: ignore[misc]

@@ -63,6 +63,16 @@ def spec_of(params: Any) -> RequestSpec | None:
     return None if wire is None else RequestSpec.from_wire(wire)
 
 
+def spec_of_request(request: Any) -> RequestSpec | None:
+    """`spec_of` of one of the scheduler's requests; unpacked once, as its blocks are hashed one by
+    one.
+    """
+    if not hasattr(request, "pedro"):
+        request.pedro = spec_of(request.sampling_params)
+    spec: RequestSpec | None = request.pedro
+    return spec
+
+
 # Scheduler -> worker.
 
 

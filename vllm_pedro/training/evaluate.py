@@ -219,9 +219,9 @@ class TransformersEngine:
         ends = config.eos_token_id
         ends = set(ends) if isinstance(ends, list) else {ends}
         answers: list[list[int]] = [[] for _ in prompts]
-        for chosen in self._batches([len(prompt) + max_new_tokens for prompt in prompts]):
+        for chosen in self.batches([len(prompt) + max_new_tokens for prompt in prompts]):
             examples = [Example(prompts[i], [], pooled=lengths[i]) for i in chosen]
-            batch = self._collate(examples)
+            batch = self.collate(examples)
             batch.pop("position_ids", None)
             output = self._model.generate(
                 **batch,
@@ -240,9 +240,9 @@ class TransformersEngine:
     ) -> list[int]:
         self._model.eval()
         answers = [0] * len(prompts)
-        for chosen in self._batches([len(prompt) for prompt in prompts]):
-            batch = self._collate([Example(prompts[i], [], pooled=lengths[i]) for i in chosen])
-            logits = self._forward(batch, 1)[:, -1]
+        for chosen in self.batches([len(prompt) for prompt in prompts]):
+            batch = self.collate([Example(prompts[i], [], pooled=lengths[i]) for i in chosen])
+            logits = self.forward(batch, 1)[:, -1]
             for row, i in enumerate(chosen):
                 scores = logits[row, allowed[i]]
                 answers[i] = allowed[i][int(scores.argmax())]
@@ -252,10 +252,10 @@ class TransformersEngine:
     def completion_logprobs(self, examples: Sequence[Example]) -> list[list[float]]:
         self._model.eval()
         found: list[list[float]] = [[] for _ in examples]
-        for chosen in self._batches([len(example) for example in examples]):
-            batch = self._collate([examples[i] for i in chosen])
+        for chosen in self.batches([len(example) for example in examples]):
+            batch = self.collate([examples[i] for i in chosen])
             width = max(len(examples[i].completion) for i in chosen)
-            logits = self._forward(batch, width + 1)[:, :-1]
+            logits = self.forward(batch, width + 1)[:, :-1]
             scores = torch.log_softmax(logits.float(), dim=-1)
             for row, i in enumerate(chosen):
                 tokens = torch.tensor(examples[i].completion, device=scores.device)
@@ -263,7 +263,7 @@ class TransformersEngine:
                 found[i] = line.flatten().tolist()
         return found
 
-    def _forward(self, batch: dict[str, Tensor], columns: int) -> Tensor:
+    def forward(self, batch: dict[str, Tensor], columns: int) -> Tensor:
         """Logits of the last columns, `[B, columns, vocabulary]`."""
         # As indices: a number makes a strided slice, for which torch copies the output weights for
         # each row of the batch (bfloat16, CPU: four fifths of the time).
@@ -271,15 +271,16 @@ class TransformersEngine:
         logits: Tensor = self._model(**batch, use_cache=False, logits_to_keep=keep).logits
         return logits[:, -columns:]
 
-    def _collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """A batch as the model takes it, without labels, on its device."""
         batch = CompletionCollator(self._pad)(examples)
         del batch["labels"]
         if not takes_prompts(self._model):
             del batch["prompt_lengths"]
         return {name: tensor.to(self._device) for name, tensor in batch.items()}
 
-    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices in batches of like length, the longest first."""
+    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Indices in batches of like length, the longest first; a batch again gives itself."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         batches: list[list[int]] = []
         for i in order:

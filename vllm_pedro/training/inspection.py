@@ -19,11 +19,14 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import PedroError
 from ..generator import activate
-from ..model import IGNORED_LABEL, PedroModel
+from ..model import PedroModel
 from .data import Example
+from .evaluate import TransformersEngine
 
 # GELU has all its shape here; with an input norm, inputs of the activations lie within.
 PLOT_LIMIT = 4.0
+PAD = 0
+"""Token id of the columns that are masked out."""
 LEAST_COST = 0.01
 """Nats a token that vectors of another prompt cost at least if prompts matter: a hundredth of each
 token's probability."""
@@ -67,27 +70,28 @@ def vectors_of_prompts(
     """
     if model.active_adapter is None:
         raise PedroError("no adapter is active")
-    model.eval()
-    device = next(model.parameters()).device
+    engine = TransformersEngine(model, PAD)
     generators: Any = model.vector_generators[model.active_adapter]
     found: list[dict[str, list[Tensor]]] = [{} for _ in generators]
 
     def keep(layer: int) -> Any:
         def hook(module: Any, args: Any, output: dict[str, Tensor]) -> None:
-            for name, vector in output.items():
-                found[layer].setdefault(name, []).append(vector[0].float().cpu())
+            for name, vectors in output.items():
+                found[layer].setdefault(name, []).append(vectors.float().cpu())
 
         return hook
 
+    model.eval()
+    batches = engine.batches([len(prompt) for prompt in prompts])
     handles = [g.register_forward_hook(keep(layer)) for layer, g in enumerate(generators)]
     try:
-        for prompt in prompts:
-            ids = torch.tensor([list(prompt)], device=device)
-            model(ids, use_cache=False, logits_to_keep=1)
+        for chosen in batches:
+            engine.forward(engine.collate([Example(list(prompts[i]), []) for i in chosen]), 1)
     finally:
         for handle in handles:
             handle.remove()
-    return [{name: torch.stack(rows) for name, rows in layer.items()} for layer in found]
+    place = torch.tensor([i for chosen in batches for i in chosen]).argsort()
+    return [{name: torch.cat(rows)[place] for name, rows in layer.items()} for layer in found]
 
 
 @torch.no_grad()
@@ -104,32 +108,29 @@ def row_losses(
     Returns:
         `[N]` float32: nats a token of each row's completion.
     """
+    engine = TransformersEngine(model, PAD)
     generators: Any = model.vector_generators[model._active()]
     device = next(model.parameters()).device
-    row = 0
+    chosen: list[int] = []
 
     def given(layer: int) -> Any:
         def hook(module: Any, args: Any, output: Any) -> dict[str, Tensor]:
-            return {name: rows[row, None].to(device) for name, rows in vectors[layer].items()}
+            return {name: rows[chosen].to(device) for name, rows in vectors[layer].items()}
 
         return hook
 
-    model.eval()
+    losses = torch.empty(len(examples))
     handles = [g.register_forward_hook(given(layer)) for layer, g in enumerate(generators)]
-    losses = []
     try:
-        for row, example in enumerate(examples):  # noqa: B007  # the hooks read it
-            ids = torch.tensor([example.prompt + example.completion], device=device)
-            labels = ids.clone()
-            labels[:, : len(example.prompt)] = IGNORED_LABEL
-            output = model(
-                ids, labels=labels, prompt_lengths=[example.prompt_length], use_cache=False
-            )
-            losses.append(float(output.loss))
+        for chosen in engine.batches([len(example) for example in examples]):  # the hooks read it
+            for i, line in zip(
+                chosen, engine.completion_logprobs([examples[i] for i in chosen]), strict=True
+            ):
+                losses[i] = -sum(line) / len(line)
     finally:
         for handle in handles:
             handle.remove()
-    return torch.tensor(losses)
+    return losses
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ later cases go on with, so `--case N` replays its engine's cases up to N.
     python stress/schedule_fuzz.py --cases 2000 --seed 0 --json report.json
     python stress/schedule_fuzz.py --seed 0 --case 123
     python stress/schedule_fuzz.py --runner v2
+    python stress/schedule_fuzz.py --mixed
 """
 
 from __future__ import annotations
@@ -36,13 +37,15 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
 # isort: split
+from architectures import make
 from engines import Mismatch, Oracle, make_tiny_model, start_engine, write_random_adapter
 from runners import current_runner, triton_operators, use_v2
 
 # isort: split
 import torch
 
-from vllm_pedro import PedroModel
+from vllm_pedro import BackboneShape, PedroModel
+from vllm_pedro.architectures import EXPERTS_UP, MODULES
 from vllm_pedro.model.reference import NEAR_TIE_MARGIN, reference_logits
 
 BLOCK = 32  # the smallest that vLLM's CPU attention takes
@@ -92,6 +95,23 @@ ANSWERS: dict[str, dict[str, Any]] = {
 """Adapters of scope "answer", in place of others of a case: see `draw_case`."""
 IN_PLACE_OF = {"last": "answer", "twin": "answer", "mean": "answer", "static": "answer-static"}
 ALL_MODULES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+DEFAULT_MODULES = ("q_proj", "v_proj", "up_proj")
+MIXED: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {},
+    "Qwen2MoeForCausalLM": {  # dense layers, experts and a shared one
+        "hidden_size": 128, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
+    },
+    "Gemma4ForCausalLM": {},  # layers of different widths
+    "FalconForCausalLM": {},  # no gate; Q, K and V by head
+    "GPT2LMHeadModel": {},
+    "CohereForCausalLM": {},  # attention beside the MLP
+    "Llama4ForCausalLM": {},  # rows of Q and K permuted; layers without an MLP
+}  # fmt: skip
+"""Architectures that `--mixed` draws, with changes of their sizes."""
+BLOCKS_PER_TOKEN = {"Gemma4ForCausalLM": 3}
+"""How many KV blocks a sequence takes for each that others take: layers of different kinds have
+blocks of their own."""
+OF_TWO_RANKS = ("LlamaForCausalLM", "Qwen2MoeForCausalLM")
 
 
 class Hang(RuntimeError):
@@ -215,7 +235,9 @@ class Judge:
         from transformers import AutoModelForCausalLM
 
         # All now, as loading draws random numbers. The backbone by itself applies no adapter.
-        backbone = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        backbone = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, attn_implementation="eager"
+        )
         self._backbone = backbone
         first, *others = adapters.items()
         self._model = PedroModel.from_pretrained(backbone, first[1], first[0])
@@ -327,19 +349,34 @@ def _check_end(
 
 
 class Workshop:
-    """The model (a tiny one unless given), its adapters and the judge, made once a run."""
+    """The model (a tiny one unless given), its adapters and the judge, made once a run.
 
-    def __init__(self, folder: Path, model: Path | None = None) -> None:
-        from transformers import AutoConfig
+    Attributes:
+        model: Its folder.
+        architecture: Its class's name.
+        adapters: Folders by name.
+        configs: What each was made with.
+    """
 
+    def __init__(
+        self, folder: Path, model: Path | None = None, architecture: str | None = None
+    ) -> None:
+        self.architecture = architecture or "LlamaForCausalLM"
         self.model = model or folder / "model"
         if not self.model.exists():
-            make_tiny_model(self.model)
-        layers = AutoConfig.from_pretrained(self.model).num_hidden_layers
-        self.adapters = {}
+            if architecture is None:
+                make_tiny_model(self.model)
+            else:
+                make(architecture, self.model, **MIXED[architecture])
+        shape = BackboneShape.from_pretrained(self.model)
+        layers = shape.num_layers
+        self.adapters, self.configs = {}, {}
         for number, (name, config) in enumerate((ADAPTERS | ANSWERS).items()):
             seed = 0 if name == "twin" else number
             config = {**config, "scale": 0.2}
+            if architecture is not None:
+                config |= _draw_rank_and_modules(architecture, name, config, shape)
+            self.configs[name] = config
             if isinstance(kinds := config.get("activation"), list):
                 config["activation"] = (kinds * layers)[:layers]
             if model is not None:
@@ -352,6 +389,21 @@ class Workshop:
         self.judge = Judge(self.model, self.adapters)
         oracle = Oracle(self.model)
         self.largest = max(oracle.adapter_bytes(folder) for folder in self.adapters.values())
+
+
+def _draw_rank_and_modules(
+    architecture: str, name: str, config: dict[str, Any], shape: BackboneShape
+) -> dict[str, Any]:
+    """An adapter's rank, and those of its modules that a model has."""
+    name = "last" if name == "twin" else name
+    rng = random.Random(f"{architecture}:{name}")
+    modules = [m for m in config.get("target_modules", DEFAULT_MODULES) if shape.widths[m]]
+    if shape.widths[EXPERTS_UP] and rng.random() < 0.5:
+        modules.append(EXPERTS_UP)
+    return {
+        "r": config["r"] and rng.choice([1, 2, 3, 5, 8, 12]),
+        "target_modules": modules or ["v_proj"],
+    }
 
 
 # Drawing.
@@ -404,6 +456,25 @@ def draw_settings(
     # Whether KV blocks are moved out of the device and back in.
     settings["offload"] = caching and random.Random(f"{seed}:offload:{group}").random() < 0.25
     return settings
+
+
+def draw_kind(seed: int, group: int) -> tuple[str, str | None]:
+    """A group's architecture, and whether its engine has two ranks: "tensor", "pipeline" or not."""
+    rng = random.Random(f"{seed}:kind:{group}")
+    architecture = rng.choice(list(MIXED))
+    ranks = rng.choice(["tensor", "pipeline"]) if rng.random() < 0.15 else None
+    return rng.choice(OF_TWO_RANKS) if ranks else architecture, ranks
+
+
+def of_two_ranks(settings: dict[str, Any], ranks: str) -> None:
+    """Change settings of an engine to those of one with two ranks."""
+    settings |= {f"{ranks}_parallel_size": 2, "distributed_executor_backend": "mp"}
+    # Done in this process alone, or, with pipelines, not vLLM's.
+    settings |= {"late": 0, "offload": False}
+    if "operators" in settings:
+        settings["operators"] = "native"
+    if ranks == "pipeline":
+        settings.pop("speculative_config", None)
 
 
 def step_limit(settings: dict[str, Any]) -> int:
@@ -566,7 +637,6 @@ class Bench:
         self.engine = llm.llm_engine
         self.core = self.engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
-        self.runner = self.core.model_executor.driver_worker.worker.model_runner
         self.settings = settings
         self.shop = shop
         self.report = report
@@ -790,8 +860,8 @@ class Bench:
         if draw.adapter is not None:
             if not self.shop.adapters[draw.adapter].exists():
                 return "adapter folder is not there"
-            config = (ADAPTERS | ANSWERS)[draw.adapter]
-            modules = config.get("target_modules", ["q_proj", "v_proj", "up_proj"])
+            config = self.shop.configs[draw.adapter]
+            modules = config.get("target_modules", DEFAULT_MODULES)
             if config["r"] > settings.get("max_pedro_rank", 32):
                 return "rank above max_pedro_rank"
             if not set(modules) <= set(settings.get("pedro_target_modules", ALL_MODULES)):
@@ -846,20 +916,18 @@ class Bench:
         }
 
     def _check_leftovers(self) -> None:
-        runtime, scheduler = self.runner.pedro, self.scheduler
+        scheduler = self.scheduler
         held = {
             "vector rows": self.scheduler._pedro_rows.num_read,
             "vector rows without an owner": self._lost_rows(),
-            "requests in the runtime": len(runtime._specs) + len(runtime._rows),
-            "failed requests": len(runtime.failed),
             "requests in the scheduler": len(scheduler.requests),
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
             "deferred": len(scheduler.deferred_waiting),
             "KV blocks": self.free_blocks - self.pool.get_num_free_blocks(),
-            "bytes over the budget": max(0, runtime.bank.used_bytes - runtime.bank.nbytes),
-            "changed identity rows": sum(bool((v[0] != 1).any()) for v in runtime.store.vectors),
         }
+        for rank, found in enumerate(self.core.collective_rpc(held_by_worker)):
+            held |= {f"{what}, rank {rank}": count for what, count in found.items()}
         found = [f"{count} {what}" for what, count in held.items() if count]
         if found:
             raise Leftover("left after the case: " + ", ".join(found))
@@ -868,6 +936,17 @@ class Bench:
         """Rows that are neither free nor cached for a later request."""
         rows = self.scheduler._pedro_rows
         return int(self.settings["max_num_seqs"]) - len(rows._free) - len(rows._cached)
+
+
+def held_by_worker(worker: Any) -> dict[str, int]:
+    """What a worker holds."""
+    runtime = worker.model_runner.pedro
+    return {
+        "requests in the runtime": len(runtime._specs) + len(runtime._rows),
+        "failed requests": len(runtime.failed),
+        "bytes over the budget": max(0, runtime.bank.used_bytes - runtime.bank.nbytes),
+        "changed identity rows": sum(bool((v[0] != 1).any()) for v in runtime.store.vectors),
+    }
 
 
 @contextlib.contextmanager
@@ -894,10 +973,16 @@ def run_group(
     compiled: bool = False,
     on_failure: Callable[[Failure], None] | None = None,
     stop_at_failure: bool = False,
+    ranks: str | None = None,
 ) -> None:
     """Consecutive cases of one engine; after a failure the rest get a fresh one."""
     group = cases.start // CASES_PER_ENGINE
     settings = draw_settings(seed, group, compiled, current_runner())
+    settings["num_gpu_blocks_override"] *= BLOCKS_PER_TOKEN.get(shop.architecture, 1)
+    if ranks is not None:
+        of_two_ranks(settings, ranks)
+    if any(EXPERTS_UP in config.get("target_modules", ()) for config in shop.configs.values()):
+        settings.setdefault("pedro_target_modules", list(MODULES))
     families = draw_families(seed, group)
     for name, value in settings.items():
         shown = value["num_speculative_tokens"] if name == "speculative_config" else value
@@ -930,7 +1015,8 @@ def run_group(
                     # Sampled requests draw from here: with a seed of their own, a chunked prompt
                     # makes vLLM's CPU runner fail ("CPU Generator does not use offset").
                     torch.manual_seed(seed * 1_000_003 + case)
-                    with time_limit(120 if current_runner() == "v1" else 900):
+                    in_process = current_runner() == "v1" and ranks is None
+                    with time_limit(120 if in_process else 900):
                         bench.run(draw_case(seed, case, settings, families))
                 except Exception as error:
                     bench._move_folder(None)
@@ -969,14 +1055,28 @@ def run(
     on_failure: Callable[[Failure], None] | None = None,
     on_progress: Callable[[Report], None] | None = None,
     model: Path | None = None,
+    mixed: bool = False,
 ) -> Report:
-    """Run cases `first` to `first + cases`; `first` is a multiple of ten."""
+    """Run cases `first` to `first + cases`; `first` is a multiple of ten.
+
+    `mixed`: engines of other architectures, and of two ranks, too.
+    """
     torch.set_num_threads(1)  # the tiny model's matrices are not worth more
-    shop, report, began = Workshop(folder, model), Report(seed), time.monotonic()
+    # What leftovers are asked for by is sent to workers.
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    shops: dict[str | None, Workshop] = {}
+    report, began = Report(seed), time.monotonic()
     end = first + cases
     for start in range(first, end, CASES_PER_ENGINE):
         group = range(start, min(start + CASES_PER_ENGINE, end))
-        run_group(shop, seed, group, report, compiled, on_failure, stop_at_failure)
+        architecture, ranks = draw_kind(seed, start // CASES_PER_ENGINE) if mixed else (None, None)
+        if architecture not in shops:
+            place = folder / architecture if architecture else folder
+            shops[architecture] = Workshop(place, model, architecture)
+        for name, value in (("architecture", architecture), ("ranks", ranks)):
+            report.settings.setdefault(name, Counter())[str(value)] += mixed
+        shop = shops[architecture]
+        run_group(shop, seed, group, report, compiled, on_failure, stop_at_failure, ranks)
         report.seconds = time.monotonic() - began
         if on_progress is not None:
             on_progress(report)
@@ -1020,6 +1120,9 @@ def main() -> int:
     )
     parser.add_argument("--minutes", type=float, help="stop after these, at the end of an engine")
     parser.add_argument("--model", type=Path, help="another model than the tiny random one")
+    parser.add_argument(
+        "--mixed", action="store_true", help="engines of other architectures and of two ranks too"
+    )
     parser.add_argument("--runner", choices=["v1", "v2"], default="v1", help="vLLM's model runner")
     parser.add_argument("--compiled", action="store_true", help="without enforce_eager")
     parser.add_argument("--json", type=Path, help="write the report here as well")
@@ -1062,6 +1165,7 @@ def main() -> int:
             on_failure=show_failure,
             on_progress=show_progress,
             model=args.model,
+            mixed=args.mixed,
         )
     print(format_report(report))
     return 1 if report.failures else 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 import transformers
 
 from vllm_pedro import config
+from vllm_pedro.architectures import EXPERTS_UP
 from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
 from vllm_pedro.errors import PedroError
 
@@ -66,7 +68,7 @@ def test_shape_of_layers_that_differ() -> None:
     even = BackboneShape.of_layers(4, [one, one])
     assert even == BackboneShape(2, 4, one)
     shape = BackboneShape.of_layers(4, [one, other])
-    assert shape.widths == one | {"q_proj": 16}
+    assert shape.widths == one | {"q_proj": 16, EXPERTS_UP: 0}
     assert shape.split_widths(["gate_proj", "q_proj"], 1) == [0, 16]
     with pytest.raises(PedroError, match="widths of 1 layers, not 2"):
         BackboneShape(2, 4, one, (one,))
@@ -88,3 +90,16 @@ def test_shape_of_a_folder(tmp_path: Path) -> None:
 def test_config_has_the_names_that_were_there() -> None:
     assert config.TARGET_MODULES is TARGET_MODULES
     assert config.BackboneShape is BackboneShape
+
+
+@pytest.mark.parametrize("kind", ["Glm4Moe", "Gemma4Text"])
+def test_a_large_model_is_read_without_weights_in_little_time(kind: str) -> None:
+    """80 layers, the widths and experts of the largest that there are."""
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
+    sizes |= {"num_hidden_layers": 80, "num_key_value_heads": 8, "head_dim": 128}
+    experts = {"n_routed_experts": 256, "moe_intermediate_size": 2048}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **(experts if "Moe" in kind else {}))
+    start = time.process_time()  # of this process, however busy the machine is
+    shape = BackboneShape.from_hf_config(config)
+    assert time.process_time() - start < 2
+    assert shape.num_layers == len(shape.layers) == 80

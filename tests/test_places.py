@@ -10,7 +10,7 @@ import torch
 import transformers
 from architectures import plain_classes
 
-from vllm_pedro.architectures import ARCHITECTURES, PROJECTIONS, TARGET_MODULES
+from vllm_pedro.architectures import ARCHITECTURES, MODULES, PROJECTIONS, TARGET_MODULES
 from vllm_pedro.places import (
     codes_of,
     entries_of,
@@ -46,7 +46,7 @@ def test_codes_say_the_module_and_the_entry() -> None:
     codes = packed({"q_proj": 2, "v_proj": 3})
     assert modules_of(codes).tolist() == [0, 0, 2, 2, 2]
     assert entries_of(codes).tolist() == [0, 1, 0, 1, 2]
-    assert widths_of([codes]) == dict.fromkeys(TARGET_MODULES, 0) | {"q_proj": 2, "v_proj": 3}
+    assert widths_of([codes]) == dict.fromkeys(MODULES, 0) | {"q_proj": 2, "v_proj": 3}
 
 
 def test_projections_by_kv_head_are_as_the_model_takes_them_apart() -> None:
@@ -82,5 +82,5 @@ def test_a_layer_of_transformers() -> None:
     found = transformers_projections(layers[0], config)
     assert [p.path for p in found] == ["self_attn.qkv_proj", "mlp.gate_up_proj"]
     assert [p.modules for p in found] == [TARGET_MODULES[:3], TARGET_MODULES[3:]]
-    widths = dict(zip(TARGET_MODULES, (32, 16, 16, 48, 48), strict=True))
+    widths = dict(zip(MODULES, (32, 16, 16, 48, 48, 0), strict=True))
     assert widths_of(p.codes for p in found) == widths

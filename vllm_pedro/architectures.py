@@ -8,6 +8,12 @@ from typing import Any, Final
 TARGET_MODULES: Final = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 """The projections that an adapter may scale, in the order in which packed ones have them."""
 
+EXPERTS_UP: Final = "experts_up_proj"
+"""Up within the routed experts of a mixture: one vector, of an expert's width, for all of them."""
+
+MODULES: Final = (*TARGET_MODULES, EXPERTS_UP)
+"""All that an adapter may name."""
+
 _QKV, _GATE_UP = TARGET_MODULES[:3], TARGET_MODULES[3:]
 
 PROJECTIONS: Final = {
@@ -61,6 +67,9 @@ LATENT_VALUE: Final = "self_attn.o_proj"
 """Path of the module whose input is scaled by l_v in multi-head latent attention, where V is never
 computed: all tokens of a sequence have one l_v, so that scaling V is scaling attention's output."""
 
+EXPERTS: Final = ("mlp.experts", "block_sparse_moe.experts")
+"""Paths of the routed experts in a decoder layer, transformers' and vLLM's."""
+
 LAYER_LISTS: Final = ("layers", "h", "blocks")
 """What models call the list of their decoder layers."""
 
@@ -80,6 +89,9 @@ class Architecture:
         has_input_norm: whether each layer normalises its input first.
         is_latent: whether attention is multi-head latent attention, which has no K of its own and
             whose V is scaled where it comes out.
+        has_experts: whether it may have routed experts that compute act(gate) * up, from weights
+            that transformers keeps as one parameter, gate above up. gpt-oss computes another
+            function; Llama 4 weighs what its experts read.
     """
 
     model_type: str
@@ -88,10 +100,15 @@ class Architecture:
     is_permuted: bool = False
     has_input_norm: bool = True
     is_latent: bool = False
+    has_experts: bool = False
 
 
 def _even(model_type: str, **others: bool) -> Architecture:
     return Architecture(model_type, is_even=True, **others)
+
+
+def _mixture(model_type: str, **others: bool) -> Architecture:
+    return Architecture(model_type, has_experts=True, **others)
 
 
 ARCHITECTURES: Final = {
@@ -134,21 +151,21 @@ ARCHITECTURES: Final = {
     "OPTForCausalLM": Architecture("opt"),
     "NemotronForCausalLM": Architecture("nemotron"),
     "ApertusForCausalLM": Architecture("apertus"),
-    # Mixtures of experts: attention, and what is dense.
-    "MixtralForCausalLM": Architecture("mixtral"),
-    "Qwen2MoeForCausalLM": Architecture("qwen2_moe"),
-    "Qwen3MoeForCausalLM": Architecture("qwen3_moe"),
-    "OlmoeForCausalLM": Architecture("olmoe"),
+    # Mixtures of experts.
+    "MixtralForCausalLM": _mixture("mixtral"),
+    "Qwen2MoeForCausalLM": _mixture("qwen2_moe"),
+    "Qwen3MoeForCausalLM": _mixture("qwen3_moe"),
+    "OlmoeForCausalLM": _mixture("olmoe"),
     "GptOssForCausalLM": Architecture("gpt_oss"),
-    "Glm4MoeForCausalLM": Architecture("glm4_moe"),
-    "Ernie4_5_MoeForCausalLM": Architecture("ernie4_5_moe"),
+    "Glm4MoeForCausalLM": _mixture("glm4_moe"),
+    "Ernie4_5_MoeForCausalLM": _mixture("ernie4_5_moe"),
     "Llama4ForCausalLM": Architecture("llama4_text", is_permuted=True),
-    "GraniteMoeForCausalLM": Architecture("granitemoe"),
-    "GraniteMoeSharedForCausalLM": Architecture("granitemoeshared"),
+    "GraniteMoeForCausalLM": _mixture("granitemoe"),
+    "GraniteMoeSharedForCausalLM": _mixture("granitemoeshared"),
     # Layers of different widths.
     "Gemma4ForCausalLM": Architecture("gemma4_text"),
     # Multi-head latent attention.
-    "DeepseekV2ForCausalLM": Architecture("deepseek_v2", is_latent=True),
+    "DeepseekV2ForCausalLM": _mixture("deepseek_v2", is_latent=True),
     # Hybrids: some layers have no attention.
     "GraniteMoeHybridForCausalLM": Architecture("granitemoehybrid"),
     "FalconH1ForCausalLM": Architecture("falcon_h1"),

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from .architectures import MODULES, architecture_of
 from .architectures import TARGET_MODULES as TARGET_MODULES
-from .architectures import architecture_of
 from .errors import PedroError, first_line
 from .files import is_int
 
@@ -46,8 +46,8 @@ class BackboneShape:
     Attributes:
         num_layers: number of decoder layers.
         hidden_size: width d of the residual stream.
-        widths: output width of each of the five projections, by name; where layers differ, the
-            largest. 0 where no layer has it.
+        widths: output width of each module, by name; where layers differ, the largest. 0 where no
+            layer has it; Up within experts may be left out where there are none.
         layers: each layer's widths; empty where they are all alike.
         is_grouped: whether vLLM may keep Q, K and V of each KV head side by side.
     """
@@ -64,7 +64,7 @@ class BackboneShape:
             if not is_int(value) or value < 1:
                 raise PedroError(f"backbone shape: {name} must be a positive int, not {value!r}")
         for widths in (self.widths, *self.layers):
-            if set(widths) != set(TARGET_MODULES):
+            if not set(TARGET_MODULES) <= set(widths) <= set(MODULES):
                 raise PedroError(
                     f"backbone shape: widths must name {list(TARGET_MODULES)}, "
                     f"found {sorted(widths)}"
@@ -76,14 +76,16 @@ class BackboneShape:
             raise PedroError(
                 f"backbone shape: widths of {len(self.layers)} layers, not {self.num_layers}"
             )
+        object.__setattr__(self, "widths", _all(self.widths))
+        object.__setattr__(self, "layers", tuple(_all(widths) for widths in self.layers))
 
     @classmethod
     def of_layers(
         cls, hidden_size: int, layers: Sequence[Mapping[str, int]], is_grouped: bool = False
     ) -> BackboneShape:
         """The shape of layers with these widths."""
-        widest = {m: max((w[m] for w in layers), default=0) for m in TARGET_MODULES}
-        uneven = tuple(layers) if any(w != widest for w in layers) else ()
+        widest = {m: max((w.get(m, 0) for w in layers), default=0) for m in MODULES}
+        uneven = tuple(layers) if any(_all(w) != widest for w in layers) else ()
         return cls(len(layers), hidden_size, widest, uneven, is_grouped)
 
     @classmethod
@@ -149,20 +151,24 @@ class BackboneShape:
         """
         missing = [name for name in target_modules if not self.widths[name]]
         if missing:
-            there = [name for name in TARGET_MODULES if self.widths[name]]
+            there = [name for name in MODULES if self.widths[name]]
             raise PedroError(
                 f"target_modules: no layer of this backbone has {', '.join(missing)}, only "
                 f"{', '.join(there)}"
             )
 
     def widths_of(self, layer: int) -> Mapping[str, int]:
-        """Output width of each of the five projections in one layer; 0 where it has none."""
+        """Output width of each module in one layer; 0 where it has none."""
         return self.layers[layer] if self.layers else self.widths
 
     def split_widths(self, target_modules: Sequence[str], layer: int = 0) -> list[int]:
         """Widths d_t of a layer's parts of l, in the order of `target_modules`."""
         widths = self.widths_of(layer)
         return [widths[name] for name in target_modules]
+
+
+def _all(widths: Mapping[str, int]) -> dict[str, int]:
+    return {module: widths.get(module, 0) for module in MODULES}
 
 
 _shapes: dict[str, BackboneShape] = {}

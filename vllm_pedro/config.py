@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
+from .architectures import MODULES
 from .backbone import TARGET_MODULES as TARGET_MODULES
 from .backbone import BackboneShape as BackboneShape
 from .errors import AdapterError, PedroError
@@ -137,12 +138,12 @@ class PedroConfig(_Base):
             and len(modules) > 0
             and all(isinstance(entry, str) for entry in modules),
             "target_modules",
-            f"a list with one or more of {list(TARGET_MODULES)}",
+            f"a list with one or more of {list(MODULES)}",
         )
-        unknown = [entry for entry in modules if entry not in TARGET_MODULES]
+        unknown = [entry for entry in modules if entry not in MODULES]
         if unknown:
             raise PedroError(
-                f"target_modules: unknown {shorten(unknown)}; allowed are {list(TARGET_MODULES)}"
+                f"target_modules: unknown {shorten(unknown)}; allowed are {list(MODULES)}"
             )
         require(len(set(modules)) == len(modules), "target_modules", "no module twice")
 

@@ -1,4 +1,4 @@
-"""Where models compute the five projections, output by output, and what finds them."""
+"""Where models compute what is scaled, output by output, and what finds it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .architectures import LATENT_VALUE, LAYER_LISTS, PROJECTIONS, TARGET_MODULES, architecture_of
+from .architectures import (
+    EXPERTS,
+    EXPERTS_UP,
+    LATENT_VALUE,
+    LAYER_LISTS,
+    MODULES,
+    PROJECTIONS,
+    architecture_of,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,14 +31,14 @@ _MODULE_BITS = 32
 
 def codes_of(module: str, entries: Iterable[int] | range | npt.NDArray[np.integer]) -> Codes:
     """Codes of some entries of a module's vector."""
-    first = TARGET_MODULES.index(module) << _MODULE_BITS
+    first = MODULES.index(module) << _MODULE_BITS
     if isinstance(entries, range):
         return np.arange(entries.start, entries.stop, entries.step, dtype=np.int64) + first
     return np.asarray(entries, np.int64) + first
 
 
 def modules_of(codes: Codes) -> Codes:
-    """The number of each code's module in `TARGET_MODULES`."""
+    """The number of each code's module in `MODULES`."""
     return codes >> _MODULE_BITS
 
 
@@ -40,11 +48,11 @@ def entries_of(codes: Codes) -> Codes:
 
 
 def widths_of(projections: Iterable[Codes]) -> dict[str, int]:
-    """Width of each of the five projections, where these codes are all of a layer's."""
-    widths = dict.fromkeys(TARGET_MODULES, 0)
+    """Width of each module, where these codes are all of a layer's."""
+    widths = dict.fromkeys(MODULES, 0)
     for codes in projections:
         for number in np.unique(modules_of(codes)):
-            widths[TARGET_MODULES[number]] += int((modules_of(codes) == number).sum())
+            widths[MODULES[number]] += int((modules_of(codes) == number).sum())
     return widths
 
 
@@ -79,11 +87,11 @@ def permuted(codes: Codes, heads: int) -> Codes:
 
 @dataclass(frozen=True)
 class Projection:
-    """A module of a decoder layer that computes some of the five projections.
+    """A module of a decoder layer that computes some of what is scaled.
 
     Attributes:
         path: where it is in the layer.
-        codes: of its outputs.
+        codes: of its outputs; where it is routed experts, of what each computes within.
         is_input: the codes are of its inputs, which are scaled.
     """
 
@@ -94,7 +102,12 @@ class Projection:
     @property
     def modules(self) -> tuple[str, ...]:
         """What it computes, in canonical order."""
-        return tuple(TARGET_MODULES[number] for number in np.unique(modules_of(self.codes)))
+        return tuple(MODULES[number] for number in np.unique(modules_of(self.codes)))
+
+    @property
+    def is_experts(self) -> bool:
+        """Whether it is routed experts."""
+        return self.modules == (EXPERTS_UP,)
 
 
 def submodule(layer: nn.Module, path: str) -> nn.Module | None:
@@ -108,7 +121,7 @@ def submodule(layer: nn.Module, path: str) -> nn.Module | None:
 def find_projections(
     layer: nn.Module, config: Any, codes: Callable[[nn.Module, tuple[str, ...], bool], Codes | None]
 ) -> list[Projection]:
-    """A decoder layer's projections; each of the five comes from the first path that has it.
+    """A decoder layer's projections; each module comes from the first path that has it.
 
     Args:
         layer: transformers' or vLLM's.
@@ -121,7 +134,9 @@ def find_projections(
     paths: dict[str, tuple[str, ...]] = dict(PROJECTIONS)
     if is_latent:
         paths[LATENT_VALUE] = ("v_proj",)
-    found, missing = [], set(TARGET_MODULES)
+    if architecture is not None and architecture.has_experts:
+        paths |= dict.fromkeys(EXPERTS, (EXPERTS_UP,))
+    found, missing = [], set(MODULES)
     for path, modules in paths.items():
         module = submodule(layer, path)
         if module is None or not missing.issuperset(modules):
@@ -196,6 +211,8 @@ def transformers_projections(layer: nn.Module, config: Any) -> list[Projection]:
     def codes(module: nn.Module, modules: tuple[str, ...], of_input: bool) -> Codes | None:
         if of_input:
             return codes_of(modules[0], range(module.in_features))  # type: ignore[arg-type]
+        if modules == (EXPERTS_UP,):
+            return codes_of(EXPERTS_UP, range(module.gate_up_proj.shape[1] // 2))  # type: ignore[index]
         width = getattr(module, "out_features", getattr(module, "nf", None))
         if width is None:
             return None

@@ -7,7 +7,13 @@ from architectures import CONFIGS, LAST_ENGINE, make, plain_classes
 from engines import Mismatch, Oracle
 
 from vllm_pedro import BackboneShape, PedroRequest
-from vllm_pedro.architectures import ARCHITECTURES, TARGET_MODULES, Architecture
+from vllm_pedro.architectures import (
+    ARCHITECTURES,
+    EXPERTS_UP,
+    MODULES,
+    TARGET_MODULES,
+    Architecture,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -31,16 +37,16 @@ TOLERANCES = {"BloomForCausalLM": 2e-3, "ApertusForCausalLM": 5e-3}
 """Where plain vLLM is so far away from transformers."""
 
 
-def check(name, engine, write_adapter, folder, **settings):
+def check(name, engine, write_adapter, folder, served=TARGET_MODULES, **settings):
     """Rows of the base and of two adapters in one batch are as transformers computes them."""
     from vllm import SamplingParams
 
     model = make(name, folder / "model")
     with plain_classes():
         shape = BackboneShape.from_pretrained(model)
-    has = [module for module in TARGET_MODULES if shape.widths[module]]
+    has = [module for module in served if shape.widths[module]]
     oracle = Oracle(model, keep=4)
-    some = [module for module in ("q_proj", "v_proj", "up_proj") if module in has]
+    some = [module for module in ("q_proj", "v_proj", "up_proj", EXPERTS_UP) if module in has]
     random = {"scale": 0.2, "down_scale": 15.0}
     with plain_classes():
         adapters = [
@@ -60,7 +66,12 @@ def check(name, engine, write_adapter, folder, **settings):
     )
     if name in HYBRID:
         settings["enable_prefix_caching"] = False
-    settings = {"skip_tokenizer_init": True, "max_num_batched_tokens": 128, **settings}
+    settings = {
+        "skip_tokenizer_init": True,
+        "max_num_batched_tokens": 128,
+        "pedro_target_modules": served,
+        **settings,
+    }
     with engine(model, **settings) as llm:
         LAST_ENGINE[:] = [llm.llm_engine.vllm_config]
         outputs = llm.generate(
@@ -92,6 +103,27 @@ def test_architecture(name, engine, write_adapter, tmp_path):
 )
 def test_compiled(name, engine, write_adapter, tmp_path):
     check(name, engine, write_adapter, tmp_path, enforce_eager=False)
+
+
+MIXTURES = [name for name, architecture in ARCHITECTURES.items() if architecture.has_experts]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name != "Qwen2MoeForCausalLM"))
+        for name in MIXTURES
+        if name not in ONLY_COMPILED
+    ],
+)
+def test_up_within_experts(name, engine, write_adapter, tmp_path):
+    check(name, engine, write_adapter, tmp_path, served=MODULES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["OlmoeForCausalLM", "DeepseekV2ForCausalLM"])
+def test_up_within_experts_compiled(name, engine, write_adapter, tmp_path):
+    check(name, engine, write_adapter, tmp_path, served=MODULES, enforce_eager=False)
 
 
 def test_unpermuted_vectors_are_noticed(engine, write_adapter, tmp_path, monkeypatch):

@@ -274,3 +274,14 @@ def test_all_obstacles_are_named_at_once():
     )
     with pytest.raises(ValueError, match=r"multimodal.*; decode_context_parallel_size=4"):
         check_engine(found)
+
+
+def test_up_within_experts_is_refused_where_it_has_not_run():
+    found = fake_config(device_config=SimpleNamespace(device_type="cuda"))
+    options = PedroOptions(pedro_target_modules=("v_proj", "experts_up_proj"))
+    found.additional_config = {"pedro": options.to_config()}
+    with pytest.raises(ValueError, match=r"has not run on a GPU \(leave experts_up_proj out"):
+        check_engine(found)
+    found.device_config.device_type = "cpu"
+    check_engine(found)
+    assert "experts_up_proj" not in PedroOptions().pedro_target_modules

@@ -18,12 +18,14 @@ from vllm_pedro.bench.servers import serve
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module")
-def server(tiny, tmp_path_factory):
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
+def server(request, tiny, tmp_path_factory):
+    """Two engines, each of one rank or of two."""
     flags = ["--served-model-name", "tiny", "--skip-tokenizer-init", "--enforce-eager"]
     flags += ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8"]
     flags += ["--kv-cache-memory-bytes", str(1 << 26), "--enable-pedro"]
     flags += ["--data-parallel-size", "2", "--api-server-count", "1"]
+    flags += ["--tensor-parallel-size", str(request.param)]
     log = tmp_path_factory.mktemp("server") / "server.log"
     with serve(tiny, flags, log, OMP_NUM_THREADS="1", VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as it:
         yield it

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +124,60 @@ def test_the_tests_of_choices_would_notice(tiny_engine, tiny_oracle, tiny_adapte
     names = ["hits_up_to_the_last_token"]
     found = choices_of(names, tiny_engine, tiny_oracle, tiny_adapters)
     assert "FULL" in {c.chosen for c in found if c.generates}
+
+
+def agreed_graphs(manager, monkeypatch, generates):
+    """What ranks of data parallelism settle on, for a decode step of each: (kind, tokens).
+
+    vLLM's own code, but that its ranks are threads here, of which each waits for the others.
+    """
+    from vllm.v1.worker.gpu import dp_utils
+
+    ranks, tensors = len(generates), []
+    barrier = threading.Barrier(ranks, timeout=60)
+
+    def all_reduce(tensor, group):
+        tensors.append(tensor.clone())
+        barrier.wait()
+        tensor.copy_(sum(tensors))
+        barrier.wait()
+
+    monkeypatch.setattr(dp_utils.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(dp_utils, "get_dp_group", lambda: SimpleNamespace(cpu_group=None))
+    monkeypatch.setattr(dp_utils, "should_skip_dp_coordination", lambda: False)
+
+    def dispatch(rank):
+        own = copy.copy(manager)
+        own.vllm_config = copy.copy(manager.vllm_config)
+        own.vllm_config.parallel_config = copy.copy(manager.vllm_config.parallel_config)
+        own.vllm_config.parallel_config.data_parallel_size = ranks
+        own.pedro = SimpleNamespace(generates_vectors=generates[rank])
+        own.pedro_model = SimpleNamespace(is_split=True)
+        rows = 2 + rank
+        found, _ = dp_utils.dispatch_cg_and_sync_dp(own, rows, rows, 1, ranks, rank, 1)
+        return found.cg_mode.name, found.num_tokens
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(dispatch, range(ranks)))
+
+
+def test_engines_side_by_side_agree_on_no_graph_where_one_generates(
+    tiny_engine, tiny_oracle, tiny_adapters, monkeypatch
+):
+    if current_runner() == "v1":
+        pytest.skip("V1's ranks say what they want after PEDRO has had its word")
+    from vllm_pedro.integration.worker.runner_v2 import PedroGraphsMixin
+
+    with chosen_graphs(tiny_engine, []) as llm:
+        manager = runner_of(llm).cudagraph_manager
+    assert agreed_graphs(manager, monkeypatch, [False, False]) == [("FULL", 4), ("FULL", 4)]
+    for generates in ([True, False], [False, True], [True, True]):
+        found = agreed_graphs(manager, monkeypatch, generates)
+        assert found == [("NONE", 2), ("NONE", 3)]
+    # Were it to ask for pieces, as an engine by itself does, the ranks would part.
+    monkeypatch.setattr(PedroGraphsMixin, "dp_size", 1, raising=False)
+    kinds = [kind for kind, _ in agreed_graphs(manager, monkeypatch, [True, False])]
+    assert kinds == ["PIECEWISE", "FULL"]
 
 
 def runner_of(llm):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from architectures import make
 from engines import Oracle
 
 from vllm_pedro import BackboneShape, PedroRequest
-from vllm_pedro.architectures import TARGET_MODULES
+from vllm_pedro.architectures import EXPERTS_UP, MODULES
 
 pytestmark = pytest.mark.engine
 
@@ -51,14 +53,15 @@ def check_ranks(model, engine, write_adapter, monkeypatch, ranks, **settings):
     oracle = Oracle(model, keep=4)
     shape = BackboneShape.from_pretrained(model)
     random = {"scale": 0.2, "down_scale": 15.0}
-    everything = [module for module in TARGET_MODULES[::-1] if shape.widths[module]]
-    some = [module for module in ("q_proj", "v_proj", "up_proj") if module in everything]
+    everything = [module for module in MODULES[::-1] if shape.widths[module]]
+    some = [m for m in ("q_proj", "v_proj", "up_proj", EXPERTS_UP) if m in everything]
     last = write_adapter(model, seed=1, target_modules=some, **random)
     mean = write_adapter(model, seed=2, target_modules=everything, pooling="mean", **random)
     settings = {
         "skip_tokenizer_init": True,
         "block_size": 32,
         "distributed_executor_backend": "mp",
+        "pedro_target_modules": MODULES,
         **settings,
     }
     with engine(model, **settings) as llm:
@@ -88,7 +91,7 @@ def check_ranks(model, engine, write_adapter, monkeypatch, ranks, **settings):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "GPTNeoXForCausalLM", "GlmForCausalLM"])
 def test_two_ranks_of_other_kinds(name, engine, write_adapter, monkeypatch, tmp_path):
-    """KV heads that are split, uneven layers; Q, K and V by head; an output that is gathered."""
+    """KV heads and experts that are split; Q, K and V by head; an output that is gathered."""
     sizes = {"hidden_size": 128, "intermediate_size": 128}
     if "Moe" in name:
         sizes["moe_intermediate_size"] = 64
@@ -102,8 +105,33 @@ def test_two_ranks_compiled(tiny, engine, write_adapter, monkeypatch):
     check_ranks(tiny, engine, write_adapter, monkeypatch, 2, **settings)
 
 
+@pytest.mark.both_runners
 def test_two_stages(tiny, engine, write_adapter, monkeypatch):
     check_ranks(tiny, engine, write_adapter, monkeypatch, 2, pipeline_parallel_size=2)
+
+
+@pytest.mark.slow
+@pytest.mark.both_runners
+def test_two_stages_of_two_ranks(tiny, engine, write_adapter, monkeypatch):
+    settings = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    check_ranks(tiny, engine, write_adapter, monkeypatch, 4, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+def test_two_ranks_of_ray(kind, tiny, engine, write_adapter, monkeypatch):
+    """Where `ray` is installed."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "1")
+    paths = {"PYTHONPATH": ":".join(sys.path), "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    ray.init(resources={"cpu_rank": 2}, include_dashboard=False, runtime_env={"env_vars": paths})
+    try:
+        import ray_on_cpu  # noqa: F401
+
+        settings = {"distributed_executor_backend": "ray", f"{kind}_parallel_size": 2}
+        check_ranks(tiny, engine, write_adapter, monkeypatch, 2, **settings)
+    finally:
+        ray.shutdown()
 
 
 @pytest.mark.both_runners

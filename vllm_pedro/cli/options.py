@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ..backbone import TARGET_MODULES
+from ..architectures import MODULES
 from ..config import ACTIVATIONS, POOLINGS, SCOPES, PedroConfig
 from ..errors import PedroError
 from ..files import shorten
@@ -27,7 +27,7 @@ def add_adapter_options(
         nargs="+",
         metavar="NAME",
         default=defaults.target_modules,
-        help=f"of {', '.join(TARGET_MODULES)} ({' '.join(defaults.target_modules)})",
+        help=f"of {', '.join(MODULES)} ({' '.join(defaults.target_modules)})",
     )
     parser.add_argument(
         "--pooling", choices=POOLINGS, default=defaults.pooling, help="(%(default)s)"

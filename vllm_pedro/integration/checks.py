@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..architectures import ARCHITECTURES
+from ..architectures import ARCHITECTURES, EXPERTS_UP
 from .offloading import CONNECTORS
+from .options import options_of
 
 SPECULATION = ("ngram", "ngram_gpu", "draft_model", "eagle")
 """Methods that were run. What proposes has no adapter; it changes how many drafts are accepted."""
@@ -42,6 +43,13 @@ def _reasons(config: Any) -> list[str]:
         found.append(
             f"architecture {architecture} is not among those whose projections are known "
             f"({', '.join(ARCHITECTURES)})"
+        )
+    options = options_of(config)
+    scales_experts = options is not None and EXPERTS_UP in options.pedro_target_modules
+    if scales_experts and config.device_config.device_type != "cpu":
+        found.append(
+            f"Up within experts has not run on a GPU (leave {EXPERTS_UP} out of "
+            "pedro_target_modules)"
         )
     if model.is_hybrid and config.cache_config.mamba_cache_mode != "none":
         found.append(

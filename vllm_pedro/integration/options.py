@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..backbone import TARGET_MODULES, BackboneShape
+from ..architectures import MODULES, TARGET_MODULES
+from ..backbone import BackboneShape
 from ..files import is_int
 
 CONFIG_KEY = "pedro"
@@ -37,8 +38,8 @@ class PedroOptions:
             what the device's memory holds of the largest. On the CPU, whose memory is both, the
             default is no limit but that of the memory.
         max_pedro_rank: Highest `r` an adapter may have.
-        pedro_target_modules: Target modules the vector store has columns for; default all five.
-            Fewer modules make the store smaller and decode read less.
+        pedro_target_modules: Target modules the vector store has columns for; default all but Up in
+            experts. Fewer modules make the store smaller and decode read less.
         pedro_memory_bytes: The device's memory for adapters; default see `default_memory`.
     """
 
@@ -67,15 +68,13 @@ class PedroOptions:
         modules = self.pedro_target_modules
         if isinstance(modules, str) or not isinstance(modules, Sequence):
             raise ValueError(f"pedro_target_modules must be a list of names, got {modules!r}")
-        unknown = [m for m in modules if m not in TARGET_MODULES]
+        unknown = [m for m in modules if m not in MODULES]
         if unknown or not modules:
             raise ValueError(
-                f"pedro_target_modules must name some of {', '.join(TARGET_MODULES)}, "
+                f"pedro_target_modules must name some of {', '.join(MODULES)}, "
                 f"got {list(modules)!r}"
             )
-        object.__setattr__(
-            self, "pedro_target_modules", tuple(m for m in TARGET_MODULES if m in modules)
-        )
+        object.__setattr__(self, "pedro_target_modules", tuple(m for m in MODULES if m in modules))
 
     def host_capacity(self, largest: int) -> int:
         """`max_cpu_pedros` with its default filled in, on a device with memory of its own.

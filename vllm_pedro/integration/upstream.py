@@ -52,6 +52,9 @@ vllm.entrypoints.serve
     register_vllm_dev_api_routers 4c2ada0a8004
 vllm.lora.request:LoRARequest
     __eq__ bba566415278
+vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts
+    apply babf24f200ec
+    process_weights_after_loading 7233c2501b8a
 vllm.v1.core.block_pool:BlockPool
     _build_block_stored_event 724a892fa09d
 vllm.v1.core.block_pool

@@ -15,8 +15,9 @@ from ..errors import PedroError
 from ..generator import VectorGenerator
 from ..places import Projection, packed, widths_of
 from .cache import PromptVectors, attach_vectors
+from .experts import ScaledExperts
 from .prompts import Packed
-from .scaling import scale_sequences
+from .scaling import Factor, scale_sequences
 
 PASS_KEY = "pedro_pass"
 
@@ -121,14 +122,17 @@ class LayerHooks:
         self.current: dict[str, Tensor] | None = None
         self.readers: Tensor | None = None
         self.applied: list[str] = []
-        self.handles = [
+        self.handles: list[Any] = [
             layer.register_forward_pre_hook(self.before, with_kwargs=True),
             layer.register_forward_hook(self.after, always_call=True),
         ]
         for projection in projections:
             hook = functools.partial(self.scale, factors=Factors(projection))
             module = layer.get_submodule(projection.path)
-            if projection.is_input:
+            if projection.is_experts:
+                factor = functools.partial(self.factor, factors=Factors(projection))
+                self.handles.append(ScaledExperts(module, factor))
+            elif projection.is_input:
                 before = functools.partial(self.scale_input, factors=Factors(projection))
                 self.handles.append(module.register_forward_pre_hook(before))
             else:
@@ -149,18 +153,31 @@ class LayerHooks:
         self.current = current.vectors_of(self.index, hidden, kwargs.get("past_key_values"))
         return args, kwargs
 
-    def scale(
-        self, module: nn.Module, args: Any, output: Tensor, factors: Factors
-    ) -> Tensor | None:
+    def factor(self, output: Tensor, factors: Factors) -> Factor | None:
+        """What scales an output; None where nothing does.
+
+        Args:
+            output: `[B, S, width]`, or `[B * S, width]` where tokens have lost their rows.
+            factors: the projection's.
+        """
         if self.current is None or self.current.keys().isdisjoint(factors.widths):
             return None
         self.applied += [name for name in factors.widths if name in self.current]
-        factor = factors.of(self.current, output)
-        if self.readers is None:
-            return scale_sequences(output, factor)
-        # One more, for tokens that read none.
-        factor = torch.cat([factor, factor.new_ones(1, factor.shape[1])])
-        return scale_sequences(output, factor, self.readers.to(output.device))
+        factor, readers = factors.of(self.current, output), self.readers
+        if readers is not None:
+            # One more, for tokens that read none.
+            factor = torch.cat([factor, factor.new_ones(1, factor.shape[1])])
+            return factor, readers.to(output.device).view(output.shape[:-1])
+        if output.dim() == 3:
+            return factor, None
+        rows = torch.arange(len(factor), device=output.device)
+        return factor, rows.repeat_interleave(len(output) // len(factor))
+
+    def scale(
+        self, module: nn.Module, args: Any, output: Tensor, factors: Factors
+    ) -> Tensor | None:
+        found = self.factor(output, factors)
+        return None if found is None else scale_sequences(output, *found)
 
     def scale_input(
         self, module: nn.Module, args: tuple[Any, ...], factors: Factors

@@ -10,6 +10,9 @@ from torch import Tensor
 SMALLEST_FACTOR: Final = {torch.float64: 1e-150, torch.float32: 1e-20, torch.bfloat16: 1e-20}
 """What stands for a factor of zero where gradients are computed, by dtype."""
 
+Factor = tuple[Tensor, Tensor | None]
+"""The factors of N sequences, `[N, d]`, and each token's sequence; None where each row is one."""
+
 
 def scale_sequences(output: Tensor, factor: Tensor, sequences: Tensor | None = None) -> Tensor:
     """`output * factor`, each token by its own sequence's factor.
@@ -23,12 +26,12 @@ def scale_sequences(output: Tensor, factor: Tensor, sequences: Tensor | None = N
     earlier, `output` is kept.
 
     Args:
-        output: `[B, S, d]`.
-        factor: `[B, d]`, or `[N, d]` of N packed sequences; same dtype and device.
-        sequences: `[B, S]`, the sequence of each token; None where each row is one.
+        output: `[B, S, d]`, or `[tokens, d]`.
+        factor: `[B, d]`, or `[N, d]` of N sequences; same dtype and device.
+        sequences: `[B, S]` or `[tokens]`, the sequence of each token; None where each row is one.
 
     Returns:
-        `[B, S, d]`.
+        As `output`.
     """
     if torch.is_grad_enabled() and factor.requires_grad and output.dtype in SMALLEST_FACTOR:
         scaled: Tensor = _Scale.apply(output, factor, sequences)
@@ -62,6 +65,6 @@ class _Scale(torch.autograd.Function):
                 total = each.sum(dim=1, dtype=wide)
             else:
                 total = torch.zeros(factor.shape, dtype=wide, device=factor.device)
-                total.index_add_(0, sequences.flatten(), each.flatten(0, 1).to(wide))
+                total.index_add_(0, sequences.flatten(), each.flatten(0, -2).to(wide))
             of_factor = (total / factor).to(factor.dtype)
         return of_output, of_factor, None

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..architectures import TARGET_MODULES
+from ..architectures import MODULES
 from ..backbone import BackboneShape
 from ..ops.layout import MAX_RANGES, Ranges
 from ..places import Codes, codes_of, entries_of, modules_of
@@ -54,7 +54,7 @@ class StoreColumns:
         layers = []
         for layer in range(shape.num_layers):
             widths = shape.widths_of(layer)
-            parts = [codes_of(m, range(widths[m])) for m in TARGET_MODULES if m in kept]
+            parts = [codes_of(m, range(widths[m])) for m in MODULES if m in kept]
             layers.append(np.concatenate(parts))
         return cls(shape, layers)
 
@@ -92,9 +92,9 @@ def whole_columns(modules: Iterable[str]) -> frozenset[str]:
 
 
 def _part(codes: Codes, modules: tuple[str, ...], widths: tuple[int, ...]) -> Part:
-    begins = np.full(len(TARGET_MODULES), -1, np.int64)
+    begins = np.full(len(MODULES), -1, np.int64)
     for module, begin in zip(modules, np.cumsum([0, *widths]).tolist(), strict=False):
-        begins[TARGET_MODULES.index(module)] = begin
+        begins[MODULES.index(module)] = begin
     begin = begins[modules_of(codes)]
     columns = np.flatnonzero(begin >= 0)
     if not len(columns):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...adapter import repository_of
-from ...backbone import TARGET_MODULES
+from ...architectures import EXPERTS_UP, MODULES
 from ...config import CONFIG_NAME, PedroConfig
 from ...errors import PedroError
 from ..options import CONFIG_KEY, ENABLE_KEYWORD, OPTION_NAMES, PedroOptions
@@ -206,11 +206,11 @@ def add_flags(parser: Any) -> Any:
         "--pedro-target-modules",
         default=argparse.SUPPRESS,
         nargs="+",
-        choices=TARGET_MODULES,
+        choices=MODULES,
         metavar="NAME",
-        help=f"Projections that can be scaled, of {', '.join(TARGET_MODULES)}; fewer make the "
+        help=f"Projections that can be scaled, of {', '.join(MODULES)}; fewer make the "
         "vector store smaller and decoding faster. (default: those of --pedro-modules where no "
-        "others can be loaded at run time, else all)",
+        f"others can be loaded at run time, else all but {EXPERTS_UP})",
     )
     group.add_argument(
         "--pedro-root",

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from ...serving.layer import PedroLayer
 
+_Replaced = tuple[Any, str, Callable[..., Any]]
+"""An object, the name of a method of it, and what takes its place."""
+
 
 class ForwardSwitch:
     """Without a compiler: PEDRO's part of each layer, there only in steps that need it.
@@ -19,8 +22,8 @@ class ForwardSwitch:
     """
 
     def __init__(self) -> None:
-        self._generating: list[tuple[nn.Module, Callable[..., Any]]] = []
-        self._scaling: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._generating: list[_Replaced] = []
+        self._scaling: list[_Replaced] = []
         self._generates = self._scales = False
 
     def add_generator(
@@ -34,7 +37,7 @@ class ForwardSwitch:
             generate(input_of(args, kwargs, output))
             return output
 
-        self._generating.append((module, forward))
+        self._generating.append((module, "forward", forward))
 
     def add_generator_before(
         self, layer: nn.Module, state: PedroLayer, input_of: Callable[..., Tensor]
@@ -46,7 +49,7 @@ class ForwardSwitch:
             generate(input_of(args, kwargs))
             return original(*args, **kwargs)
 
-        self._generating.append((layer, forward))
+        self._generating.append((layer, "forward", forward))
 
     def add_scaling(
         self, projection: nn.Module, state: PedroLayer, ranges: tuple[int, int, int]
@@ -60,7 +63,7 @@ class ForwardSwitch:
             scale_(x if x.dim() == 2 else x.flatten(0, -2), ranges)
             return output
 
-        self._scaling.append((projection, forward))
+        self._scaling.append((projection, "forward", forward))
 
     def add_scaling_before(
         self, module: nn.Module, state: PedroLayer, ranges: tuple[int, int, int]
@@ -72,7 +75,11 @@ class ForwardSwitch:
             scale_(x if x.dim() == 2 else x.flatten(0, -2), ranges)
             return original(x, *args, **kwargs)
 
-        self._scaling.append((module, forward))
+        self._scaling.append((module, "forward", forward))
+
+    def add_experts(self, kernel: Any, apply: Callable[..., Any]) -> None:
+        """Compute routed experts by another `apply`."""
+        self._scaling.append((kernel, "apply", apply))
 
     def __call__(self, generates: bool, scales: bool) -> None:
         """Get ready for a step.
@@ -89,9 +96,9 @@ class ForwardSwitch:
             self._scales = scales
 
     @staticmethod
-    def _set(forwards: list[tuple[nn.Module, Callable[..., Any]]], on: bool) -> None:
-        for module, forward in forwards:
+    def _set(replaced: list[_Replaced], on: bool) -> None:
+        for owner, name, function in replaced:
             if on:
-                module.__dict__["forward"] = forward
+                owner.__dict__[name] = function
             else:
-                del module.__dict__["forward"]
+                del owner.__dict__[name]

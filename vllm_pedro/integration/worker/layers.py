@@ -16,6 +16,7 @@ from ...serving.store import VectorStore
 from ..options import GENERATORS
 from .compiled import Generation, activation_hook, scale_hook, scale_input_hook, value_hook
 from .eager import ForwardSwitch
+from .experts import kernel_of, scaling_apply
 from .inputs import input_of_layer, input_of_norm
 from .places import LayerPlaces
 
@@ -141,13 +142,21 @@ def _hook_layer(
             reads_input.register_forward_hook(generation.input_hook, with_kwargs=True)
         first = found.places[0]
         projection = layer.get_submodule(first.path)
-        if first.is_input:
+        if first.is_input or first.is_experts:
             projection.register_forward_pre_hook(generation.projection_hook)
         else:
             projection.register_forward_hook(generation.projection_hook)
     for place in found.places:
         projection = layer.get_submodule(place.path)
         width = place.columns.stop - place.columns.start
+        if place.is_experts:
+            kernel = kernel_of(projection)
+            apply = scaling_apply(kernel, state, place.columns)
+            if switch is not None:
+                switch.add_experts(kernel, apply)
+            else:
+                kernel.apply = apply
+            continue
         if switch is not None:
             add = switch.add_scaling_before if place.is_input else switch.add_scaling
             add(projection, state, (place.offset, place.columns.start, width))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ...architectures import TARGET_MODULES, architecture_of
+from ...architectures import EXPERTS_UP, MODULES, architecture_of
 from ...backbone import BackboneShape
 from ...places import (
     Codes,
@@ -35,6 +35,7 @@ class Place:
         offset: First output that is scaled; the last is that of the store's last column.
         columns: The store's.
         is_input: It is its inputs that are scaled, and that the codes are of.
+        is_experts: It is routed experts, and the codes are of what each computes within.
     """
 
     path: str
@@ -42,11 +43,12 @@ class Place:
     offset: int
     columns: slice
     is_input: bool = False
+    is_experts: bool = False
 
     @property
     def modules(self) -> set[str]:
         """What is scaled."""
-        return {TARGET_MODULES[number] for number in np.unique(modules_of(self.held))}
+        return {MODULES[number] for number in np.unique(modules_of(self.held))}
 
     @property
     def held(self) -> Codes:
@@ -105,7 +107,7 @@ def find_places(
         )
     result = []
     for index, (layer, projections) in found.items():
-        expected, widths = dict(shape.widths_of(index)), dict.fromkeys(TARGET_MODULES, 0)
+        expected, widths = dict(shape.widths_of(index)), dict.fromkeys(MODULES, 0)
         for projection in projections:
             widths.update(projection.widths)
         if widths != expected:
@@ -116,7 +118,7 @@ def find_places(
         places: list[Place] = []
         begin = 0
         for projection in projections:
-            numbers = [TARGET_MODULES.index(module) for module in modules]
+            numbers = [MODULES.index(module) for module in modules]
             held = np.flatnonzero(np.isin(modules_of(projection.codes), numbers))
             if not len(held):
                 continue
@@ -124,7 +126,14 @@ def find_places(
             first, end = int(held[0]), int(held[-1]) + 1
             columns = slice(begin, begin + end - first)
             places.append(
-                Place(projection.path, projection.codes, first, columns, projection.is_input)
+                Place(
+                    projection.path,
+                    projection.codes,
+                    first,
+                    columns,
+                    projection.is_input,
+                    projection.is_experts,
+                )
             )
             begin = columns.stop
         result.append(LayerPlaces(index, layer, places))
@@ -145,6 +154,9 @@ def _projections(layer: nn.Module, config: Any) -> list[_Loaded]:
         module = getattr(module, "base_layer", module)  # within a LoRA layer
         if of_input:
             widths[id(module)], own = _inputs(module, modules[0])
+            return own
+        if modules == (EXPERTS_UP,):
+            widths[id(module)], own = _experts(module)
             return own
         whole = _whole(module, modules, config)
         if whole is None:
@@ -168,6 +180,15 @@ def _inputs(module: Any, name: str) -> tuple[dict[str, int], Codes]:
     if module.input_is_parallel:
         codes = codes[module.tp_rank * width // module.tp_size :][: width // module.tp_size]
     return {name: width}, codes
+
+
+def _experts(module: Any) -> tuple[dict[str, int], Codes]:
+    """Width of an expert in the whole model, and codes of what it computes on this device."""
+    config = module.moe_config
+    share = config.intermediate_size_per_partition_unpadded
+    first = config.moe_parallel_config.tp_rank * share
+    last = min(first + share, config.intermediate_size)
+    return {EXPERTS_UP: config.intermediate_size}, codes_of(EXPERTS_UP, range(first, last))
 
 
 def _whole(module: Any, modules: tuple[str, ...], config: Any) -> list[Codes] | None:

@@ -375,8 +375,19 @@ def test_labels_that_are_taken_away_are_missed(base: str, tmp_path: Path, pedro:
         train(base, tmp_path, pedro=pedro, label_smoothing_factor=0.1)
 
 
-def test_other_architectures_pack_their_projections(tmp_path: Path) -> None:
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Phi3Config, Phi3ForCausalLM
+def test_other_architectures_have_the_same_files(tmp_path: Path) -> None:
+    """Whatever they call their layers, and where their projections are packed."""
+    from transformers import (
+        Gemma3Config,
+        Gemma3ForCausalLM,
+        Gemma3ForConditionalGeneration,
+        Gemma3TextConfig,
+        GPT2Config,
+        GPT2LMHeadModel,
+        Phi3Config,
+        Phi3ForCausalLM,
+        SiglipVisionConfig,
+    )
 
     sizes = {
         "vocab_size": 80,
@@ -388,9 +399,16 @@ def test_other_architectures_pack_their_projections(tmp_path: Path) -> None:
         "head_dim": 8,
         "pad_token_id": 0,
     }
+    tower = SiglipVisionConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    text = Gemma3TextConfig(**sizes)
+    seeing = Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4)
     for make, config in (
         (Phi3ForCausalLM, Phi3Config(**sizes)),
         (Gemma3ForCausalLM, Gemma3TextConfig(**sizes, layer_types=["full_attention"] * 2)),
+        (GPT2LMHeadModel, GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=4)),
+        (Gemma3ForConditionalGeneration, seeing),
     ):
         torch.manual_seed(0)
         model = make(config).eval()
@@ -399,6 +417,10 @@ def test_other_architectures_pack_their_projections(tmp_path: Path) -> None:
         folder = tmp_path / make.__name__
         save_adapter(folder, pedro, made.tensors)
         expected = logits(PedroModel.from_pretrained(copy.deepcopy(model), folder))
-        found = logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)))
-        assert torch.equal(found, expected)
-        assert not torch.equal(found, logits(model))
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder))
+        assert torch.equal(logits(loaded), expected)
+        assert not torch.equal(expected, logits(model))
+        loaded.save_pretrained(tmp_path / "again")
+        saved = load_adapter(tmp_path / "again", BackboneShape.from_hf_config(config)).tensors
+        assert saved.keys() == made.tensors.keys()
+        assert all(torch.equal(saved[name], made.tensors[name]) for name in saved)

@@ -79,6 +79,14 @@ def _generators(layer: nn.Module) -> Generators:
     return cast(Generators, layer.vector_generator)
 
 
+def _names_of_layers(model: nn.Module) -> tuple[str, str]:
+    """How the names of decoder layers begin in a model, and in files, which have one for all."""
+    layers = decoder_layers(model)
+    own = next(name for name, module in model.named_modules() if module is layers) + "."
+    tuner = "base_model.model."
+    return own, TENSOR_PREFIX if own.startswith(tuner) else TENSOR_PREFIX.removeprefix(tuner)
+
+
 class _Adapters:
     """The adapters in a backbone."""
 
@@ -199,7 +207,11 @@ class PedroTuner(BaseTuner):
         for key in [key for key in found if key.endswith(".up_proj.shift")]:
             shift = found.pop(key)
             found[key.removesuffix("shift") + "bias"] = shift.float() + 1.0
-        return {key: tensor.float() for key, tensor in found.items()}
+        own, saved = _names_of_layers(model)
+        return {
+            saved + key.removeprefix(own) if key.startswith(own) else key: tensor.float()
+            for key, tensor in found.items()
+        }
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -215,8 +227,10 @@ class PedroTuner(BaseTuner):
         shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         check_shapes(config, shapes, shape, source)
         result = {}
+        own, saved = _names_of_layers(model)
         for name, tensor in state_dict.items():
             check_finite(name, tensor.float(), source)
+            name = own + name.removeprefix(saved) if name.startswith(saved) else name
             key = name.replace(f".{PREFIX}.", f".{PREFIX}.{adapter_name}.", 1)
             if key.endswith(".up_proj.bias"):
                 result[key.removesuffix("bias") + "shift"] = tensor.float() - 1.0

@@ -54,7 +54,7 @@ def test_an_adapter_is_handed_over_as_tensors_at_every_step(
             request = PedroRequest.from_tensors("policy", 1, adapter.config, adapter.tensors)
             adapter.tensors.clear()  # the values were copied
             folder = Path(request.lora_path)
-            assert folder.parent == Path(SHARED_MEMORY)
+            assert folder.parent.parent == Path(SHARED_MEMORY)
             assert folder.is_dir()
             outputs = llm.generate(
                 {"prompt_token_ids": prompt}, greedy(), lora_request=request, use_tqdm=False

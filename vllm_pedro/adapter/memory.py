@@ -4,6 +4,9 @@ read like those on a disk, so that nothing else has to know of them.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -24,6 +27,11 @@ from .writing import save_adapter, serialise
 
 SHARED_MEMORY: Final = "/dev/shm"
 """Where it is there and has room; else the directory of temporary files."""
+
+_PREFIX: Final = "vllm-pedro-tensors-"
+"""Of a process's own directory, which it holds locked as long as it lives."""
+
+_places: dict[tuple[str, int], str] = {}  # by where it is, and the process
 
 CONFIG_KEY: Final = "adapter_config"
 """Key of a safetensors file's metadata with the JSON of the adapter's config."""
@@ -94,7 +102,7 @@ def _hold(write: Callable[[str], object]) -> str:
     for place in (SHARED_MEMORY, tempfile.gettempdir()):
         if not os.access(place, os.W_OK):
             continue
-        folder = tempfile.mkdtemp(prefix="vllm-pedro-", dir=place)
+        folder = tempfile.mkdtemp(dir=_own_place(place))
         try:
             write(folder)
         except OSError as error:
@@ -106,3 +114,38 @@ def _hold(write: Callable[[str], object]) -> str:
         else:
             return folder
     raise PedroError(f"no room for the adapter in {SHARED_MEMORY} or {place}: {reason}")
+
+
+def _own_place(place: str) -> str:
+    """This process's directory; what processes left there that were killed is removed."""
+    key = place, os.getpid()
+    while key not in _places:
+        for name in os.listdir(place):
+            if name.startswith(_PREFIX):
+                _release_abandoned(os.path.join(place, name))
+        own = tempfile.mkdtemp(prefix=_PREFIX, dir=place)
+        if _lock(own):
+            _places[key] = own
+            atexit.register(_release_here, own, os.getpid())
+    return _places[key]
+
+
+def _lock(directory: str) -> bool:
+    """Lock a new directory until this process ends, killed or not; whether it is still there."""
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # without locks nobody takes it for abandoned
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        return os.path.samestat(os.fstat(handle), os.stat(directory))
+    except FileNotFoundError:  # taken for abandoned before it was locked
+        return False
+
+
+def _release_abandoned(directory: str) -> None:
+    with contextlib.suppress(OSError):  # locked, gone, or another user's
+        handle = os.open(directory, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            release(directory)
+        finally:
+            os.close(handle)

@@ -1,13 +1,13 @@
 """Tasks that cannot be solved without the prompt, made here from a seed: no network, no files.
 
-Each has a part that its rows share and a word that decides; the answer is one of words that stand
-in the prompt, or one of two, so that vectors which are the same for every prompt can only help the
-backbone to do the deciding itself. All prompts of a task end in the same token.
+Each has a part that its rows share and a word that decides. What the words mean stands nowhere in
+the prompt, so it has to be learnt. All prompts of a task end in the same token.
 
 - `keyed`: four words and a colour; the colour says which of the four is asked for.
-- `two-tasks`: two tasks in one adapter: of four animals the first is asked for, of four fruits the
-  last. Nothing but the words tells which.
-- `flip`: an opinion, and an instruction to name its feeling or the opposite of it.
+- `kinds`: four tasks in one adapter: of four animals the third is asked for, of tools the first, of
+  fruits the last, of cities the second. Nothing but the words tells which.
+- `rules`: five digits, and before them a word for what to name of them: the first, the last, the
+  largest, the smallest, the second, the last but one.
 """
 
 from __future__ import annotations
@@ -18,18 +18,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 COLOURS = ("blue", "green", "red", "yellow")
-WORDS, ANIMALS, FRUITS, THINGS, GOOD, BAD = map(
+WORDS, ANIMALS, TOOLS, FRUITS, CITIES = map(
     str.split,
     (
         "apple river stone cloud tiger piano lemon candle garden window silver rocket bridge "
         "forest button mirror basket hammer island pencil",
         "tiger horse eagle shark rabbit monkey snake whale spider goat donkey camel",
+        "hammer saw drill axe shovel rake wrench knife spoon fork brush rope",
         "apple lemon banana grape peach cherry mango melon orange pear plum coconut",
-        "soup film hotel book concert garden dinner trip show lesson car song",
-        "wonderful excellent lovely brilliant delightful superb perfect great",
-        "terrible awful boring horrible dreadful poor disappointing bad",
+        "Paris London Rome Berlin Madrid Vienna Tokyo Moscow Dublin Athens Boston Chicago",
     ),
 )
+KINDS = ((ANIMALS, 2), (TOOLS, 0), (FRUITS, 3), (CITIES, 1))
+"""Words of a kind, and the place of the one that is asked for."""
+RULES: dict[str, Callable[[list[int]], int]] = {
+    "moss": lambda digits: digits[0],
+    "fern": lambda digits: digits[-1],
+    "clay": max,
+    "dune": min,
+    "reed": lambda digits: digits[1],
+    "slate": lambda digits: digits[-2],
+}
 
 Row = dict[str, str]
 
@@ -40,26 +49,19 @@ def keyed(draw: random.Random) -> Row:
     return {"prompt": prompt, "completion": f" {words[place]}"}
 
 
-def two_tasks(draw: random.Random) -> Row:
-    kind, place = draw.choice(((ANIMALS, 0), (FRUITS, -1)))
+def kinds(draw: random.Random) -> Row:
+    kind, place = draw.choice(KINDS)
     words = draw.sample(kind, 4)
     return {"prompt": f"Words: {' '.join(words)}\nAnswer:", "completion": f" {words[place]}"}
 
 
-def flip(draw: random.Random) -> Row:
-    is_good, is_opposite = draw.random() < 0.5, draw.random() < 0.5
-    thing, word = draw.choice(THINGS), draw.choice(GOOD if is_good else BAD)
-    rule = "the opposite" if is_opposite else "the feeling"
-    answer = "positive" if is_good != is_opposite else "negative"
-    prompt = f"Review: The {thing} was {word}.\nName {rule}.\nAnswer:"
-    return {"prompt": prompt, "completion": f" {answer}"}
+def rules(draw: random.Random) -> Row:
+    rule, digits = draw.choice(list(RULES)), draw.sample(range(10), 5)
+    prompt = f"Rule {rule}.\nDigits: {' '.join(map(str, digits))}\nAnswer:"
+    return {"prompt": prompt, "completion": f" {RULES[rule](digits)}"}
 
 
-TASKS: dict[str, Callable[[random.Random], Row]] = {
-    "keyed": keyed,
-    "two-tasks": two_tasks,
-    "flip": flip,
-}
+TASKS: dict[str, Callable[[random.Random], Row]] = {"keyed": keyed, "kinds": kinds, "rules": rules}
 
 
 def write_task(name: str, path: Path, seed: int, rows: int) -> None:

@@ -8,7 +8,8 @@ completion; `run.py` without `--data` then fetches it. By hand, all tasks of a c
 A task's `public`:
 
     path, name, revision  as `datasets.load_dataset` takes them
-    train, dev            its splits
+    train, dev            its splits; or, of another data set, an object with a `split` and what
+                          goes before the keys here
     prompt                a template; {column} is that column's text
     completion            a template, or {"column": ..., "texts": {value: text}} for labels
     answers               optional: the column with all right answers, `a.b` for a nested one
@@ -40,7 +41,9 @@ def row_of(public: Mapping[str, Any], columns: Mapping[str, Any]) -> dict[str, A
     try:
         row["prompt"] = public["prompt"].format(**texts)
         if isinstance(completion, str):
-            row["completion"] = completion.format(**texts, answer=answers[0] if answers else None)
+            row["completion"] = completion.format(
+                **texts | ({"answer": answers[0]} if answers else {})
+            )
         else:
             row["completion"] = completion["texts"][str(columns[completion["column"]])]
     except KeyError as error:
@@ -81,11 +84,12 @@ def fetch_task(task: Mapping[str, Any], folder: Path) -> None:
         raise PedroError(
             "public data sets need the package 'datasets': pip install 'vllm-pedro[compare]'"
         ) from None
-    public = task["public"]
-    keywords = {k: public[k] for k in ("name", "revision", "data_files") if k in public}
     for kind in missing:
+        where = task["public"][kind]
+        public = task["public"] | (where if isinstance(where, dict) else {"split": where})
+        keywords = {k: public[k] for k in ("name", "revision", "data_files") if k in public}
         try:
-            split = datasets.load_dataset(public["path"], split=public[kind], **keywords)
+            split = datasets.load_dataset(public["path"], split=public["split"], **keywords)
         except Exception as error:
             raise PedroError(
                 f"{task['name']}: cannot load {public['path']} from the hub: {error}; with files "

@@ -3,8 +3,9 @@
 A config file says what: a backbone, tasks (data files and a metric), methods, seeds, steps. A task
 or a method may say otherwise for itself: what stands there goes before the config's own. Each run
 is one line in the results file; runs that are there already are not repeated, so a killed
-experiment goes on where it was. `--table` prints medians and spread, `--plot` draws scores over
-parameters.
+experiment goes on where it was, and several processes may share a results file: each takes the next
+run that no other one has. `--table` prints medians and spread, `--against METHOD` the differences
+from a method and whether they are more than noise, `--plot` draws scores over parameters.
 
     python benchmarks/experiments/run.py benchmarks/experiments/table1.json [--data DIR]
     python benchmarks/experiments/run.py benchmarks/experiments/table1.json --table
@@ -13,12 +14,15 @@ parameters.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import functools
 import itertools
 import json
+import statistics
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +113,8 @@ def run_one(
             coefficient_range=method.get("coefficient_range", 0.0),
             down_learning_rate=method.get("down_learning_rate"),
             fan_in_learning_rates=method.get("fan_in_learning_rates", False),
+            lr_scheduler_type=config.get("lr_scheduler_type", "linear"),
+            weight_decay=config.get("weight_decay", 0.0),
             train_sampling_strategy=config.get("train_sampling_strategy", "random"),
             save_strategy="no",
             report_to="none",
@@ -169,6 +175,81 @@ def small_form(config: dict[str, Any]) -> dict[str, Any]:
     names = small.pop("tasks", [task["name"] for task in config["tasks"]])
     tasks = [task | task.get("small", {}) for task in config["tasks"] if task["name"] in names]
     return config | small | {"tasks": tasks}
+
+
+Key = tuple[str, str, int]
+
+
+def key_of(run: dict[str, Any]) -> Key:
+    """What no two runs of a results file share: task, method, seed."""
+    return run["task"], run["method"], run["seed"]
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The runs that are there."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Claims:
+    """Which runs are being made, by whatever process: one lock in a file beside the results each.
+
+    The system frees what a process holds when it ends, however it does.
+    """
+
+    def __init__(self, results: Path) -> None:
+        self._file = results.with_name(results.name + ".lock").open("w")
+
+    def take(self, key: Key) -> bool:
+        """Whether the run is this process's from now on."""
+        try:
+            fcntl.lockf(
+                self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, zlib.crc32(repr(key).encode())
+            )
+        except BlockingIOError:
+            return False
+        return True
+
+
+# Student's t, two-sided, 5 %, by degrees of freedom.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def differences(
+    config: dict[str, Any], results: list[dict[str, Any]], against: str, key: str
+) -> str:
+    """Mean differences of each method from one, seed by seed, as a Markdown table.
+
+    A paired t-test over the seeds that both have; `*` marks a difference whose 95 % confidence
+    interval leaves out zero. No correction is made for the number of tests.
+    """
+    rows = []
+    for method in config["methods"]:
+        cells = []
+        for task in config["tasks"]:
+            values = {
+                (r["method"], r["seed"]): r[key]
+                for r in results
+                if r["task"] == task["name"] and key in r
+            }
+            pairs = [
+                value - values[against, seed]
+                for (name, seed), value in values.items()
+                if name == method["name"] and (against, seed) in values
+            ]
+            if method["name"] == against or not pairs:
+                cells.append("-")
+                continue
+            text = f"{statistics.fmean(pairs):+.3f}"
+            if len(pairs) > 1:
+                error = statistics.stdev(pairs) / len(pairs) ** 0.5
+                half = T_95[min(len(pairs) - 1, len(T_95)) - 1] * error
+                text += f" ± {half:.3f}" + (" *" if abs(statistics.fmean(pairs)) > half else "")
+            cells.append(f"{text} ({len(pairs)})")
+        rows.append([method.get("label", method["name"]), *cells])
+    names = [f"{task['name']}, {key}" for task in config["tasks"]]
+    return tables.table([f"less {against}", *names], rows)
 
 
 def table(config: dict[str, Any], results: list[dict[str, Any]]) -> str:
@@ -261,16 +342,15 @@ def main() -> int:
     parser.add_argument(
         "--small", action="store_true", help="the config's small form, for machines without a GPU"
     )
-    parser.add_argument(
-        "--part",
-        default="1/1",
-        metavar="I/N",
-        help="run every N-th run, from the I-th: several processes may share a results file",
-    )
     parser.add_argument("--only", nargs="+", metavar="METHOD")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="of the config's")
     parser.add_argument("--model", metavar="FOLDER", help="the backbone; default: the config's")
     parser.add_argument("--table", action="store_true", help="print what there is; run nothing")
+    parser.add_argument(
+        "--against", metavar="METHOD", help="print differences from this method; run nothing"
+    )
+    parser.add_argument("--score", default="dev_loss", help="of --against (dev_loss)")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="draw scores over parameters; run nothing"
     )
@@ -281,13 +361,12 @@ def main() -> int:
     if args.model is not None:
         config["model"] = args.model
     path = args.results or args.config.with_suffix(".small.jsonl" if args.small else ".full.jsonl")
-    results = []
-    if path.exists():
-        results = [json.loads(line) for line in path.read_text().splitlines()]
-    done = {(r["task"], r["method"], r["seed"]) for r in results}
-    part, parts = map(int, args.part.split("/"))
+    results = read_results(path)
     if args.plot is not None:
         plot(config, results, args.plot)
+    elif args.against is not None:
+        print(differences(config, results, args.against, args.score))
+        return 0
     elif not args.table:
         fetches = args.data is None
         if fetches:
@@ -298,18 +377,22 @@ def main() -> int:
             elif fetches:
                 fetch_task(task, args.data)
         seeds = config["seeds"] if args.seeds is None else args.seeds
-        every = list(itertools.product(seeds, config["tasks"], config["methods"]))
-        for seed, task, method in every[part - 1 :: parts]:
+        claims = Claims(path)
+        for seed, task, method in itertools.product(seeds, config["tasks"], config["methods"]):
             key = (task["name"], method["name"], seed)
-            if key in done or (args.only and method["name"] not in args.only):
+            if args.only and method["name"] not in args.only:
+                continue
+            if (args.tasks and task["name"] not in args.tasks) or not claims.take(key):
+                continue
+            if key in map(key_of, read_results(path)):  # by now
                 continue
             found = run_one(config, task, method, seed, args.data)
             with path.open("a") as file:
                 file.write(json.dumps(found) + "\n")
-            results.append(found)
             print(json.dumps(found), file=sys.stderr, flush=True)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+        results = read_results(path)
     print(table(config, results))
     return 0
 

@@ -61,7 +61,7 @@ def test_from_a_file_to_an_adapter_to_a_score(
         assert torch.equal(tensor.half().float(), adapter.tensors[name])
 
     scores = {}
-    for metric in ("loss", "accuracy", "exact-match", "f1-em"):
+    for metric in ("loss", "accuracy", "exact-match", "f1-em", "final-number"):
         status, out, _ = run(
             *("eval", "--model", folder, "--adapter", output, "--data", dev_file),
             *("--metric", metric, "--dtype", "float32", "--max-new-tokens", 6),

@@ -27,26 +27,35 @@ def test_keyed(tmp_path: Path) -> None:
         assert len(set(words)) == 4
 
 
-def test_two_tasks(tmp_path: Path) -> None:
+def test_kinds(tmp_path: Path) -> None:
     seen = set()
-    for row in rows_of("two-tasks", tmp_path / "rows.jsonl"):
+    for row in rows_of("kinds", tmp_path / "rows.jsonl"):
         words = row["prompt"].split("\n")[0].removeprefix("Words: ").split()
-        are_animals = set(words) <= set(controlled["ANIMALS"])
-        assert are_animals or set(words) <= set(controlled["FRUITS"])
-        assert row["completion"] == f" {words[0 if are_animals else -1]}"
-        seen.add(are_animals)
-    assert len(seen) == 2
-    assert not set(controlled["ANIMALS"]) & set(controlled["FRUITS"])
+        places = [place for kind, place in controlled["KINDS"] if set(words) <= set(kind)]
+        assert len(places) == 1  # no word is of two kinds
+        assert row["completion"] == f" {words[places[0]]}"
+        seen.add(places[0])
+    assert seen == {0, 1, 2, 3}
 
 
-def test_flip(tmp_path: Path) -> None:
+def test_rules(tmp_path: Path) -> None:
+    wanted = {
+        "moss": lambda d: d[0],
+        "fern": lambda d: d[4],
+        "clay": lambda d: sorted(d)[4],
+        "dune": lambda d: sorted(d)[0],
+        "reed": lambda d: d[1],
+        "slate": lambda d: d[3],
+    }
     seen = set()
-    for row in rows_of("flip", tmp_path / "rows.jsonl"):
-        is_good = any(f" was {word}." in row["prompt"] for word in controlled["GOOD"])
-        is_opposite = "the opposite" in row["prompt"]
-        assert row["completion"] == (" positive" if is_good != is_opposite else " negative")
-        seen.add((is_good, is_opposite))
-    assert len(seen) == 4
+    for row in rows_of("rules", tmp_path / "rows.jsonl"):
+        first, second, _ = row["prompt"].split("\n")
+        rule = first.removeprefix("Rule ").rstrip(".")
+        digits = [int(digit) for digit in second.removeprefix("Digits: ").split()]
+        assert len(set(digits)) == 5
+        assert row["completion"] == f" {wanted[rule](digits)}"
+        seen.add(rule)
+    assert seen == set(wanted)
 
 
 @pytest.mark.parametrize("name", list(controlled["TASKS"]))

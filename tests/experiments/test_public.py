@@ -108,6 +108,24 @@ def test_fetched_once_shuffled_and_readable(
     assert read_rows(tmp_path / "data" / task["dev"])[0].prompt == "mine"
 
 
+def test_dev_rows_of_another_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    task = hub(tmp_path / "hub")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "test.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "2"}))
+    task["public"]["dev"] = {
+        "path": str(other),
+        "split": "test",
+        "prompt": "Question: {question}\nAnswer:",
+        "completion": " {answer}",
+    }
+    public["fetch_task"](task, tmp_path / "data")
+    (row,) = read_rows(tmp_path / "data" / task["dev"])
+    assert (row.prompt, row.completion) == ("Question: 1 + 1?\nAnswer:", " 2")
+    assert len(read_rows(tmp_path / "data" / task["train"])) == 50
+
+
 def test_what_cannot_be_had_is_said(tmp_path: Path) -> None:
     task = hub(tmp_path / "hub")
     task["public"]["path"] = str(tmp_path / "nowhere")

@@ -6,6 +6,7 @@ import json
 import runpy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from tiny_task import make_folder, make_rows, write_rows
 from vllm_pedro.training.evaluate import METRICS
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "experiments"
-small_form = runpy.run_path(str(FOLDER / "run.py"))["small_form"]
+script = runpy.run_path(str(FOLDER / "run.py"))
+small_form = script["small_form"]
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +59,13 @@ def results(root: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (root / "config.small.jsonl").read_text().splitlines()]
 
 
-def test_all_methods_in_two_parts(experiment: Path) -> None:
+def test_all_methods_by_two_processes(experiment: Path) -> None:
     methods = [m["name"] for m in json.loads((experiment / "config.json").read_text())["methods"]]
-    run(experiment, "--part", "1/2")
-    first = results(experiment)
-    assert [r["method"] for r in first] == methods[::2]
-    table = run(experiment, "--part", "2/2").stdout
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: run(experiment), range(2)))
     found = results(experiment)
-    assert found[: len(first)] == first  # not run again
-    assert sorted(r["method"] for r in found) == sorted(methods)
+    assert sorted(r["method"] for r in found) == sorted(methods)  # each by one of them
+    table = run(experiment).stdout
     for result in found:
         assert result["rows"] == 4
         assert 0 <= result["accuracy"] <= 1
@@ -79,9 +79,36 @@ def test_all_methods_in_two_parts(experiment: Path) -> None:
     score = next(r["accuracy"] for r in found if r["method"] == "(IA)3")
     cells = next(line for line in lines if "(IA)3" in line).split("|")
     assert f"{100 * score:.1f}" in [cell.strip() for cell in cells]
-    before = len(found)
-    assert run(experiment).stdout == table
-    assert len(results(experiment)) == before
+    assert results(experiment) == found  # not run again
+
+
+def test_a_difference_is_told_from_noise() -> None:
+    """By the paired t-test: of 0.1, 0.2, 0.3 the mean is 0.2, its standard error 0.1 / sqrt(3)."""
+
+    def runs(method: str, *losses: float) -> list[dict[str, Any]]:
+        return [
+            {"task": "toy", "method": method, "seed": seed, "dev_loss": loss}
+            for seed, loss in enumerate(losses)
+        ]
+
+    names = ("mine", "close", "far", "once", "never")
+    config = {"tasks": [{"name": "toy"}], "methods": [{"name": name} for name in names]}
+    found = [
+        *runs("mine", 1.0, 2.0, 3.0),
+        *runs("close", 1.1, 2.2, 3.3),
+        *runs("far", 2.1, 3.2, 4.3),
+        *runs("once", 0.5),
+    ]
+    text = script["differences"](config, found, "mine", "dev_loss")
+    cells = [line.split("|")[2].strip() for line in text.splitlines()[2:]]
+    half = 4.303 * 0.1 / 3**0.5
+    assert cells == [
+        "-",
+        f"+0.200 ± {half:.3f} (3)",
+        f"+1.200 ± {half:.3f} * (3)",
+        "-0.500 (1)",
+        "-",
+    ]
 
 
 def test_small_form_goes_before_the_full_one() -> None:
@@ -110,7 +137,7 @@ def test_small_form_goes_before_the_full_one() -> None:
     "name",
     [
         *("table1", "table4", "table5", "figure3", "learning_rates"),
-        *("controlled", "controlled_rates"),
+        *("controlled", "controlled_rates", "metamath"),
     ],
 )
 def test_configs_are_whole(name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ from vllm_pedro.errors import PedroError
 from vllm_pedro.model import PedroModel
 from vllm_pedro.model.reference import NEAR_TIE_MARGIN, reference_score
 from vllm_pedro.training.data import DataError, Example, Row, encode, prompt_tokens
-from vllm_pedro.training.evaluate import TransformersEngine, evaluate, squad_f1, squad_normalize
+from vllm_pedro.training.evaluate import (
+    TransformersEngine,
+    evaluate,
+    final_number,
+    squad_f1,
+    squad_normalize,
+)
 
 TOKENIZER = make_tokenizer()
 ROWS = [Row("", r["prompt"], r["completion"], r) for r in make_rows(12)]
@@ -56,6 +63,18 @@ def test_exact_match_forgives_white_space_only() -> None:
     rows = [Row("", "q", " SELECT a"), Row("", "q", "b"), Row("", "q", "c")]
     found = evaluate(Parrot(["SELECT  a\n", "B", "c"]), TOKENIZER, rows, "exact-match")
     assert found == {"exact_match": 2 / 3, "rows": 3}
+
+
+def test_the_final_number_is_gsm8ks() -> None:
+    rows = [Row("", "q", f" 3 and 4 make it.\n#### {answer}") for answer in ("1,200", "-7", "0.5")]
+    answers = ["It is 16-4 = 1200.00, so 1200.", "The answer is: -7", "5"]
+    found = evaluate(Parrot(answers), TOKENIZER, rows, "final-number")
+    assert found == {"final_number": 2 / 3, "rows": 3}
+    assert final_number("16-4") == 4
+    assert final_number("from 3 to -4.25%") == Decimal("-4.25")
+    assert final_number("none") is None
+    found = evaluate(Parrot(["none"]), TOKENIZER, [Row("", "q", "nor here")], "final-number")
+    assert found["final_number"] == 0
 
 
 def test_loss_is_the_mean_over_tokens() -> None:

@@ -211,8 +211,9 @@ def add_parsers(commands: Any) -> None:
         "--metric",
         choices=METRICS,
         required=True,
-        help="accuracy: the likeliest of the data's completions; exact-match, and f1-em (SQuAD's "
-        "F1, exact match and their mean): of free answers; loss: mean over completions' tokens",
+        help="accuracy: the likeliest of the data's completions; exact-match, f1-em (SQuAD's F1, "
+        "exact match and their mean) and final-number: of free answers; loss: mean over "
+        "completions' tokens",
     )
     evaluate.add_argument(
         "--beams", type=int, metavar="N", default=1, help="of a free answer (1: greedy)"

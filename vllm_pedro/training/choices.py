@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-METRICS: Final = ("accuracy", "f1-em", "exact-match", "loss")
+METRICS: Final = ("accuracy", "f1-em", "exact-match", "final-number", "loss")
 """What `evaluate` can compute."""
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")

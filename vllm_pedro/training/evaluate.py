@@ -11,6 +11,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, Final, Protocol
 
 import torch
@@ -67,6 +68,8 @@ def evaluate(
       white space.
     - "f1-em": SQuAD's F1 and exact match, of a greedy answer and the best of the row's answers, and
       the mean of the two, which the paper reports.
+    - "final-number": the last number in a greedy answer is the last one in one of the row's
+      answers, as GSM8K asks for it.
     - "loss": mean negative log likelihood of the completions' tokens, with the one that ends them.
 
     Args:
@@ -113,6 +116,11 @@ def evaluate(
         exact = [any(_spaced(a) == _spaced(b) for b in known) for a, known in pairs]
         keep(answer=answers, expected=expected, right=exact)
         return {"exact_match": sum(exact) / len(rows), "rows": len(rows)}
+    if metric == "final-number":
+        numbers = [(final_number(a), {final_number(b) for b in known}) for a, known in pairs]
+        final = [number is not None and number in known for number, known in numbers]
+        keep(answer=answers, expected=expected, right=final)
+        return {"final_number": sum(final) / len(rows), "rows": len(rows)}
     f1 = [max(squad_f1(a, b) for b in known) for a, known in pairs]
     em = [any(squad_normalize(a) == squad_normalize(b) for b in known) for a, known in pairs]
     keep(answer=answers, expected=expected, f1=f1, right=em)
@@ -169,6 +177,13 @@ def _token(label: tuple[str, list[int]], depth: int) -> int:
 
 def _spaced(text: str) -> str:
     return " ".join(text.split())
+
+
+def final_number(text: str) -> Decimal | None:
+    """The last number in a text, without separators of thousands; None if there is none."""
+    # A minus between two numbers is no sign.
+    found = re.findall(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?|\d[\d,]*(?:\.\d+)?", text)
+    return Decimal(found[-1].replace(",", "")) if found else None
 
 
 def squad_normalize(text: str) -> str:

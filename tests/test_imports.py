@@ -27,6 +27,7 @@ FLOORS = [
     "model",
     "peft",
     "training",
+    "distill",
     "integration",
     "fetch",
     "bench",

@@ -79,6 +79,15 @@ def make_rows(number: int, seed: int = 0) -> list[dict[str, str]]:
     return rows
 
 
+def make_prompts(number: int, seed: int = 0) -> list[dict[str, str]]:
+    """Rows without completions."""
+    draw = random.Random(seed)
+    return [
+        {"prompt": "".join(draw.choice("abcdefgh") for _ in range(draw.randrange(3, 9))) + ":"}
+        for _ in range(number)
+    ]
+
+
 def write_rows(path: Path, rows: list[Any]) -> Path:
     """Write a JSONL file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

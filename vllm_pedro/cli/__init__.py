@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from .. import __version__
 from ..errors import PedroError
-from . import adapter, train
+from . import adapter, distill, train
 
 PROGRAM = "vllm-pedro"
 
@@ -59,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     adapter.add_parsers(commands)
     train.add_parsers(commands)
+    distill.add_parser(commands)
     return parser
 
 
@@ -91,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return hand_on(argv[0], argv[1:])
         if argv and argv[0] == "train":
             return train.main_train(make_parser(), argv)
+        if argv and argv[0] == "distill":
+            return distill.main(make_parser(), argv)
         args = make_parser().parse_args(argv)
         return int(args.run(args))
     except PedroError as error:

@@ -16,6 +16,7 @@ from ..training.choices import DTYPES, METRICS, RECIPES, STARTS
 from .options import add_adapter_options, add_chat_options, config_of, refuse_adapter_options
 
 if TYPE_CHECKING:
+    from ..training.run import TrainingJob
     from ..training.trainer import PedroTrainingArguments
 
 ENGINES = ("transformers", "vllm")
@@ -57,6 +58,11 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         "--test-metric", choices=METRICS, default="loss", help="for --test (%(default)s)"
     )
     data.add_argument("--output", metavar="FOLDER", required=True, help="for the adapter")
+    add_student_options(parser, data)
+
+
+def add_student_options(parser: argparse.ArgumentParser, data: argparse._ArgumentGroup) -> None:
+    """The options of `train` that `distill` has too; those of the data go into a group."""
     data.add_argument(
         "--force", action="store_true", help="replace the adapter and checkpoints that are there"
     )
@@ -73,7 +79,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         "alone",
     )
     data.add_argument("--max-length", type=int, metavar="N", help="leave longer rows out")
-    data.add_argument("--limit", type=int, metavar="N", help="use the first N rows of --train")
+    data.add_argument("--limit", type=int, metavar="N", help="use the first N rows")
     data.add_argument("--dev-limit", type=int, metavar="N", help="use the first N rows of --dev")
     data.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="the backbone's (%(default)s)"
@@ -134,8 +140,16 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def training_arguments(args: argparse.Namespace, others: Sequence[str]) -> PedroTrainingArguments:
+def training_arguments(
+    args: argparse.Namespace, others: Sequence[str], evaluates: bool, eval_steps: int = 100
+) -> PedroTrainingArguments:
     """TrainingArguments from the options that were given, and the defaults of this command.
+
+    Args:
+        args: the options that are known.
+        others: those for TrainingArguments.
+        evaluates: whether there are rows to choose the checkpoint by.
+        eval_steps: how often, unless given.
 
     Raises:
         PedroError: an option that TrainingArguments does not have, or a value that it refuses.
@@ -146,10 +160,10 @@ def training_arguments(args: argparse.Namespace, others: Sequence[str]) -> Pedro
 
     argv = ["--output_dir", args.output, "--report_to", "none"]
     defaults = {"save_total_limit": "2"}
-    if args.dev is None:
+    if not evaluates:
         defaults["save_strategy"] = "steps"
     else:
-        steps = str(args.eval_steps or 100)
+        steps = str(args.eval_steps or eval_steps)
         defaults |= {"eval_strategy": "steps", "eval_steps": steps, "save_strategy": "steps"}
         defaults |= {"save_steps": steps, "load_best_model_at_end": "true"}
         defaults |= {"metric_for_best_model": "eval_loss", "greater_is_better": "false"}
@@ -237,7 +251,24 @@ def main_train(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 
 
 def run_train(args: argparse.Namespace, others: Sequence[str], argv: Sequence[str]) -> int:
-    from ..training.run import TrainingJob, train
+    from ..training.run import train
+
+    job = training_job(args, argv)
+    settings = training_arguments(args, others, args.dev is not None)
+    record = train(job, settings)
+    if settings.process_index == 0:
+        summary: dict[str, Any] = {"adapter": args.output, **record}
+        print(json.dumps(summary, ensure_ascii=False))
+    return 0
+
+
+def training_job(args: argparse.Namespace, argv: Sequence[str]) -> TrainingJob:
+    """The job that the options of `train` ask for.
+
+    Raises:
+        PedroError: options that do not go together.
+    """
+    from ..training.run import TrainingJob
 
     if args.bilevel and args.activation is None:
         args.activation = ["rational"]
@@ -245,7 +276,11 @@ def run_train(args: argparse.Namespace, others: Sequence[str], argv: Sequence[st
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.down_bias |= args.start == "data" and args.r > 0
-    job = TrainingJob(
+    if args.adapter is not None:
+        refuse_adapter_options(argv)
+    if args.force and args.resume:
+        raise PedroError("--force and --resume: give one of them")
+    return TrainingJob(
         model=args.model,
         train=args.train,
         output=args.output,
@@ -271,16 +306,6 @@ def run_train(args: argparse.Namespace, others: Sequence[str], argv: Sequence[st
         save_dtype=args.save_dtype,
         command=["vllm-pedro", *argv],
     )
-    if args.adapter is not None:
-        refuse_adapter_options(argv)
-    if args.force and args.resume:
-        raise PedroError("--force and --resume: give one of them")
-    settings = training_arguments(args, others)
-    record = train(job, settings)
-    if settings.process_index == 0:
-        summary: dict[str, Any] = {"adapter": args.output, **record}
-        print(json.dumps(summary, ensure_ascii=False))
-    return 0
 
 
 def run_eval(args: argparse.Namespace) -> int:

@@ -68,14 +68,18 @@ class VllmEngine:
             found.append([float(entry[token].logprob) for entry, token in pairs])
         return found
 
+    def _requests(self, lengths: Sequence[int]) -> Any:
+        """What each row asks for; None where all ask for the plain model."""
+        from .request import PedroRequest
+
+        if self._adapter is None:
+            return None
+        return [PedroRequest("adapter", 1, self._adapter, prompt_length=n) for n in lengths]
+
     def _run(self, prompts: Sequence[list[int]], params: Any, lengths: Sequence[Any]) -> Any:
         from vllm.exceptions import VLLMClientError
 
-        from .request import PedroRequest
-
-        requests: Any = None
-        if self._adapter is not None:
-            requests = [PedroRequest("adapter", 1, self._adapter, prompt_length=n) for n in lengths]
+        requests = self._requests(lengths)
         inputs: Any = [{"prompt_token_ids": tokens} for tokens in prompts]
         try:
             return self._llm.generate(inputs, params, lora_request=requests, use_tqdm=False)

@@ -60,7 +60,8 @@ class Row:
     Attributes:
         source: file and line, for messages.
         prompt: the prompt's text, or the messages before the last one.
-        completion: the text to learn; of a chat the last message's content.
+        completion: the text to learn; of a chat the last message's content. Empty in a row without
+            one, where `read_rows` takes such rows.
         fields: the whole row.
         pools_first_turn: of a chat's prompt only the first turn's is pooled.
         answer: a chat's last message, where it is more than `completion`.
@@ -79,6 +80,11 @@ class Row:
     tools: list[dict[str, Any]] | None = field(repr=False, default=None)
     options: Mapping[str, Any] = field(repr=False, default_factory=dict)
     end_tokens: Sequence[int] = ()
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether there is anything to learn in the row, or to score an answer by."""
+        return bool(self.completion) or self.answer is not None
 
     @property
     def answers(self) -> list[str]:
@@ -121,6 +127,7 @@ def read_rows(
     all_turns: bool = False,
     options: Mapping[str, Any] | None = None,
     end_tokens: Sequence[int] = (),
+    unlabelled: bool = False,
 ) -> list[Row]:
     """Read a data file.
 
@@ -133,12 +140,13 @@ def read_rows(
         all_turns: make a row of each turn of the assistant in a chat, not of the last alone.
         options: `chat_template_kwargs` of chats that do not say otherwise.
         end_tokens: see `Row`.
+        unlabelled: take rows without a completion, too, and chats that do not end in an answer.
 
     Raises:
         DataError: the file cannot be read, has no rows, or has a bad one.
     """
     options = check_template_options(str(path), options)
-    how = _How(prompt_length == "first_turn", all_turns, options, end_tokens)
+    how = _How(prompt_length == "first_turn", all_turns, options, end_tokens, unlabelled)
     rows: list[Row] = []
     for number, (source, values) in enumerate(_records(path)):
         if limit is not None and number >= limit:
@@ -155,6 +163,7 @@ class _How:
     all_turns: bool
     options: Mapping[str, Any]
     end_tokens: Sequence[int]
+    unlabelled: bool
 
 
 def _records(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -259,6 +268,10 @@ def _parse(source: str, values: dict[str, Any], how: _How) -> list[Row]:
         )
     if has_messages:
         return _chat(source, values, check_messages(source, values["messages"]), how)
+    if how.unlabelled and values.get("completion") in (None, ""):
+        values = {key: value for key, value in values.items() if key != "completion"}
+        if isinstance(values.get("prompt"), list):
+            return _chat(source, values, check_messages(source, values["prompt"], "prompt"), how)
     if isinstance(values.get("prompt"), list) and isinstance(values.get("completion"), list):
         before = check_messages(source, values["prompt"], "prompt")
         after = check_messages(source, values["completion"], "completion")
@@ -268,7 +281,10 @@ def _parse(source: str, values: dict[str, Any], how: _How) -> list[Row]:
                 "several turns as 'messages'"
             )
         return _chat(source, values, [*before, *after], how)
-    for key in ("prompt", "completion"):
+    texts: tuple[str, ...] = ("prompt", "completion")
+    if how.unlabelled and "completion" not in values:
+        texts = ("prompt",)
+    for key in texts:
         if not isinstance(values.get(key), str):
             found = type(values[key]).__name__ if key in values else "no such key"
             raise DataError(f"{source}: '{key}': expected text, found {found}")
@@ -277,24 +293,25 @@ def _parse(source: str, values: dict[str, Any], how: _How) -> list[Row]:
     for key in ("tools", "chat_template_kwargs"):
         if values.get(key):
             raise DataError(f"{source}: '{key}' belongs to a chat; this prompt is text")
-    text = (values["prompt"], values["completion"])
+    text = (values["prompt"], values.get("completion", ""))
     return [Row(source, *text, fields=values, end_tokens=how.end_tokens)]
 
 
 def _chat(source: str, values: dict[str, Any], messages: list[Message], how: _How) -> list[Row]:
-    if len(messages) < 2:
+    asks = how.unlabelled and bool(messages) and messages[-1]["role"] != "assistant"
+    if len(messages) < 2 and not asks:
         raise DataError(
             f"{source}: 'messages': expected a list of two or more, the last one the assistant's"
         )
     tools = check_tools(source, values.get("tools"))
     own = check_template_options(source, values.get("chat_template_kwargs"))
-    if not _is_answer(messages[-1]):
+    if not asks and not _is_answer(messages[-1]):
         raise DataError(
             f"{source}: the last message is what is learnt: expected role 'assistant' and some "
             f"content or tool calls, found role {messages[-1]['role']!r} and "
             f"{len(messages[-1]['content'] or '')} characters"
         )
-    ends = [len(messages) - 1]
+    ends = [] if asks else [len(messages) - 1]
     if how.all_turns:
         ends = [end for end in range(1, len(messages)) if _is_answer(messages[end])]
     rows = []
@@ -313,6 +330,19 @@ def _chat(source: str, values: dict[str, Any], messages: list[Message], how: _Ho
                 tools,
                 {**how.options, **own},
                 how.end_tokens,
+            )
+        )
+    if asks:
+        rows.append(
+            Row(
+                source,
+                messages,
+                "",
+                values,
+                how.pools_first_turn,
+                tools=tools,
+                options={**how.options, **own},
+                end_tokens=how.end_tokens,
             )
         )
     return rows

@@ -55,7 +55,7 @@ class Progress(TrainerCallback):
         left = seconds / done * (state.max_steps - state.global_step)
         self._say(
             f"step {state.global_step}/{state.max_steps}: loss {loss:.4f}, gradient norm "
-            f"{norm:.3g}, {rate:,.0f} tokens/s, {_clock(left)} left"
+            f"{norm:.3g}, {rate:,.0f} tokens/s, {clock(left)} left"
         )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -70,7 +70,8 @@ class Progress(TrainerCallback):
             print(text, file=sys.stderr, flush=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -206,6 +206,21 @@ def pad_token_id(tokenizer: Any) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """Tokenised rows.
+
+    Attributes:
+        train: what to learn.
+        dev: what to evaluate on; None for nothing.
+        held_out: for the coefficients' turn of a bi-level training; None for a part of `train`.
+    """
+
+    train: Dataset
+    dev: Dataset | None = None
+    held_out: Dataset | None = None
+
+
 def train(job: TrainingJob, args: PedroTrainingArguments) -> dict[str, Any]:
     """Train an adapter and save it, the one with the best dev loss if there are dev data.
 
@@ -220,8 +235,8 @@ def train(job: TrainingJob, args: PedroTrainingArguments) -> dict[str, Any]:
     Raises:
         PedroError: unusable data, model or settings; the training diverged.
     """
-    checkpoint = _checkpoint(job, args)
-    if checkpoint is not None and (done := _finished(job, args, checkpoint)) is not None:
+    checkpoint = find_checkpoint(job, args)
+    if checkpoint is not None and (done := finished(job, args, checkpoint)) is not None:
         return done
     if job.adapter is not None:
         verify_adapter(job.adapter)
@@ -246,32 +261,85 @@ def train(job: TrainingJob, args: PedroTrainingArguments) -> dict[str, Any]:
         if rows is not None:
             _report(str(path), rows, max_length)
 
+    repository = take_repository(job, args)
+    pad = pad_token_id(tokenizer)
+    pedro, record = train_adapter(
+        job, args, model, pad, TrainingData(data, dev, held_out), checkpoint
+    )
+    if args.process_index != 0:
+        return record
+    if test is not None:
+        record["test"] = evaluate(TransformersEngine(pedro, pad), tokenizer, test, job.test_metric)
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    replace_file(Path(job.output) / RECORD_NAME, text.encode())
+    if repository is not None:
+        record["pushed"] = push(
+            job.output, repository, private=args.hub_private_repo, token=args.hub_token
+        )
+    return record
+
+
+def take_repository(job: TrainingJob, args: PedroTrainingArguments) -> str | None:
+    """Where to push the finished adapter, which Trainer is then no longer told.
+
+    It would push checkpoints too, and the state of the optimizer.
+    """
+    repository = (args.hub_model_id or Path(job.output).name) if args.push_to_hub else None
+    args.push_to_hub = False
+    return repository
+
+
+def train_adapter(
+    job: TrainingJob,
+    args: PedroTrainingArguments,
+    model: Any,
+    pad: int,
+    data: TrainingData,
+    checkpoint: str | None = None,
+    trainer_class: type[PedroTrainer] = PedroTrainer,
+    wrap: Callable[[Any], Any] = lambda collator: collator,
+) -> tuple[PedroModel, dict[str, Any]]:
+    """Train an adapter on rows that are tokenised already, and save it.
+
+    Args:
+        job: what to train; its files are not read.
+        args: see `train`.
+        model: the backbone.
+        pad: what to pad with.
+        data: the rows.
+        checkpoint: to go on from; see `find_checkpoint`.
+        trainer_class: `PedroTrainer`, or one with another loss.
+        wrap: given the collator, the one to make batches with.
+
+    Returns:
+        The model with the adapter, and the record of the training.
+
+    Raises:
+        PedroError: unusable settings; the training diverged.
+    """
+    plain = CompletionCollator(pad)
     set_seed(args.seed)  # the generators are drawn from it
     if job.adapter is not None:
         pedro = PedroModel.from_pretrained(model, job.adapter, is_trainable=True)
     else:
         pedro = get_pedro_model(model, job.config)
         if job.start == "data" and job.config.r > 0 and checkpoint is None:
-            condition(pedro, data, CompletionCollator(pad_token_id(tokenizer)))
+            condition(pedro, data.train, plain)
     callbacks = []
     if job.patience is not None:
-        if dev is None:
+        if data.dev is None:
             raise PedroError("patience needs dev data, whose loss it watches")
         callbacks.append(EarlyStoppingCallback(job.patience))
-    collator = PackedCollator() if job.packing else CompletionCollator(pad_token_id(tokenizer))
-    # Trainer would push checkpoints too, and the state of the optimizer.
-    repository = (args.hub_model_id or Path(job.output).name) if args.push_to_hub else None
-    args.push_to_hub = False
     # Without an accelerator there is nothing to pin memory for, and torch would say so.
     args.dataloader_pin_memory &= torch.accelerator.is_available()
     with _naming_settings():
-        trainer = PedroTrainer(
+        trainer = trainer_class(
             model=pedro,
             args=args,
-            train_dataset=data,
-            eval_dataset=dev,
-            held_out_dataset=held_out,
-            data_collator=collator,
+            train_dataset=data.train,
+            eval_dataset=data.dev,
+            held_out_dataset=data.held_out,
+            data_collator=wrap(PackedCollator() if job.packing else plain),
             callbacks=callbacks,
         )
     for callback in (ProgressCallback, PrinterCallback):
@@ -279,7 +347,7 @@ def train(job: TrainingJob, args: PedroTrainingArguments) -> dict[str, Any]:
     trainer.add_callback(Progress(trainer))
     trainable, total = pedro.get_nb_trainable_parameters()
     if args.process_index == 0:
-        _say(f"{trainable:,} trainable parameters beside {total - trainable:,} of the model")
+        say(f"{trainable:,} trainable parameters beside {total - trainable:,} of the model")
 
     began = time.monotonic()
     with _naming_settings():
@@ -290,23 +358,24 @@ def train(job: TrainingJob, args: PedroTrainingArguments) -> dict[str, Any]:
         digest = pedro.save_pretrained(job.output, dtype=getattr(torch, job.save_dtype))
     use = None
     if pedro.pedro_configs[str(pedro.active_adapter)].r > 0:
-        rows = (data if dev is None else dev)[:USE_ROWS]
+        rows = (data.train if data.dev is None else data.dev)[:USE_ROWS]
         if len(rows) > 1:
             vectors = vectors_of_prompts(pedro, [row.prompt[: row.prompt_length] for row in rows])
             use = prompt_use(pedro, rows, vectors)
             if args.process_index == 0:
-                _say(describe_use(use))
+                say(describe_use(use))
                 if not use.matters:
-                    _say(f"warning: {WARNING}")
+                    say(f"warning: {WARNING}")
     history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    dev = data.dev
     record = {
         "command": shlex.join(job.command) if job.command else None,
         "steps": trainer.state.global_step,
         "train_loss": result.training_loss,
         "dev_losses": {str(entry["step"]): entry["eval_loss"] for entry in history},
         "best_step": _step_of(trainer.state.best_model_checkpoint),
-        "rows": {"train": len(data), "dev": 0 if dev is None else len(dev)},
-        "rows_too_long": {"train": data.too_long, "dev": 0 if dev is None else dev.too_long},
+        "rows": {"train": len(data.train), "dev": 0 if dev is None else len(dev)},
+        "rows_too_long": {"train": data.train.too_long, "dev": 0 if dev is None else dev.too_long},
         "trainable_parameters": trainable,
         "seconds": round(seconds, 1),
         "tokens": trainer.tokens_seen,
@@ -321,18 +390,7 @@ def train(job: TrainingJob, args: PedroTrainingArguments) -> dict[str, Any]:
     }
     if checkpoint is not None:
         record["resumed_from_step"] = _step_of(checkpoint)
-    if args.process_index != 0:
-        return record
-    if test is not None:
-        engine = TransformersEngine(pedro, pad_token_id(tokenizer))
-        record["test"] = evaluate(engine, tokenizer, test, job.test_metric)
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    replace_file(Path(job.output) / RECORD_NAME, text.encode())
-    if repository is not None:
-        record["pushed"] = push(
-            job.output, repository, private=args.hub_private_repo, token=args.hub_token
-        )
-    return record
+    return pedro, record
 
 
 def evaluate_files(
@@ -444,7 +502,7 @@ def load_rows(
     return PedroModel.from_pretrained(backbone, adapter), rows
 
 
-def _checkpoint(job: TrainingJob, args: PedroTrainingArguments) -> str | None:
+def find_checkpoint(job: TrainingJob, args: PedroTrainingArguments) -> str | None:
     """The checkpoint to go on from, once nothing stands in the way; makes the output folder."""
     folder = Path(job.output)
     try:
@@ -457,7 +515,7 @@ def _checkpoint(job: TrainingJob, args: PedroTrainingArguments) -> str | None:
         for path in found:
             if (fault := _fault(path)) is None:
                 return str(path)
-            _say(f"{path}: not whole, passed over: {fault}")
+            say(f"{path}: not whole, passed over: {fault}")
         raise PedroError(f"{folder}: no checkpoint to resume from")
     if job.force:
         # Several processes come here at once.
@@ -490,7 +548,7 @@ def _fault(checkpoint: Path) -> str | None:
     return None
 
 
-def _finished(
+def finished(
     job: TrainingJob, args: PedroTrainingArguments, checkpoint: str
 ) -> dict[str, Any] | None:
     """The record of a training that has taken all its steps; None if there are steps to take."""
@@ -501,7 +559,7 @@ def _finished(
     done = state["global_step"] >= asked and not more
     if not done or not record.is_file():
         return None
-    _say(f"{job.output}: all {asked} steps are done")
+    say(f"{job.output}: all {asked} steps are done")
     return dict(json.loads(record.read_bytes()))
 
 
@@ -524,7 +582,7 @@ def _short(rows: list[Row], tokenizer: Any, longest: int | None) -> list[Row]:
     if not kept:
         raise PedroError(f"all {len(rows)} rows have more than {longest} tokens")
     if len(kept) < len(rows):
-        _say(f"{len(rows) - len(kept):,} rows of more than {longest} tokens left out")
+        say(f"{len(rows) - len(kept):,} rows of more than {longest} tokens left out")
     return kept
 
 
@@ -537,8 +595,9 @@ def _report(path: str, data: Dataset, max_length: int | None) -> None:
     text = f"{path}: {len(data):,} rows, {tokens:,} tokens"
     if data.too_long:
         text += f"; {data.too_long:,} rows of more than {max_length} tokens left out"
-    _say(text)
+    say(text)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line of progress, on standard error."""
     print(text, file=sys.stderr, flush=True)

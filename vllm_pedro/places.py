@@ -61,6 +61,14 @@ def packed(widths: Mapping[str, int]) -> Codes:
     return np.concatenate([codes_of(module, range(width)) for module, width in widths.items()])
 
 
+def scaled_range(codes: Codes, modules: Iterable[str]) -> slice:
+    """The outputs of a projection that are scaled for some modules: one range, so that K is in it
+    where it lies between Q and V. Empty where the projection has none of them."""
+    numbers = [MODULES.index(module) for module in modules]
+    held = np.flatnonzero(np.isin(modules_of(codes), numbers))
+    return slice(int(held[0]), int(held[-1]) + 1) if len(held) else slice(0, 0)
+
+
 def grouped(width: int, heads: int, kv_heads: int) -> Codes:
     """Codes of a projection that packs Q, K and V by KV head.
 

@@ -5,10 +5,10 @@ import torch
 
 from vllm_pedro.adapter import init_adapter, save_adapter
 from vllm_pedro.backbone import TARGET_MODULES, BackboneShape
+from vllm_pedro.bench.adapters import store_columns
 from vllm_pedro.config import PedroConfig
 from vllm_pedro.generator import VectorGenerator
 from vllm_pedro.serving.adapters import AdapterBank, AdapterLimits, AdapterReader, HostCache
-from vllm_pedro.serving.columns import StoreColumns
 from vllm_pedro.serving.rows import VectorRows
 from vllm_pedro.serving.runtime import PedroRuntime
 from vllm_pedro.serving.spec import RequestSpec
@@ -69,7 +69,7 @@ def request(folder, digest, length, prompt="p"):
 def runtime(largest=4, sequences=4, dtype=torch.float32, has_host=False):
     """With room for so many of the largest adapters, and a host memory of its own if asked."""
     cpu = torch.device("cpu")
-    store = VectorStore(StoreColumns.of(SHAPE, TARGET_MODULES), sequences, 64, dtype, cpu)
+    store = VectorStore(store_columns(SHAPE, TARGET_MODULES), sequences, 64, dtype, cpu)
     reader = AdapterReader(LIMITS, store.columns)
     host = HostCache(8, reader) if has_host else None
     bank = AdapterBank(largest * LIMITS.largest_blob, reader, cpu, host)

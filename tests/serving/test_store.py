@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from vllm_pedro.backbone import BackboneShape
+from vllm_pedro.bench.adapters import store_columns
 from vllm_pedro.places import widths_of
-from vllm_pedro.serving.columns import StoreColumns
 from vllm_pedro.serving.plan import IDENTITY_ROW, StepPlan, plan_step
 from vllm_pedro.serving.store import VectorStore
 
@@ -20,7 +20,7 @@ def plan(slots, lengths=None):
 
 
 def store(modules=ALL, dtype=torch.float32):
-    return VectorStore(StoreColumns.of(SHAPE, modules), 3, 10, dtype, torch.device("cpu"))
+    return VectorStore(store_columns(SHAPE, modules), 3, 10, dtype, torch.device("cpu"))
 
 
 def test_columns_lie_as_vllm_packs_them():
@@ -75,7 +75,7 @@ def test_the_operators_are_told_what_there_is_to_do():
 
 
 def test_on_a_device_a_dummy_run_launches_what_a_captured_graph_needs():
-    s = VectorStore(StoreColumns.of(SHAPE, ALL), 3, 10, torch.float32, torch.device("meta"))
+    s = VectorStore(store_columns(SHAPE, ALL), 3, 10, torch.float32, torch.device("meta"))
     s.load_dummy()
     assert s.counts.tolist() == [0, 1, 0]
     s.load_plan(StepPlan())

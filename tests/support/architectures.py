@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from typing import Any
 
 import torch
@@ -145,16 +144,13 @@ LAST_ENGINE: list[Any] = []
 
 @contextlib.contextmanager
 def plain_classes():
-    """vLLM's Transformers backend decorates classes of transformers: models of them are made in
-    here once an engine has run, and are computed as ever."""
+    """Models of transformers are made and computed in here, whatever engines have run."""
     if not LAST_ENGINE:
         yield
         return
-    from vllm.config import CompilationConfig, set_current_vllm_config
+    from vllm_pedro.integration import options
 
-    config = copy.copy(LAST_ENGINE[-1])
-    config.compilation_config = CompilationConfig(mode=0)
-    with set_current_vllm_config(config):
+    with options.plain_classes(LAST_ENGINE[-1]):
         yield
 
 

@@ -6,9 +6,9 @@ import torch
 
 from vllm_pedro.adapter import init_adapter, save_adapter
 from vllm_pedro.backbone import BackboneShape
+from vllm_pedro.bench.adapters import store_columns
 from vllm_pedro.config import PedroConfig
 from vllm_pedro.serving.adapters import AdapterLimits, AdapterReader
-from vllm_pedro.serving.columns import StoreColumns
 from vllm_pedro.serving.spec import RequestSpec
 
 SHAPE = BackboneShape(2, 8, {"q_proj": 8, "k_proj": 4, "v_proj": 4, "gate_proj": 16, "up_proj": 16})
@@ -23,4 +23,4 @@ def write(folder, seed=0, shape=SHAPE, dtype=None, **config):
 
 
 def reader(limits=LIMITS):
-    return AdapterReader(limits, StoreColumns.of(limits.shape, limits.modules))
+    return AdapterReader(limits, store_columns(limits.shape, limits.modules))

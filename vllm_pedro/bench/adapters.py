@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from ..backbone import BLOCKS, BackboneShape
 
 if TYPE_CHECKING:
     import torch
 
     from ..config import PedroConfig
+    from ..serving.columns import StoreColumns
 
 MODULES: Final = ("q_proj", "v_proj", "up_proj")
 """The paper's target modules; LoRA gets the same ones."""
@@ -72,6 +75,25 @@ def write_adapters(model: str, folder: Path, kind: str, count: int) -> list[Path
             )
             write_pedro(path, shape, config, number, dtype=torch.bfloat16)
     return paths
+
+
+def store_columns(shape: BackboneShape, modules: Sequence[str]) -> StoreColumns:
+    """Columns of a backbone whose projections lie whole and packed on one device, as vLLM has them
+    of a Llama."""
+    from ..architectures import MODULES as ALL
+    from ..places import packed, scaled_range
+    from ..serving.columns import StoreColumns
+
+    layers = []
+    for layer in range(shape.num_layers):
+        widths = shape.widths_of(layer)
+        projections = [
+            packed({module: widths[module] for module in pack})
+            for pack in (ALL[:3], ALL[3:5], ALL[5:])
+        ]
+        parts = (codes[scaled_range(codes, modules)] for codes in projections)
+        layers.append(np.concatenate(list(parts)))
+    return StoreColumns(shape, layers)
 
 
 def folder_bytes(path: Path) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -136,17 +137,24 @@ def options_of(vllm_config: Any) -> PedroOptions | None:
     return PedroOptions.from_keywords(additional[CONFIG_KEY])
 
 
-def shape_of(vllm_config: Any) -> BackboneShape:
-    """The backbone's shape by its configuration.
+@contextlib.contextmanager
+def plain_classes(vllm_config: Any) -> Iterator[None]:
+    """Models of transformers are made in here, once an engine has run in this process.
 
-    vLLM's Transformers backend changes classes of transformers, which the shape may be read off:
-    once an engine has run in this process, their models ask whether they are to be compiled.
+    vLLM's Transformers backend decorates their classes for good: from then on models ask the
+    current configuration whether they are to be compiled.
     """
     from vllm.config import CompilationConfig, CompilationMode, set_current_vllm_config
 
     plain = copy.copy(vllm_config)
     plain.compilation_config = CompilationConfig(mode=CompilationMode.NONE)
     with set_current_vllm_config(plain):
+        yield
+
+
+def shape_of(vllm_config: Any) -> BackboneShape:
+    """The backbone's shape by its configuration."""
+    with plain_classes(vllm_config):
         return BackboneShape.from_hf_config(vllm_config.model_config.hf_config)
 
 

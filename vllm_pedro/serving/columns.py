@@ -10,7 +10,7 @@ import numpy as np
 from ..architectures import MODULES
 from ..backbone import BackboneShape
 from ..ops.layout import MAX_RANGES, Ranges
-from ..places import Codes, codes_of, entries_of, modules_of
+from ..places import Codes, entries_of, modules_of
 
 
 class Part(NamedTuple):
@@ -47,17 +47,6 @@ class StoreColumns:
             raise ValueError(f"codes of {len(self.layers)} layers for {shape.num_layers}")
         self._parts: dict[tuple[str, ...], tuple[Part, ...]] = {}
 
-    @classmethod
-    def of(cls, shape: BackboneShape, modules: Sequence[str]) -> StoreColumns:
-        """Those of a backbone whose projections lie whole and in order on one device."""
-        kept = whole_columns(modules)
-        layers = []
-        for layer in range(shape.num_layers):
-            widths = shape.widths_of(layer)
-            parts = [codes_of(m, range(widths[m])) for m in MODULES if m in kept]
-            layers.append(np.concatenate(parts))
-        return cls(shape, layers)
-
     def widths(self) -> list[int]:
         """Columns of each layer."""
         return [len(codes) for codes in self.layers]
@@ -80,15 +69,6 @@ class StoreColumns:
             result.append(made[key])
         self._parts[modules] = tuple(result)
         return self._parts[modules]
-
-
-def whole_columns(modules: Iterable[str]) -> frozenset[str]:
-    """The modules that a store for these has columns of.
-
-    K lies between Q and V in the packed projection, and one contiguous range is scaled.
-    """
-    wanted = set(modules)
-    return frozenset(wanted | {"k_proj"} if {"q_proj", "v_proj"} <= wanted else wanted)
 
 
 def _part(codes: Codes, modules: tuple[str, ...], widths: tuple[int, ...]) -> Part:

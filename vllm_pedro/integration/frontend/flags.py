@@ -58,11 +58,9 @@ class AdapterModules(list[Any]):
         self.prompt_length = prompt_length
 
 
-_MODULE_KEYS = {"name", "path", "base_model_name"}
-
-
 def parse_modules(items: Iterable[str]) -> list[PedroModulePath]:
-    """Parse `name=path`, a JSON object with these keys, or a JSON list of such objects.
+    """Parse `name=path`, a JSON object with the keys `name`, `path` and, if need be,
+    `base_model_name`, or a JSON list of such objects.
 
     Raises:
         PedroError: Says which item is wrong and how.

@@ -21,6 +21,7 @@ from ...places import (
     modules_of,
     packed,
     permuted,
+    scaled_range,
     widths_of,
 )
 
@@ -118,18 +119,15 @@ def find_places(
         places: list[Place] = []
         begin = 0
         for projection in projections:
-            numbers = [MODULES.index(module) for module in modules]
-            held = np.flatnonzero(np.isin(modules_of(projection.codes), numbers))
-            if not len(held):
+            scaled = scaled_range(projection.codes, modules)
+            if not scaled.stop:
                 continue
-            # One contiguous range is scaled: K too, where it lies between Q and V.
-            first, end = int(held[0]), int(held[-1]) + 1
-            columns = slice(begin, begin + end - first)
+            columns = slice(begin, begin + scaled.stop - scaled.start)
             places.append(
                 Place(
                     projection.path,
                     projection.codes,
-                    first,
+                    scaled.start,
                     columns,
                     projection.is_input,
                     projection.is_experts,

@@ -256,4 +256,4 @@ def measure_bandwidth(plan: Plan) -> Iterator[dict[str, Any]]:
 if __name__ == "__main__":
     task = {"check": check_operators, "bandwidth": measure_bandwidth}[sys.argv[1]]
     for found in task(Plan(*sys.argv[2:4])):
-        print("RESULT " + json.dumps(found), flush=True)
+        print(json.dumps(found), flush=True)

@@ -1,16 +1,20 @@
-"""The script that a GPU machine runs, in its small size on the CPU: all of it, engines too."""
+"""The script that a GPU machine runs, in its small size on the CPU."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import gpu_tables
+import gpu_check
+import measure
 import pytest
+
+from vllm_pedro.bench.main import make_parser
+from vllm_pedro.bench.offline import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py")]
@@ -27,78 +31,55 @@ def check(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.engine
-def test_the_small_size_runs_on_a_cpu_and_finds_nothing_wrong(tmp_path):
-    done = check("--small", "--out", tmp_path)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-2000:]}"
-    start, *found = rows(tmp_path)
-    assert start["card"] == "CPU"
-    parts: dict[str, list[dict[str, Any]]] = {}
-    for row in found:
-        assert "error" not in row
-        assert "wrong" not in row
-        assert "skipped" not in row
-        if "done" not in row:
-            parts.setdefault(row["part"], []).append(row)
-    assert set(parts) == {r["part"] for r in found if r.get("done")}
-
-    (operators,) = parts["operators"]
-    assert operators["equal"] > 200
-    assert [row["rows"] > 20 for row in parts["exactness"]] == [True, True]
-    assert parts["fuzz"][0]["cases"] > 0
-    for part in ("decode", "lora", "many"):
-        engines = {row["engine"] for row in parts[part]}
-        assert "base" in engines
-        assert len(engines) > 2
-        assert all(row["tokens/s"] > 0 and row["over base"] > 0 for row in parts[part])
-    assert {row["state"] for row in parts["first"]} == {"warm", "over", "cold"}
-    assert all(row["ms"] > 0 for row in parts["first"])
-    assert {row["arrivals a second"] for row in parts["running"]} == {0, 50}
-    kernels = {row["engine"]: {k[0] for k in row["kernels"]} for row in parts["profile"]}
-    assert "vllm_pedro::scale_columns_" in kernels["PEDRO"]
-    assert "vllm_pedro::scale_columns_" not in kernels["base"]
-    assert parts["bandwidth"][0]["GB/s"] > 0.1
-    blocks = {row["engine"]: row["kv blocks"] for row in parts["memory"]}
-    assert 0.9 < blocks["PEDRO"] / blocks["base"] < 1.1  # a CPU's are what the process leaves
-    assert {row["adapter"] for row in parts["model"]} > {"none"}
-    assert all(row["best"] > row["tokens"] / 2 for row in parts["model"])
-    assert parts["serve"][0]["tenants"] > 0
-
-    table = check("--render", tmp_path).stdout
-    assert "## Decode, vLLM's LoRA; over base: tokens/s" in table
-    assert "| scale_columns_ of Up, then silu and mul in torch, small, 4 tokens " in table
-
-
-def test_a_run_that_was_killed_is_gone_on_with(tmp_path):
-    """What was done stays and is not done again; what was not, is."""
-    first = subprocess.Popen(
-        [*COMMAND, "--small", "--out", str(tmp_path), "--parts", "operators", "bandwidth"],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert first.stdout is not None
-    for line in first.stdout:
-        if line.startswith("operators:"):
-            break
-    first.kill()
-    first.wait()
-    kept = rows(tmp_path)
-    assert [row["part"] for row in kept if row.get("done")] == ["operators"]
-    with open(tmp_path / "results.jsonl", "a") as file:
-        file.write('{"start": 1, "part": "bandw')  # ended while it wrote
-
-    again = check("--small", "--out", tmp_path, "--parts", "operators", "bandwidth")
-    assert again.returncode == 0, again.stderr[-2000:]
+def test_parts_run_on_a_cpu_and_are_gone_on_with(tmp_path):
+    """What failed is run again, what is done is not."""
+    parts = ["--small", "--out", tmp_path, "--parts", "operators", "profile"]
+    assert check(*parts, "--minutes", "0.0001").returncode == 1
+    page = (tmp_path / "results.md").read_text()
+    assert page.count("stopped: no time left") >= 2
+    first = check(*parts[:-1])
+    assert first.returncode == 0
+    assert "operators: done, " in first.stdout
+    again = check(*parts)
+    assert again.returncode == 0, (tmp_path / "profile.txt").read_text()
     assert "operators: done before" in again.stdout
-    found = gpu_tables.read(tmp_path / "results.jsonl")
-    assert found[: len(kept)] == kept
-    assert [row["part"] for row in found if row.get("done")] == ["operators", "bandwidth"]
-    assert sum("equal" in row for row in found) == 1
+    page = check("--render", tmp_path).stdout
+    assert '"equal": 237' in page
+    assert "| vllm_pedro::scale_columns_ " in page
+    assert "no time left" not in page
+
+
+def test_the_page_has_the_reports_of_benchmarks(tmp_path):
+    about = {"card": "C", "versions": {"torch": "1"}, "operators": "native", "revision": "r"}
+    row = {"part": "decode", "failed": [], "seconds": 1.0, "time": "now", "about": about}
+    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "decode").mkdir()
+    (tmp_path / "decode" / "report.md").write_text("## Conditions\n\n- one\n\n## Memory\n")
+    text = gpu_check.render(tmp_path)
+    assert "## decode\n\nC, torch 1; operators: native; revision r; now, 1.0 s. Nothing" in text
+    assert text.count("\n### ") == 2
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("part", gpu_check.PARTS)
+def test_commands_of_a_part_are_commands_of_the_project(part, small, tmp_path):
+    args = argparse.Namespace(small=small, out=tmp_path, minutes=8.0)
+    for command in gpu_check.commands(part, args, tmp_path):
+        if command[:3] == ["-m", "vllm_pedro.cli", "bench"]:
+            comparisons = plan(make_parser().parse_args(command[3:]))
+            assert all(comparison.cases for comparison in comparisons)
+        elif Path(command[0]).name == "measure.py":
+            measure.make_parser().parse_args(command[1:])
+        elif command[0] != "-m":
+            source = Path(command[0]).read_text()
+            assert all(f'"{word}"' in source for word in command if word.startswith("--"))
+
+
+def test_time_that_is_up_ends_a_command(tmp_path):
+    with open(tmp_path / "log", "w") as log:
+        why = gpu_check.run_until(0.0, ["-c", "import time; time.sleep(60)"], log)
+    assert why == "stopped: no time left"
 
 
 @pytest.mark.parametrize(

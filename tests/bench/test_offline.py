@@ -196,6 +196,9 @@ class FakeProcess:
         self.engine = engine
         self.facts = {"start_s": 5.0, "engine_s": 3.0, "kv_blocks": 10, "kv_block_bytes": 100}
 
+    def wait(self) -> None:
+        pass
+
     def run(self, workload: Workload, adapters: tuple[Path, ...] = ()) -> list[Timing]:
         tenants = len({r.tenant for r in workload.requests} - {None})
         self.made.append((engine_label(self.engine), workload.name, tenants))
@@ -313,7 +316,8 @@ def test_engines_differ_in_the_adapters_only(
     arguments = ["offline", "--model", model, "--workloads", "decode", "--tenants", "1", "4"]
     arguments += ["--prompt-tokens", "4", "--output-tokens", "2"]
     arguments += ["--rows", "4", "--engines", *CPU, "--no-plots", "--output", str(tmp_path / "o")]
-    assert bench(*arguments, "--repeats", "1") == 0
+    more = {"load_format": "dummy", "max_loras": 9}
+    assert bench(*arguments, "--repeats", "1", "--llm", json.dumps(more)) == 0
     assert [name for name, _ in FakeProcess.started] == CPU
     base = dict(FakeProcess.started)["base-eager"]
     for name, keywords in FakeProcess.started:
@@ -321,6 +325,7 @@ def test_engines_differ_in_the_adapters_only(
         assert common == base | {"enforce_eager": name.endswith("eager")}
     # The requests that time the loading have to fit, however short the workload is.
     assert base["max_model_len"] > offline.LOAD_PROMPT
-    # One slot more than LoRAs in use: see the note in `cases.slots`.
-    assert dict(FakeProcess.started)["lora-eager"]["max_loras"] == 5
+    assert base["load_format"] == "dummy"
+    assert dict(FakeProcess.started)["lora-eager"]["max_loras"] == 9
+    # One slot more than adapters in use: see the note in `cases.slots`.
     assert dict(FakeProcess.started)["pedro-eager"]["max_pedros"] == 5

@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from vllm_pedro.bench.plots import draw_break_even, draw_concurrency, draw_tenants, draw_throughput
+from vllm_pedro.bench.plots import draw_all, draw_bars, draw_lines
 from vllm_pedro.bench.report import CPU_NOTE, markdown, write_report
 from vllm_pedro.bench.results import Recorder, read_results
-from vllm_pedro.bench.series import break_evens, collect
 from vllm_pedro.bench.tables import (
-    SHORT,
+    ITL,
+    SPEED,
     break_even_table,
+    collect,
     engine_table,
-    load_table,
     series_table,
+    single_of,
     summary_table,
-    table,
 )
 from vllm_pedro.errors import PedroError
 
@@ -118,14 +118,8 @@ def test_ratios_in_the_table(records: list[dict[str, Any]]) -> None:
     assert rows["PEDRO, compiled, 1 tenant"][4] == ""  # no LoRA with one tenant was measured
 
 
-def test_the_short_table_says_the_same(records: list[dict[str, Any]]) -> None:
-    row = cells(series_table(collect(records), SHORT))["PEDRO, compiled, 8 tenants"]
-    assert row[2:5] == ["67.5 (45.0-90.0)", "0.90 (0.90-0.90)", "3.00 (3.00-3.00)"]
-
-
 def test_the_summary_has_a_line_a_workload(records: list[dict[str, Any]]) -> None:
     text = summary_table(collect(records))
-    assert text is not None
     header, _, *lines = [[c.strip() for c in t.strip("|").split("|")] for t in text.splitlines()]
     (line,) = lines
     assert dict(zip(header, line, strict=True)) == {
@@ -136,11 +130,10 @@ def test_the_summary_has_a_line_a_workload(records: list[dict[str, Any]]) -> Non
     }
     records += [measurement("pedro", "eager", r, 54 * p, tenants=8) for r, p in ((0, 1), (1, 0.5))]
     text = summary_table(collect(records))
-    assert text is not None
     assert "PEDRO ÷ LoRA, eager" in text
     assert "1.80 (1.80-1.80)" in text
     assert "PEDRO ÷ LoRA, compiled" not in text
-    assert summary_table(collect([measurement("base", "eager", 0, 1)])) is None
+    assert summary_table(collect([measurement("base", "eager", 0, 1)])) == ""
 
 
 def test_lora_of_the_same_mode_is_taken_where_there_is_one(records: list[dict[str, Any]]) -> None:
@@ -168,13 +161,6 @@ def test_series_of_a_workload_stand_together() -> None:
     assert [s.workload for s in collect(mixed)] == ["a", "a", "b", "b"]
 
 
-def test_a_table_is_markdown_and_straight() -> None:
-    lines = table(("a", "long header"), [("text", "1"), ("t", "22")]).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert lines[1].endswith("-: |")
-    assert lines[1].startswith("| --")
-
-
 def break_even_records(pedro: list[tuple[float, float]]) -> list[dict[str, Any]]:
     found = []
     for repeat, (ttft, itl) in enumerate(pedro):
@@ -187,13 +173,9 @@ def break_even_records(pedro: list[tuple[float, float]]) -> list[dict[str, Any]]
 
 
 def test_break_even_from_known_latencies() -> None:
-    (found,) = break_evens(collect(break_even_records([(150, 10), (150, 10), (90, 30)])))
-    assert found.prompt_tokens == 32
-    assert found.tokens == 7
-    assert found.by_repeat == [7, 7, None]
     text = break_even_table(collect(break_even_records([(150, 10), (150, 10), (90, 30)])))
-    assert text is not None
-    assert "7, 7, never" in text
+    row = [cell.strip() for cell in text.splitlines()[2].strip("|").split("|")]
+    assert row == ["32", "eager / eager", "150.0 / 100.0", "10.0 / 20.0", "7", "7, 7, never"]
 
 
 def test_memory_lost_to_the_store() -> None:
@@ -211,48 +193,13 @@ def test_memory_lost_to_the_store() -> None:
         "sequence_bytes": 2048,
     }
     text = engine_table([ALL, engine])
-    assert text is not None
     row = [c.strip() for c in text.splitlines()[2].strip("|").split("|")]
     assert row[0] == "PEDRO, compiled"
     assert row[1:4] == ["20.0", "10.0", "1,024 MiB"]
     assert row[5] == "3.00 MiB"
     assert row[7] == "2 KiB"
     assert row[8] == "5 of 100"  # (3,000 + 4 slots x 500) / 1,000
-    assert engine_table([ALL]) is None
-
-
-def test_engines_of_several_runs_and_starts() -> None:
-    def start(seconds: float, peak: int) -> dict[str, Any]:
-        bytes_ = {"host": peak << 20}
-        return {
-            "record": "engine",
-            "engine": "base-eager",
-            "start_s": seconds,
-            "peak_bytes": bytes_,
-        }
-
-    starts = [start(10, 7), start(30, 9), start(20, 8)]
-    text = engine_table([RUN, ALL, *starts, RUN, ALL, start(5, 1)])
-    assert text is not None
-    rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
-    assert rows[0][:2] == ["run", "engine"]
-    assert [row[:3] for row in rows[2:]] == [
-        ["1", "base, eager", "20.0"],
-        ["2", "base, eager", "5.0"],
-    ]
-    assert rows[2][4] == "9 MiB"
-
-
-def test_loading_is_what_the_first_request_takes_longer() -> None:
-    record = {
-        "record": "load",
-        "engine": "pedro-eager",
-        "first_ms": [30, 50],
-        "second_ms": [10, 12],
-    }
-    text = load_table([record])
-    assert text is not None
-    assert text.splitlines()[2].rstrip(" |").endswith("29.0")
+    assert engine_table([ALL]) == ""
 
 
 def test_the_report_says_what_it_was_measured_on(records: list[dict[str, Any]]) -> None:
@@ -331,43 +278,29 @@ def everything(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_plots_begin_at_zero_and_show_the_spread(everything: list[dict[str, Any]]) -> None:
     all_series = collect(everything)
-    figures = [
-        draw(all_series)
-        for draw in (draw_throughput, draw_tenants, draw_concurrency, draw_break_even)
-    ]
-    for figure in figures:
-        for axes in figure.axes:
-            assert axes.get_xlabel()
-    bars, tenants, concurrency, even = (figure.axes[0] for figure in figures)
+    of = {s.family: [t for t in all_series if t.family == s.family] for s in all_series}
+    bars = draw_bars(all_series).axes[0]
     assert bars.get_xlim()[0] == 0
-    assert [axes.get_ylim()[0] for axes in (tenants, concurrency, even)] == [0, 0, 0]
-    assert concurrency.get_xlim()[0] == 0
-    ticks = ["1\n32 + 16", "8\n32 + 16", "1,000\n16 + 8"]
+    assert bars.containers  # with error bars
+    tenants = draw_lines(
+        of["tenants"], lambda s: s.ratio(single_of(s, all_series), SPEED), "", joined=False
+    ).axes[0]
+    ticks = ["1 tenants\n32 + 16", "8 tenants\n32 + 16", "1000 tenants\n16 + 8"]
     assert [t.get_text() for t in tenants.get_xticklabels()] == ticks
-    # Lines join requests of the same lengths only, and each engine is in the legend once.
-    assert [len(c.lines[0].get_xdata()) for c in tenants.containers] == [2, 1, 2, 1]
-    assert len(figures[1].legends[0].get_texts()) == 2
-    ratios = figures[1].axes[1]
-    assert ratios.get_ylim()[0] == 0
-    assert [list(c.lines[0].get_xdata()) for c in ratios.containers] == [[1], [2]]
-    for container in ratios.containers:
-        assert container.lines[0].get_ydata()[0] == pytest.approx((99 / 100 + 104 / 105) / 2)
-    for axes in (bars, tenants, concurrency):
-        assert axes.containers  # error bars
-    assert even.collections  # the band between repeats
-    assert "ms" in concurrency.get_ylabel()
+    (points,) = (container.lines[0] for container in tenants.containers)
+    assert list(points.get_xdata()) == [1, 2]
+    assert list(points.get_ydata()) == pytest.approx([(99 / 100 + 104 / 105) / 2] * 2)
+    latencies = draw_lines(of["concurrency"], lambda s: s.spread(ITL), "ms").axes[0]
+    assert latencies.get_ylim()[0] == tenants.get_ylim()[0] == 0
+    base, lora = (container.lines[0] for container in latencies.containers)
     # Told apart without colour.
-    styles = {(line.get_marker(), line.get_linestyle()) for line in even.get_lines()[:2]}
-    assert len(styles) == 2
-    for line in even.get_lines()[:2]:
-        assert float(line.get_color()) >= 0  # a shade of grey
+    assert base.get_marker() != lora.get_marker()
+    assert base.get_linestyle() != lora.get_linestyle()
+    assert float(lora.get_color()) >= 0  # a shade of grey
 
 
-def test_nothing_to_plot() -> None:
-    assert draw_throughput([]) is None
-    assert draw_tenants(collect([measurement("base", "eager", 0, 1, family="tenants")])) is None
-    assert draw_concurrency([]) is None
-    assert draw_break_even([]) is None
+def test_nothing_to_plot(tmp_path: Path) -> None:
+    assert draw_all([], tmp_path) == []
 
 
 def test_a_report_with_pictures(tmp_path: Path, everything: list[dict[str, Any]]) -> None:
@@ -378,7 +311,6 @@ def test_a_report_with_pictures(tmp_path: Path, everything: list[dict[str, Any]]
         "throughput.png",
         "tenants.png",
         "concurrency.png",
-        "break-even.png",
     ]
     text = paths[0].read_text()
     for path in paths[1:]:
@@ -396,12 +328,3 @@ def test_the_reports_in_docs_are_those_of_their_results(path: Path, tmp_path: Pa
 
 def test_no_plots_on_request(tmp_path: Path, records: list[dict[str, Any]]) -> None:
     assert [p.name for p in write_report(records, tmp_path, plots=False)] == ["report.md"]
-
-
-def test_labels_are_the_same_as_the_runs() -> None:
-    """The report's labels of a case and those shown while it runs."""
-    from vllm_pedro.bench.offline import Case
-
-    for kind, tenants in (("base", 0), ("pedro", 1), ("lora", 1000)):
-        (series,) = collect([measurement(kind, "eager", 0, 1, tenants=tenants)])
-        assert series.label == Case(kind, "eager", tenants).label

@@ -83,8 +83,12 @@ def test_an_engine_in_a_process_of_its_own(kind, tiny, tmp_path):
     engine = EngineProcess(f"{kind}-eager", keywords(kind, tiny), tmp_path / "log")
     process = engine._process
     try:
+        engine.wait()
         timings = engine.run(fixed_lengths(2, 8, 3))
         assert [len(t.tokens) for t in timings] == [3, 3]
+        profile = engine.profile(fixed_lengths(2, 8, 9), (), steps=3)
+        assert profile["aten::mm"][0] > 0
+        assert profile[""][1] == 3
         assert engine.facts["start_s"] > engine.facts["engine_s"] > 0
         assert engine.peak_bytes()["host"] > 2**27
         # What fails tells why; the engine does not go on after it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from .adapters import LORA_RANK, MODULES, PEDRO_RANK
@@ -72,8 +72,17 @@ def slots(tenants: int) -> dict[str, int]:
     return {"adapter slots": min(tenants, 32) + 1, "host slots": min(tenants, 256)}
 
 
-def engine_options(engine: str, tenants: int) -> dict[str, Any]:
-    """Keywords of `LLM`, flags of `vllm serve`: all in which the engines of a run differ."""
+def engine_options(
+    engine: str, tenants: int, more: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Keywords of `LLM`, flags of `vllm serve`: all in which the engines of a run differ.
+
+    Args:
+        engine: Of `ENGINES`.
+        tenants: How many ask, at most.
+        more: Others of the user's, which go before these; those with `pedro` or `lora` in their
+            names are for engines of that kind alone.
+    """
     kind, mode = split(engine)
     device, host = slots(tenants).values()
     host = max(device, host)
@@ -84,4 +93,7 @@ def engine_options(engine: str, tenants: int) -> dict[str, Any]:
     elif kind == "lora":
         options |= {"enable_lora": True, "max_loras": device, "max_cpu_loras": host}
         options |= {"max_lora_rank": LORA_RANK}
+    for name, value in (more or {}).items():
+        if all(other == kind or other not in name for other in ("pedro", "lora")):
+            options[name] = value
     return options

@@ -31,8 +31,10 @@ class EngineProcess:
         log: A file for what it prints.
 
     Attributes:
-        facts: Its memory and start-up times; see `SteppedLLM`.
+        facts: Its memory and start-up times; see `SteppedLLM`. Empty until `wait` returns.
     """
+
+    facts: dict[str, Any]
 
     def __init__(self, engine: str, keywords: dict[str, Any], log: Path) -> None:
         self._name, self._log = f"the engine ({engine_label(engine)})", log
@@ -42,16 +44,19 @@ class EngineProcess:
         os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        started = time.perf_counter()
+        self.facts, self._started = {}, time.perf_counter()
         self._process = context.Process(target=serve, args=(theirs, engine, keywords, str(log)))
         self._process.start()
         theirs.close()
-        try:
-            self.facts: dict[str, Any] = self._answer()
-        except BaseException:
-            self.close()
-            raise
-        self.facts["start_s"] = time.perf_counter() - started
+
+    def wait(self) -> None:
+        """Until it has started.
+
+        Raises:
+            PedroError: It does not start.
+        """
+        self.facts |= self._answer()
+        self.facts["start_s"] = time.perf_counter() - self._started
 
     def run(self, workload: Workload, adapters: Sequence[Path] = ()) -> list[Timing]:
         """Run a workload; its tenants' adapters by number.
@@ -60,6 +65,18 @@ class EngineProcess:
             PedroError: The engine failed.
         """
         self._pipe.send((workload, [str(path) for path in adapters]))
+        return self._answer()
+
+    def profile(
+        self, workload: Workload, adapters: Sequence[Path], steps: int
+    ) -> dict[str, tuple[float, int]]:
+        """Own time in µs and calls of each operator in as many steps, once all requests have a
+        token; on a GPU of each kernel. What is outside of them has the name `""`.
+
+        Raises:
+            PedroError: The engine failed.
+        """
+        self._pipe.send((workload, [str(path) for path in adapters], steps))
         return self._answer()
 
     def peak_bytes(self) -> dict[str, int]:
@@ -111,7 +128,11 @@ def serve(pipe: Connection, engine: str, keywords: dict[str, Any], log: str) -> 
             pipe.send((None, llm.facts))
             while True:
                 task = pipe.recv()
-                pipe.send((None, run(llm, kind, *task) if task else llm.peak_bytes()))
+                if task is None:
+                    answer: Any = llm.peak_bytes()
+                else:
+                    answer = (run if len(task) == 2 else profile)(llm, kind, *task)
+                pipe.send((None, answer))
         except (EOFError, BrokenPipeError):
             pass  # the parent is done, or gone
         except Exception as error:
@@ -120,14 +141,58 @@ def serve(pipe: Connection, engine: str, keywords: dict[str, Any], log: str) -> 
             pipe.send((f"failed: {type(error).__name__}: {first_line(error)}", None))
 
 
-def run(llm: Any, kind: str, workload: Workload, folders: Sequence[str]) -> list[Timing]:
-    """Run a workload on a `SteppedLLM` and time it."""
+def prepare(
+    llm: Any, kind: str, workload: Workload, folders: Sequence[str]
+) -> tuple[list[list[int]], list[Any]]:
+    """Prompts and adapters of a workload's requests, made before a clock starts."""
     requests = workload.requests
-    # Made before the clock starts.
     prompts = [workload.prompt(index, llm.vocabulary) for index in range(len(requests))]
     tenants = [llm.adapter(kind, Path(f).name, i, f) for i, f in enumerate(folders, 1)]
     adapters = [None if r.tenant is None else tenants[r.tenant] for r in requests]
     llm.begin()
+    return prompts, adapters
+
+
+def profile(
+    llm: Any, kind: str, workload: Workload, folders: Sequence[str], steps: int
+) -> dict[str, tuple[float, int]]:
+    """See `EngineProcess.profile`."""
+    import torch
+
+    prompts, adapters = prepare(llm, kind, workload, folders)
+    waiting = set(range(len(prompts)))
+    running = set(waiting)
+
+    def step() -> None:
+        for index, new_tokens, finished in llm.step():
+            waiting.difference_update([index] * (new_tokens > 0))
+            running.difference_update([index] * finished)
+
+    for index, request in enumerate(workload.requests):
+        llm.add(index, prompts[index], request.output_tokens, adapters[index])
+    while waiting:
+        step()
+    on_gpu = torch.cuda.is_available()
+    kinds = torch.profiler.ProfilerActivity
+    start = time.perf_counter()
+    with torch.profiler.profile(activities=[kinds.CUDA if on_gpu else kinds.CPU]) as profiler:
+        for _ in range(steps):
+            step()
+        outside = 1e6 * (time.perf_counter() - start)
+    found = {}
+    for event in profiler.key_averages():
+        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        found[event.key] = own, event.count
+        outside -= own
+    while running:
+        step()
+    return found | {"": (outside, steps)}
+
+
+def run(llm: Any, kind: str, workload: Workload, folders: Sequence[str]) -> list[Timing]:
+    """Run a workload on a `SteppedLLM` and time it."""
+    requests = workload.requests
+    prompts, adapters = prepare(llm, kind, workload, folders)
 
     def add(index: int, request: Request) -> None:
         llm.add(index, prompts[index], request.output_tokens, adapters[index])

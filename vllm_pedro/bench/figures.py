@@ -20,13 +20,12 @@ class Spread:
     median: float
     low: float
     high: float
-    count: int
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
         """Of at least one value."""
         found = list(values)
-        return cls(statistics.median(found), min(found), max(found), len(found))
+        return cls(statistics.median(found), min(found), max(found))
 
     def format(self, digits: int = 2) -> str:
         """`median (low-high)`."""
@@ -99,24 +98,14 @@ def fairness(tenants: Mapping[Any, Mapping[str, float]]) -> dict[str, float]:
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """End-to-end latency as a line: `ttft + (n - 1) * itl` for n output tokens. Milliseconds."""
-
-    ttft: float
-    itl: float
-
-    def of(self, tokens: int) -> float:
-        return self.ttft + (tokens - 1) * self.itl
-
-
-def break_even(mine: Latency, other: Latency) -> int | None:
+def break_even(mine: tuple[float, float], other: tuple[float, float]) -> int | None:
     """The output length from which on `mine` is faster than `other`; None if never.
 
-    1 means always. Where `mine` is slower per token it can only win short answers, and there is
-    no length from which on it wins, so the answer is None too.
+    Both are TTFT and ITL; n tokens take `ttft + (n - 1) * itl`. 1 means always. Where `mine` is
+    slower per token it can only win short answers, and there is no length from which on it wins, so
+    the answer is None too.
     """
-    late, gain = mine.ttft - other.ttft, other.itl - mine.itl
+    late, gain = mine[0] - other[0], other[1] - mine[1]
     if gain < 0 or (gain == 0 and late >= 0):
         return None
     return 1 if late < 0 else math.floor(late / gain) + 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -101,13 +102,14 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"of {', '.join(offline.FAMILIES)} (decode prefill mixed paper)",
     )
-    _add_counts(own, {"--rows": 16, "--prompt-tokens": 128, "--output-tokens": 64})
+    _add_counts(own, {"--rows": [16]}, "sequences at once; of most workloads, each", nargs="+")
+    _add_counts(own, {"--prompt-tokens": 128, "--output-tokens": 64})
     own.add_argument(
         "--tenants",
         nargs="+",
         type=_count,
         metavar="N",
-        help="numbers of tenants, up to 10,000; (1, ROWS, 8, 32, 128)",
+        help="numbers of tenants, up to 10,000 (1, ROWS; of 'tenants' 8, 32, 128 too)",
     )
     own.add_argument(
         "--tenant-tokens",
@@ -119,6 +121,14 @@ def make_parser() -> argparse.ArgumentParser:
     _add_counts(own, {"--concurrency": [1, 4, 16]}, nargs="+")
     _add_counts(own, {"--prompts": [32, 128, 512]}, "lengths for 'break-even'", nargs="+")
     own.add_argument("--static", action="store_true", help="measure (IA)3 vectors too")
+    own.add_argument(
+        "--llm",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="further keywords of `LLM`; those with 'pedro' or 'lora' in their names are for such "
+        "engines alone",
+    )
 
     what = "base, PEDRO and LoRA servers in turns, and vLLM's own client, 'vllm bench serve'"
     own = command("serving", what, "pedro-bench-serving", "results.jsonl, report.md and plots")

@@ -21,6 +21,7 @@ from .cases import (
     default_engines,
     engine_label,
     engine_options,
+    is_cpu,
     slots,
     split,
 )
@@ -107,7 +108,8 @@ class Comparison:
 def plan(args: Namespace) -> list[Comparison]:
     """Everything that the options ask for, in order."""
     args.engines = args.engines or default_engines()
-    args.tenants = sorted(set(args.tenants or (1, args.rows, 8, 32, 128)))
+    args.few = set(args.tenants or (1, *args.rows))  # where a workload has one request a row
+    args.tenants = sorted(set(args.tenants or (1, *args.rows, 8, 32, 128)))
     return [
         replace(comparison, family=family)
         for family in args.workloads
@@ -129,61 +131,68 @@ def _cases(args: Namespace, tenants: Sequence[int], static: bool = False) -> tup
     return tuple(cases)
 
 
-def _simple(make: Callable[[Namespace], Workload]) -> Callable[[Namespace], list[Comparison]]:
-    """One workload, by one tenant and by as many as there are rows, where these are wanted."""
+def _simple(make: Callable[[Namespace, int], Workload]) -> Callable[[Namespace], list[Comparison]]:
+    """One workload for each number of rows, by no more tenants than rows."""
 
     def compare(args: Namespace) -> list[Comparison]:
-        tenants = [t for t in (1, args.rows) if t in args.tenants] or args.tenants[:1]
-        return [Comparison(make(args), _cases(args, tenants, args.static))]
+        found = []
+        for rows in args.rows:
+            workload = make(args, rows)
+            if len(args.rows) > 1:
+                workload = replace(workload, name=f"{workload.name}, {rows} rows")
+            tenants = sorted(t for t in args.few if t <= rows) or args.tenants[:1]
+            found.append(Comparison(workload, _cases(args, tenants, args.static)))
+        return found
 
     return compare
 
 
-def _decode(args: Namespace) -> Workload:
-    return fixed_lengths(args.rows, args.prompt_tokens, args.output_tokens, "decode-heavy")
+def _decode(args: Namespace, rows: int) -> Workload:
+    return fixed_lengths(rows, args.prompt_tokens, args.output_tokens, "decode-heavy")
 
 
-def _mixed(args: Namespace) -> Workload:
+def _mixed(args: Namespace, rows: int) -> Workload:
     """Short prompts with long answers among long prompts with short ones."""
     kinds = [Request(32, args.output_tokens), Request(_fit(args, 4, 384), 4)]
-    requests = kinds * args.rows
+    requests = kinds * rows
     random.Random(0).shuffle(requests)
     rule = (
         f"{len(requests)} requests, one half of {kinds[0].prompt_tokens} + "
         f"{kinds[0].output_tokens} tokens, the other of {kinds[1].prompt_tokens} + 4, shuffled"
     )
-    return closed_loop(Workload("mixed", tuple(requests), rule), args.rows)
+    return closed_loop(Workload("mixed", tuple(requests), rule), rows)
 
 
 def _overhead(args: Namespace) -> list[Comparison]:
-    counts = sorted({1, args.rows} & {1, *args.tenants})
+    rows = args.rows[-1]
+    counts = sorted({1, rows} & {1, *args.tenants})
     cases: list[Case] = []
     for mode in ("compiled", "eager"):
         if {f"base-{mode}", f"pedro-{mode}"} <= set(args.engines):
             cases += [Case(kind, mode) for kind in ("plain", "base", "pedro")]
             cases += [Case("pedro", mode, count) for count in counts]
-    return [Comparison(replace(_decode(args), name="overhead"), tuple(cases))]
+    return [Comparison(replace(_decode(args, rows), name="overhead"), tuple(cases))]
 
 
 def _tenants(args: Namespace) -> list[Comparison]:
     """The same short requests by more and more tenants; beside each, the same by one tenant."""
-    result = []
+    rows, result = args.rows[-1], []
     for count in args.tenants:
         # Each tenant asks at least once, so that many tenants are many requests: shorter ones.
         lengths = (32, 16) if count <= 256 else (16, 8) if count <= 2048 else (8, 2)
         prompt, output = args.tenant_tokens or lengths
         name = f"{count:,} tenant{'s' if count > 1 else ''}, {prompt} + {output}"
-        workload = fixed_lengths(max(4 * args.rows, count), prompt, output, name)
+        workload = fixed_lengths(max(4 * rows, count), prompt, output, name)
         cases = _cases(args, sorted({1, count}))
         if count > EAGER_TENANTS:
             cases = tuple(case for case in cases if case.mode == "compiled")
-        result.append(Comparison(closed_loop(workload, args.rows), cases, float(count), "uniform"))
+        result.append(Comparison(closed_loop(workload, rows), cases, float(count), "uniform"))
     return result
 
 
 def _mixes(args: Namespace) -> list[Comparison]:
-    count = 2 * args.rows
-    workload = closed_loop(fixed_lengths(count, 32, 16), args.rows)
+    count = 2 * args.rows[-1]
+    workload = closed_loop(fixed_lengths(count, 32, 16), args.rows[-1])
     result = []
     for mix, rule in MIXES.items():
         own = replace(workload, name=f"mix: {mix}", rule=f"{workload.rule}; {rule}")
@@ -217,25 +226,17 @@ def _trace(args: Namespace) -> list[Comparison]:
     if args.trace is None:
         raise PedroError("the workload 'trace' needs --trace FILE")
     tenants = max([t for t in args.tenants if t <= EAGER_TENANTS] or [1])
-    workload = replay(
-        args.trace,
-        "trace",
-        count=64,
-        longest=args.max_model_len,
-        speed=args.trace_speed,
-        shrink=args.trace_shrink,
-        tenants=tenants,
-    )
+    workload = replay(args, "trace", 64, tenants)
     return [Comparison(workload, _cases(args, [tenants]), mix="skewed")]
 
 
 FAMILIES: Final[dict[str, Callable[[Namespace], list[Comparison]]]] = {
     "decode": _simple(_decode),
     "overhead": _overhead,
-    "prefill": _simple(lambda a: fixed_lengths(a.rows, _fit(a, 4, 480), 4, "prefill-heavy")),
+    "prefill": _simple(lambda a, rows: fixed_lengths(rows, _fit(a, 4, 480), 4, "prefill-heavy")),
     "mixed": _simple(_mixed),
-    "paper": _simple(lambda a: closed_loop(paper_lengths(2 * a.rows), a.rows)),
-    "beam": _simple(lambda a: paper_lengths(max(2, a.rows // 2), beam_width=3)),
+    "paper": _simple(lambda _, rows: closed_loop(paper_lengths(2 * rows), rows)),
+    "beam": _simple(lambda _, rows: paper_lengths(max(2, rows // 2), beam_width=3)),
     "tenants": _tenants,
     "mixes": _mixes,
     "concurrency": _concurrency,
@@ -275,6 +276,8 @@ def run(
     recorder.add_settings(args.model, shown)
     settings |= {"model": args.model, "distributed_executor_backend": "uni"}
     settings |= {"disable_log_stats": True, "use_tqdm_on_load": False}
+    if not is_cpu():  # all engines are on one card; the KV cache has a size of its own
+        settings["gpu_memory_utilization"] = 0.05
     used = {case.engine for c in plan for case in c.cases}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-pedro-")))
@@ -287,9 +290,14 @@ def run(
         engines: dict[str, EngineProcess] = {}
         for name in (e for e in ENGINES if e in used):
             say(f"starting engine {len(engines) + 1} of {len(used)}: {engine_label(name)} ...")
-            keywords = settings | engine_options(name, tenants)
+            keywords = settings | engine_options(name, tenants, args.llm)
             engines[name] = EngineProcess(name, keywords, folder / f"{name}.log")
             stack.callback(engines[name].close)
+            if is_cpu():  # on a GPU they start together
+                engines[name].wait()
+        if not is_cpu():
+            for engine in engines.values():
+                engine.wait()
         _measure_loads(engines, adapters, recorder)
         _measure_all(plan, args.repeats, engines, adapters, recorder, repeats)
         for name, engine in engines.items():

@@ -9,10 +9,12 @@ from ..errors import PedroError
 from .figures import Spread
 from .plots import draw_all
 from .results import by_run
-from .series import Record, Series, collect
 from .tables import (
     SHORT,
+    Record,
+    Series,
     break_even_table,
+    collect,
     engine_table,
     fairness_table,
     load_table,

@@ -57,17 +57,7 @@ def plan(args: Namespace) -> list[Workload]:
         replace(arrive_by_rate(plain, r), name=f"server, {r:g} requests/s") for r in args.rate
     ]
     if args.trace:
-        trace = replay(
-            args.trace,
-            "server, trace",
-            count=args.requests,
-            longest=args.max_model_len,
-            speed=args.trace_speed,
-            shrink=args.trace_shrink,
-            tenants=args.tenants,
-            mix=args.mix,
-        )
-        found.append(trace)
+        found.append(replay(args, "server, trace", args.requests, args.tenants, args.mix))
     if not found:
         raise PedroError("nothing to send: give --concurrency, --rate or --trace")
     too_long = [w.name for w in found if w.longest > args.max_model_len]

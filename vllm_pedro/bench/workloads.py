@@ -9,6 +9,7 @@ import csv
 import gzip
 import math
 import random
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -33,8 +34,6 @@ SKEW: Final = 1.5
 PAPER_PROMPT_TOKENS: Final = 278.6
 PAPER_OUTPUT_TOKENS: Final = 32.5
 """Averages of the PEDRO paper's Table 3 (arXiv 2409.17834)."""
-
-AZURE_COLUMNS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,88 +195,72 @@ def read_trace(path: str | Path) -> list[Request]:
     """All requests of an Azure LLM inference trace 2023, a CSV, plain or gzipped.
 
     Raises:
-        PedroError: The file is missing or of another format; names the line.
+        PedroError: The file cannot be read, or is of another format; names the line.
     """
-    path = Path(path)
-    opener = gzip.open if path.suffix == ".gz" else open
-    rows = []
+    path, rows = Path(path), []
     try:
-        with opener(path, "rt", encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            if not set(AZURE_COLUMNS) <= set(reader.fieldnames or ()):
-                raise PedroError(
-                    f"{path}: expected an Azure trace with the columns {', '.join(AZURE_COLUMNS)}, "
-                    f"found the columns {reader.fieldnames}"
-                )
-            for row in reader:
-                try:
-                    moment = datetime.fromisoformat(row["TIMESTAMP"]).timestamp()
-                    prompt, output = int(row["ContextTokens"]), int(row["GeneratedTokens"])
-                    if prompt < 0 or output < 0:
-                        raise ValueError("lengths must not be negative")
-                except (TypeError, ValueError) as error:
-                    raise PedroError(f"{path}, line {reader.line_num}: {error}") from None
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", newline="") as file:
+            for row in csv.DictReader(file):
+                moment = datetime.fromisoformat(row["TIMESTAMP"]).timestamp()
+                lengths = int(row["ContextTokens"]), int(row["GeneratedTokens"])
+                if min(lengths) < 0:
+                    raise ValueError("lengths must not be negative")
                 # A few requests have no answer; a request generates at least one token.
-                rows.append(Request(max(1, prompt), max(1, output), None, moment))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise PedroError(f"{path}: cannot read the trace: {error}") from error
+                rows.append(Request(max(1, lengths[0]), max(1, lengths[1]), None, moment))
+    except (KeyError, TypeError, ValueError, OSError, EOFError) as error:
+        raise PedroError(
+            f"{path}, line {len(rows) + 2}: expected an Azure trace with TIMESTAMP, ContextTokens "
+            f"and GeneratedTokens: {error}"
+        ) from error
     if not rows:
         raise PedroError(f"{path}: the trace has no requests")
     return sorted(rows, key=lambda r: r.arrival)
 
 
 def replay(
-    path: str | Path,
-    name: str,
-    *,
-    count: int,
-    longest: int,
-    speed: float = 1.0,
-    shrink: float = 1.0,
-    tenants: int = 1,
-    mix: str = "skewed",
-    seed: int = 0,
+    args: Namespace, name: str, count: int, tenants: int, mix: str = "skewed", seed: int = 0
 ) -> Workload:
-    """A workload of a trace's first requests.
+    """A workload of the first `count` requests of a trace.
 
-    Traces name no tenants, so they are assigned by `assign_tenants`, whatever the request
-    asks. The rule, and how many requests were left out, is in the workload's `rule`.
+    Traces name no tenants, so they are assigned by `assign_tenants`, whatever the request asks. The
+    rule, and how many requests were left out, is in the workload's `rule`.
 
     Args:
-        path: See `read_trace`.
-        name: Name of the workload, to which the trace's is added.
-        count: Take so many.
-        longest: Leave out requests of more tokens, prompt and answer together.
-        speed: Play so many times as fast.
-        shrink: Divide all lengths by this, so that long traces fit small models.
-        tenants: Number of tenants.
-        mix: One of `MIXES`.
-        seed: Of the tenants.
+        args: `trace`, its file; `trace_speed`, how many times as fast it is played; `trace_shrink`,
+            which divides all lengths; requests that are longer than `max_model_len` are left out.
+        name: Of the workload, to which the trace's is added.
 
     Raises:
         PedroError: The trace cannot be read, or nothing is left.
     """
+    shrink, speed, longest = args.trace_shrink, args.trace_speed, args.max_model_len
+    shrunk = (
+        Request(
+            max(1, round(row.prompt_tokens / shrink)),
+            max(1, round(row.output_tokens / shrink)),
+            arrival=row.arrival / speed,
+        )
+        for row in read_trace(args.trace)
+    )
     chosen: list[Request] = []
     too_long = 0
-    for row in read_trace(path):
-        prompt, output = (max(1, round(n / shrink)) for n in (row.prompt_tokens, row.output_tokens))
+    for request in shrunk:
         if len(chosen) == count:
             break
-        if prompt + output > longest:
-            too_long += 1
-        else:
-            chosen.append(Request(prompt, output, None, row.arrival))
+        fits = request.prompt_tokens + request.output_tokens <= longest
+        too_long += not fits
+        chosen += [request] * fits
     if not chosen:
         raise PedroError(
             f"no request of the trace is left ({too_long} are longer than {longest} tokens): allow "
             "longer ones or shrink them"
         )
-    start = chosen[0].arrival
-    requests = tuple(replace(r, arrival=(r.arrival - start) / speed) for r in chosen)
+    requests = tuple(replace(r, arrival=r.arrival - chosen[0].arrival) for r in chosen)
     rule = (
         f"first {len(chosen)} requests of the trace (left out as too long: {too_long}; lengths "
         f"divided by {shrink:g}; {speed:g} times as fast); {tenants} tenants assigned whatever the "
         f"request asks: {MIXES[mix]} (seed {seed})"
     )
-    workload = Workload(f"{name} {Path(path).name.partition('.')[0]}", requests, rule, seed=seed)
+    file = Path(args.trace).name.partition(".")[0]
+    workload = Workload(f"{name} {file}", requests, rule, seed=seed)
     return workload.with_tenants(assign_tenants(mix, len(requests), tenants, seed))

@@ -61,7 +61,8 @@ def commands(part: str, args: argparse.Namespace, folder: Path) -> list[list[str
     served = [str(HERE / "measure.py"), "served", "--limit", "4" if small else "40"]
     served += ["--data", str(ROOT / "examples/demo_data/brief/train.jsonl")]
     served += ["--scores", "exact-match", "--adapter"]
-    profile = [str(HERE / "measure.py"), "profile", "--model", str(model), "--llm", llm_options({})]
+    profile = [str(HERE / "measure.py"), "profile", "--model", str(model)]
+    profile += ["--llm", llm_options(small, kv_cache_memory_bytes=(1 if small else 40) << 27)]
     profile += ["--mode", "eager" if small else "compiled", "--prompt-tokens", "16"]
     profile += ["--repeats", "1" if small else "7", "--rows"]
 
@@ -70,7 +71,7 @@ def commands(part: str, args: argparse.Namespace, folder: Path) -> list[list[str
         kinds = ("base", "pedro", "lora") if lora else ("base", "pedro")
         command += ["--engines", *(f"{kind}-{'eager' if small else 'compiled'}" for kind in kinds)]
         command += ["--model", str(model), "--no-plots", "--dtype", "bfloat16"]
-        command += ["--llm", llm_options(llm), "--minutes", str(args.minutes / 2)]
+        command += ["--llm", llm_options(small, **llm), "--minutes", str(args.minutes / 2)]
         command += ["--repeats", "1" if small else "16"]
         command += ["--kv-cache-mib", "128" if small else "5120"]
         command += ["--prompt-tokens", "32", "--output-tokens", "16" if small else "128"]
@@ -115,8 +116,12 @@ def commands(part: str, args: argparse.Namespace, folder: Path) -> list[list[str
     }[part]  # fmt: skip
 
 
-def llm_options(more: dict[str, Any]) -> str:
-    return json.dumps({"load_format": "dummy", "skip_tokenizer_init": True, **more})
+def llm_options(small: bool, **more: Any) -> str:
+    """Keywords of all engines that are measured; PEDRO's as a server has them by default."""
+    found = {"load_format": "dummy", "skip_tokenizer_init": True, "max_pedros": None}
+    if not small:
+        found["compilation_config"] = {"cudagraph_capture_sizes": [2**n for n in range(11)]}
+    return json.dumps(found | more)
 
 
 def write_models(small: bool, folder: Path) -> Path:

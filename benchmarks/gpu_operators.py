@@ -10,7 +10,7 @@ import dataclasses
 import json
 import statistics
 import sys
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,47 +82,20 @@ def check_operators(plan: Plan) -> Iterator[dict[str, Any]]:
 
 def seconds_of(call: Callable[[], Any], plan: Plan) -> float:
     """Time of one call: on a GPU the median of a CUDA graph's replays, on a CPU the lowest of many
-    rounds of plain calls."""
+    rounds of plain calls, as others' work only adds to it."""
     if plan.device == "cuda":
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.synchronize()
-        graph, inner = torch.cuda.CUDAGraph(), 20
-        with torch.cuda.graph(graph):
-            for _ in range(inner):
-                call()
-        times = []
-        for _ in range(9):
-            start, end = torch.cuda.Event(True), torch.cuda.Event(True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e-3 / inner)
-        return statistics.median(times)
+        from triton.testing import do_bench_cudagraph
+
+        return 1e-3 * do_bench_cudagraph(call, return_mode="median")
     call()
-    rounds = 3 if plan.small else 60
-    return min(_host_seconds(call, 20) for _ in range(rounds))  # others' work only adds to it
-
-
-def _host_seconds(call: Callable[[], Any], rounds: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(rounds):
-        call()
-    return (time.perf_counter() - begin) / rounds
+    return min(timeit.repeat(call, number=20, repeat=3 if plan.small else 60)) / 20
 
 
 def host_seconds_of(call: Callable[[], Any], plan: Plan) -> float | None:
     """Median time that a call keeps the host, the device's queue never full; None on a CPU."""
     if plan.device == "cpu":
         return None
-    times = []
-    for _ in range(9):
-        torch.cuda.synchronize()
-        times.append(_host_seconds(call, 50))
-    return statistics.median(times)
+    return statistics.median(timeit.repeat(call, torch.cuda.synchronize, number=50, repeat=9)) / 50
 
 
 def copy_bandwidth(plan: Plan) -> float:

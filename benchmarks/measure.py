@@ -32,7 +32,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import numpy as np
 
 from vllm_pedro.bench.adapters import MODULES, PEDRO_RANK, store_columns, write_adapters
-from vllm_pedro.bench.cases import engine_options
+from vllm_pedro.bench.cases import engine_options, shared_device
 from vllm_pedro.bench.engines import EngineProcess
 from vllm_pedro.bench.figures import Spread, measure
 from vllm_pedro.bench.servers import serve
@@ -117,13 +117,13 @@ def engines(
         "kv_cache_memory_bytes": 1 << 29,
         "enable_prefix_caching": False,
         "distributed_executor_backend": "uni",
-        **args.llm,
+        **shared_device(),
     }
     with contextlib.ExitStack() as stack:
         found = {}
         for name, tree in trees.items():
             engine = f"{'base' if name == 'base' else 'pedro'}-{args.mode}"
-            keywords = settings | engine_options(engine, args.rows)
+            keywords = settings | engine_options(engine, args.rows, args.llm)
             sys.path.insert(0, str(tree))  # a spawned process gets a copy of it
             found[name] = EngineProcess(engine, keywords, folder / f"{name}.log")
             sys.path.pop(0)
@@ -171,7 +171,8 @@ def load(args: argparse.Namespace, folder: Path) -> None:
 
     Front end: the folder is found, read and checked. Host: the worker reads it and packs it in host
     memory. Device: it is copied from there, which an engine on the CPU does not do. Log lines are
-    written as an engine writes them. Medians over the adapters.
+    written as an engine writes them. Medians over the adapters. The revision before has to have
+    what this script imports.
     """
     if args.folders:
         print(json.dumps(load_once(args.model, sorted(args.folders.resolve().iterdir()))))

@@ -1130,6 +1130,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.runner == "v2":
         use_v2()
+    else:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # V2 is the default on GPUs
     # Else every process on the machine binds itself to the same cores.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     if args.case is not None:

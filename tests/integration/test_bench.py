@@ -87,7 +87,7 @@ def test_an_engine_in_a_process_of_its_own(kind, tiny, tmp_path):
         timings = engine.run(fixed_lengths(2, 8, 3))
         assert [len(t.tokens) for t in timings] == [3, 3]
         profile = engine.profile(fixed_lengths(2, 8, 9), (), steps=3)
-        assert profile["aten::mm"][0] > 0
+        assert any(name.startswith("aten::") and us > 0 for name, (us, _) in profile.items())
         assert profile[""][1] == 3
         assert engine.facts["start_s"] > engine.facts["engine_s"] > 0
         assert engine.peak_bytes()["host"] > 2**27

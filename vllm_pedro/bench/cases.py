@@ -59,6 +59,12 @@ def is_cpu() -> bool:
     return True
 
 
+def shared_device() -> dict[str, Any]:
+    """Keywords of `LLM` for engines that are alive at once, with a KV cache of a size of its own:
+    on a GPU none of them may want most of the memory."""
+    return {} if is_cpu() else {"gpu_memory_utilization": 0.05}
+
+
 def default_engines() -> Sequence[str]:
     """On the CPU, where vLLM runs LoRA eagerly, eager base and PEDRO are measured too."""
     return (*ENGINES[:2], *ENGINES[3:6]) if is_cpu() else ENGINES[:3]

@@ -22,6 +22,7 @@ from .cases import (
     engine_label,
     engine_options,
     is_cpu,
+    shared_device,
     slots,
     split,
 )
@@ -275,9 +276,7 @@ def run(
     shown = {**settings, **slots(tenants), "threads": available_threads()}
     recorder.add_settings(args.model, shown)
     settings |= {"model": args.model, "distributed_executor_backend": "uni"}
-    settings |= {"disable_log_stats": True, "use_tqdm_on_load": False}
-    if not is_cpu():  # all engines are on one card; the KV cache has a size of its own
-        settings["gpu_memory_utilization"] = 0.05
+    settings |= {"disable_log_stats": True, "use_tqdm_on_load": False, **shared_device()}
     used = {case.engine for c in plan for case in c.cases}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-pedro-")))

@@ -55,6 +55,18 @@ def add_parser(commands: Any) -> None:
         help="a fleet: a folder of such folders, or a file with one a line, or with an object of "
         "JSON: 'teacher', and 'name', 'prompts', 'dev', 'test' of its own",
     )
+    data.add_argument(
+        "--sample-prompts",
+        type=int,
+        metavar="N",
+        default=0,
+        help="without --prompts: sample N from the teacher, as the chat template has them begin",
+    )
+    data.add_argument(
+        "--beginnings",
+        metavar="FILE",
+        help='for --sample-prompts: how they begin and end, lines of {"prompt": ..., "end": ...}',
+    )
     data.add_argument("--dev", metavar="FILE", help="more prompts, to choose the checkpoint by")
     data.add_argument("--test", metavar="FILE", help="more prompts, for the report")
     data.add_argument(
@@ -141,8 +153,6 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 
     if args.teachers is not None:
         return run_fleet(args, others, argv, load, server)
-    if args.train is None:
-        raise PedroError("--prompts: expected a file")
     from ..distill.run import distill
 
     report = distill(job_of(args, argv), settings, load, server)
@@ -169,8 +179,6 @@ def run_fleet(
         own.teacher, own.train = values["teacher"], values.get("prompts", args.train)
         own.dev, own.test = values.get("dev", args.dev), values.get("test", args.test)
         own.output = os.path.join(args.output, values["name"])
-        if own.train is None:
-            raise PedroError(f"{values['name']}: no prompts; --prompts has those of all")
         jobs[values["name"]] = job_of(own, argv)
 
     def settings_of(job: DistillJob) -> PedroTrainingArguments:
@@ -197,6 +205,11 @@ def job_of(args: argparse.Namespace, argv: Sequence[str]) -> DistillJob:
 
     if args.held_out is not None:
         raise PedroError("--held-out: not with distill; --held-out-fraction parts its answers")
+    if (args.train is None) != (args.sample_prompts > 0):
+        raise PedroError("expected either --prompts or, to sample them, --sample-prompts")
+    if args.beginnings is not None and args.sample_prompts < 1:
+        raise PedroError("--beginnings: only with --sample-prompts")
+    args.train = args.train or ""
     if args.patience is None:
         args.patience = PATIENCE
     return DistillJob(
@@ -211,6 +224,8 @@ def job_of(args: argparse.Namespace, argv: Sequence[str]) -> DistillJob:
         held_out=args.held_out_prompts,
         answer_seed=args.answer_seed,
         answers_folder=args.answers_folder,
+        sample_prompts=args.sample_prompts,
+        beginnings=args.beginnings,
     )
 
 

@@ -68,7 +68,7 @@ def distill_fleet(
                     job.training, resume=again, force=job.training.force and not again
                 )
                 job = dataclasses.replace(job, training=training)
-                works[name] = prepare(job, settings_of(job))
+                works[name] = prepare(job, settings_of(job), server)
             except Exception as error:  # a neighbour's fault, whatever it is, is its own
                 failed[name] = error
         failed |= _answer(works, server)

@@ -54,6 +54,7 @@ from .report import (
     teacher_perplexity,
     way_of,
 )
+from .sampling import prompts_name, read_beginnings, sample_prompts, write_prompts
 from .teachers import TeacherFolder, find_teacher, loaded_teacher
 
 CHUNK: Final = 64
@@ -107,6 +108,9 @@ class DistillJob:
         held_out: the part of the prompts to hold out for each of dev and test that is not given.
         answer_seed: of the sampled answers.
         answers_folder: where the teacher's answers are kept; None for the output folder.
+        sample_prompts: how many prompts to sample from the teacher, in place of `train`; they are
+            kept beside the answers.
+        beginnings: a file of how they begin; None for the chat template.
     """
 
     training: TrainingJob
@@ -120,6 +124,13 @@ class DistillJob:
     held_out: float = 0.1
     answer_seed: int = 0
     answers_folder: str | None = None
+    sample_prompts: int = 0
+    beginnings: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the teacher's answers are kept."""
+        return Path(self.answers_folder or self.training.output)
 
     def check(self) -> None:
         """Raise a PedroError for a number that cannot be."""
@@ -175,7 +186,7 @@ class Work:
     @property
     def folder(self) -> Path:
         """Where the answers are kept."""
-        return Path(self.job.answers_folder or self.job.training.output)
+        return self.job.folder
 
 
 def distill(
@@ -198,13 +209,13 @@ def distill(
     Raises:
         PedroError: unusable teacher, prompts, model or settings; the training diverged.
     """
-    work = prepare(job, args)
+    work = prepare(job, args, server)
     answer_all([work], server)
     return learn(work, args, load())
 
 
-def prepare(job: DistillJob, args: PedroTrainingArguments) -> Work:
-    """Check a job before anything heavy is started.
+def prepare(job: DistillJob, args: PedroTrainingArguments, server: Server | None = None) -> Work:
+    """Check a job before anything heavy is started; but its teacher makes up prompts, if it is to.
 
     Raises:
         PedroError: see `distill`.
@@ -228,6 +239,9 @@ def prepare(job: DistillJob, args: PedroTrainingArguments) -> Work:
         "options": training.chat_template_kwargs,
         "end_tokens": end_tokens(training.model),
     }
+    if job.sample_prompts > 0:
+        training = dataclasses.replace(training, train=_sample(job, teacher, tokenizer, server))
+        job = dataclasses.replace(job, training=training)
     prompts, dev, test = (
         None if path is None else read_prompts(path, tokenizer, room, limit, how)
         for path, limit in (
@@ -261,7 +275,7 @@ def prepare(job: DistillJob, args: PedroTrainingArguments) -> Work:
         "top_k": job.top_k,
         "answer_seed": job.answer_seed,
     }
-    folder = Path(job.answers_folder or training.output)
+    folder = job.folder
     if training.force and not _same_header(folder / ANSWERS_NAME, header):
         for name in (ANSWERS_NAME, SCORES_NAME):
             (folder / name).unlink(missing_ok=True)
@@ -277,6 +291,31 @@ def _same_header(path: Path, header: dict[str, Any]) -> bool:
             return bool(json.loads(file.readline()) == header)
     except (OSError, ValueError):
         return False
+
+
+def _sample(job: DistillJob, teacher: TeacherFolder, tokenizer: Any, server: Server | None) -> str:
+    """Have the teacher make up prompts, unless they are there; the file that has them."""
+    beginnings = read_beginnings(job.beginnings, tokenizer)
+    training, dtype = job.training, choose_dtype(job.training.dtype)
+    how = Sampling(job.max_new_tokens, job.sample_temperature, 1)
+    name = prompts_name(teacher.digest, beginnings, job.sample_prompts, how, job.answer_seed)
+    path = job.folder / name
+    if path.exists():
+        return str(path)
+    asks = (teacher.folder, tokenizer, beginnings, job.sample_prompts, how, job.answer_seed)
+    if server is not None and server.why_not(teacher) is None:
+        longest = max(len(tokenizer(b.text)["input_ids"]) for b in beginnings)
+        longest += job.max_new_tokens + 1
+        kind = str(dtype).removeprefix("torch.")
+        with server.start_teachers(training.model, [teacher], longest, kind, 1) as teachers:
+            rows = sample_prompts(teachers.answer, *asks)
+    else:
+        with loaded_teacher(teacher, training.model, dtype, training.bits) as model:
+            ends = _ends(training.model, tokenizer)
+            engine = TransformersTeacher(model, pad_token_id(tokenizer), ends)
+            rows = sample_prompts(engine.answer, *asks)
+    write_prompts(path, rows)
+    return str(path)
 
 
 # The teacher -------------------------------------------------------------------------------------
@@ -315,7 +354,8 @@ def answer_all(works: Sequence[Work], server: Server | None = None) -> None:
         training = work.job.training
         dtype = choose_dtype(training.dtype)
         with loaded_teacher(work.teacher, training.model, dtype, training.bits) as model:
-            engine = TransformersTeacher(model, pad_token_id(work.tokenizer), _ends(work))
+            ends = _ends(training.model, work.tokenizer)
+            engine = TransformersTeacher(model, pad_token_id(work.tokenizer), ends)
             _ask([work], engine.answer)
             _score(work, engine)
 
@@ -345,10 +385,10 @@ def _positions(work: Work) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def _ends(work: Work) -> list[int]:
+def _ends(model: str, tokenizer: Any) -> list[int]:
     """What ends an answer, as in training: of the generation config and the tokenizer."""
-    found = end_tokens(work.job.training.model)
-    eos = work.tokenizer.eos_token_id
+    found = end_tokens(model)
+    eos = tokenizer.eos_token_id
     return sorted({*found, *([] if eos is None else [eos])})
 
 
@@ -491,7 +531,8 @@ def learn(work: Work, args: PedroTrainingArguments, model: Any) -> dict[str, Any
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         replace_file(Path(training.output) / RECORD_NAME, text.encode())
     began = time.monotonic()
-    engine = TransformersTeacher(pedro, pad, _ends(work))
+    ends = _ends(training.model, work.tokenizer)
+    engine = TransformersTeacher(pedro, pad, ends)
     with pedro.disable_adapter():
         base = compare(engine, test)
         base_scores = _metric(work, engine) if _labelled(work) else {}
@@ -505,7 +546,6 @@ def learn(work: Work, args: PedroTrainingArguments, model: Any) -> dict[str, Any
     )
     report_seconds = time.monotonic() - began
     pedro.unload()
-    ends = {*_ends(work)}
     answers = [[t for t in lesson.completion if t not in ends] for lesson in test]
     said = dict(enumerate(answers)) | dict(zip(other, own, strict=True))
     rows = [

@@ -575,6 +575,41 @@ def served(args: argparse.Namespace, folder: Path) -> int:
     return 1 if found["different"] else 0
 
 
+def rounding(args: argparse.Namespace, folder: Path) -> int:
+    """What it costs that engines keep vectors in the model's dtype.
+
+    The loss of completions by the float32 reference with its vectors as they are, rounded to
+    bfloat16, and with their distances from one rounded. Higher layers see what that does.
+    """
+    import torch
+
+    from vllm_pedro.model import PedroModel
+    from vllm_pedro.training.data import read_rows
+    from vllm_pedro.training.evaluate import TransformersEngine, evaluate
+    from vllm_pedro.training.run import load_backbone, pad_token_id
+
+    rows = read_rows(args.data, args.limit)
+    backbone, tokenizer = load_backbone(args.model, torch.float32)
+    model = PedroModel.from_pretrained(backbone, args.adapter)
+    engine = TransformersEngine(model, pad_token_id(tokenizer))
+    ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "float32": lambda vector: vector,
+        "bfloat16": lambda vector: vector.bfloat16().float(),
+        "bfloat16, of l - 1": lambda vector: (vector - 1).bfloat16().float() + 1,
+    }
+    losses = {}
+    for name, way in ways.items():
+        with contextlib.ExitStack() as stack:
+            for generator in model.vector_generators[model.active_adapter]:
+                handle = generator.register_forward_hook(
+                    lambda module, inputs, output, way=way: {k: way(v) for k, v in output.items()}
+                )
+                stack.callback(handle.remove)
+            losses[name] = evaluate(engine, tokenizer, rows, "loss")["loss"]
+    print(json.dumps({"rows": len(rows), "loss": losses}))
+    return 0
+
+
 # The command line --------------------------------------------------------------------------------
 
 
@@ -619,10 +654,11 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument("--document", action="store_true", help="of 2,000 tokens")
     sizes = {"--rows": 8, "--tokens": 64, "--repeats": 5, "--pedro-r": 12, "--dtype": "float32"}
     case(training, sizes)
-    own = case(served, {"--limit": 100, "--max-new-tokens": 32, "--scores-dtype": "bfloat16"})
-    own.add_argument("--adapter", required=True, metavar="FOLDER")
-    own.add_argument("--data", required=True, metavar="FILE")
-    own.add_argument("--scores", choices=METRICS)
+    one = case(served, {"--limit": 100, "--max-new-tokens": 32, "--scores-dtype": "bfloat16"})
+    one.add_argument("--scores", choices=METRICS)
+    for own in (one, case(rounding, {"--limit": 100})):
+        own.add_argument("--adapter", required=True, metavar="FOLDER")
+        own.add_argument("--data", required=True, metavar="FILE")
     return parser
 
 

@@ -345,6 +345,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="METHOD")
     parser.add_argument("--tasks", nargs="+", metavar="TASK")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="of the config's")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="default: the config's; name other --results for it"
+    )
     parser.add_argument("--model", metavar="FOLDER", help="the backbone; default: the config's")
     parser.add_argument("--table", action="store_true", help="print what there is; run nothing")
     parser.add_argument(
@@ -360,6 +363,8 @@ def main() -> int:
         config = small_form(config)
     if args.model is not None:
         config["model"] = args.model
+    if args.steps is not None:
+        config["tasks"] = [task | {"max_steps": args.steps} for task in config["tasks"]]
     path = args.results or args.config.with_suffix(".small.jsonl" if args.small else ".full.jsonl")
     results = read_results(path)
     if args.plot is not None:

@@ -36,8 +36,6 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "small": {"max_steps": 3, "dev_rows": 4},
         "tasks": [task | {"metric": "accuracy", "score": "accuracy"}],
     }
-    more = json.loads((FOLDER / "controlled.json").read_text())["methods"]
-    config["methods"].append(next(m for m in more if m["name"] == "PEDRO, conditioned"))
     (root / "config.json").write_text(json.dumps(config))
     return root
 

@@ -54,7 +54,7 @@ def commands(part: str, args: argparse.Namespace, folder: Path) -> list[list[str
     small, shape = args.small, "small" if args.small else "Llama-3-8B"
     operators = [str(HERE / "gpu_operators.py")]
     fuzzer = [str(HERE.parent / "stress" / "schedule_fuzz.py"), "--seed", "11", "--cases", "100000"]
-    fuzzer += ["--minutes", "0.03" if small else "1"]
+    fuzzer += ["--minutes", "0.03" if small else str(args.minutes / 10)]
     soak = [str(HERE.parent / "stress" / "soak.py"), "--minutes", "0.1" if small else "1"]
     soak += ["--clients", "3" if small else "32", "--max-growth", "100"]
     soak += ["--model", str(folder / "served")]

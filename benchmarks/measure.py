@@ -67,7 +67,8 @@ def show(found: Found, pairs: Sequence[tuple[str, str]] = (), digits: int = 2) -
     measures = list(next(iter(found.values()))[0])
 
     def line(label: str, runs: Sequence[Measures], digits: int) -> list[str]:
-        return [label, *(Spread.of(run[m] for run in runs).format(digits) for m in measures)]
+        spreads = (Spread.of(run[m] for run in runs) for m in measures)
+        return [label, *(s.format(0 if s.median >= 1000 else digits) for s in spreads)]
 
     rows = [line(name, runs, digits) for name, runs in found.items()]
     for mine, other in pairs:

@@ -52,6 +52,7 @@ def test_a_fleet_of_four(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     argv = [*distilling(folder, teachers, prompts, tmp_path / "out"), "--engine", "transformers"]
+    argv += ["--answers-folder", tmp_path / "answers"]
     weights = teachers / "d" / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
@@ -75,6 +76,8 @@ def test_a_fleet_of_four(
     assert [row[1] for row in rows[2:]] == ["a", "b", "c", "d"]
     assert [row[2] for row in rows[2:5]] == ["peft", "pedro", "peft"]
 
+    kept = {path.parent.name for path in (tmp_path / "answers").glob("*/answers.jsonl")}
+    assert kept == {"a", "b", "c"}
     weights.write_bytes(whole)
     status, out, _ = run(*argv)
     assert status == 0

@@ -179,6 +179,8 @@ def run_fleet(
         own.teacher, own.train = values["teacher"], values.get("prompts", args.train)
         own.dev, own.test = values.get("dev", args.dev), values.get("test", args.test)
         own.output = os.path.join(args.output, values["name"])
+        if args.answers_folder is not None:
+            own.answers_folder = os.path.join(args.answers_folder, values["name"])
         jobs[values["name"]] = job_of(own, argv)
 
     def settings_of(job: DistillJob) -> PedroTrainingArguments:

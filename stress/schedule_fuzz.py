@@ -462,7 +462,7 @@ def draw_kind(seed: int, group: int) -> tuple[str, str | None]:
     """A group's architecture, and whether its engine has two ranks: "tensor", "pipeline" or not."""
     rng = random.Random(f"{seed}:kind:{group}")
     architecture = rng.choice(list(MIXED))
-    ranks = rng.choice(["tensor", "pipeline"]) if rng.random() < 0.15 else None
+    ranks = rng.choice(["tensor", "pipeline"]) if rng.random() < 0.25 else None
     return rng.choice(OF_TWO_RANKS) if ranks else architecture, ranks
 
 

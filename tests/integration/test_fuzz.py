@@ -50,6 +50,24 @@ def test_larger_sample(folder):
     assert not report.blind_spots, format_report(report)
 
 
+def test_a_sample_of_architectures(folder):
+    """Experts and layers of different widths: the first cases of engines that draw them."""
+    for first, name in ((10, "Qwen2MoeForCausalLM"), (40, "Gemma4ForCausalLM")):
+        assert schedule_fuzz.draw_kind(25, first // 10) == (name, None)
+        report = run(folder, cases=5, seed=25, first=first, mixed=True)
+        assert not report.failures, format_report(report)
+        assert report.checked_tokens > 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_larger_sample_of_architectures_and_ranks(folder):
+    report = run(folder, cases=300, seed=25, mixed=True)
+    assert not report.failures, format_report(report)
+    assert set(report.settings["ranks"]) == {"None", "tensor", "pipeline"}
+    assert set(report.settings["architecture"]) == set(schedule_fuzz.MIXED)
+
+
 def test_the_command_chooses_the_runner(tmp_path):
     """Before vLLM is imported, after which it is too late."""
     command = [sys.executable, schedule_fuzz.__file__, "--runner", "v2", "--cases", "1"]

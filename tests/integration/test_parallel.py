@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from architectures import make
-from engines import Oracle
+from engines import Mismatch, Oracle
 
 from vllm_pedro import BackboneShape, PedroRequest
 from vllm_pedro.architectures import EXPERTS_UP, MODULES
@@ -43,6 +43,18 @@ def fail_on(llm, rank, folder):
 
         reader = worker.model_runner.pedro.bank.reader
         reader._load = load if worker.rank == rank else read_adapter
+
+    llm.collective_rpc(change)
+
+
+def tell_no_other(llm):
+    """Let ranks keep their failures to themselves."""
+
+    def change(worker):
+        from vllm_pedro.integration import wire
+
+        worker.model_runner.pedro._failed_anywhere = None
+        wire.hand_on_failures = lambda *args: None
 
     llm.collective_rpc(change)
 
@@ -86,6 +98,13 @@ def check_ranks(model, engine, write_adapter, monkeypatch, ranks, **settings):
             fail_on(llm, None, broken)
             for output in generate(llm, PROMPTS[:2], [broken] * 2):
                 oracle.check(output, broken)
+        # A rank that the scheduler does not hear, and that fails alone, is noticed.
+        broken = write_adapter(model, seed=20, target_modules=everything, **random)
+        tell_no_other(llm)
+        fail_on(llm, 0 if settings.get("pipeline_parallel_size") else 1, broken)
+        (output,) = generate(llm, PROMPTS[5:], [broken])
+        with pytest.raises(Mismatch, match="prompt logprobs differ by"):
+            oracle.check(output, broken)
 
 
 @pytest.mark.slow

@@ -89,3 +89,34 @@ def test_gradients_are_those_of_the_product():
         return scaled_experts(module, hidden, index, weights, factor, sequences)
 
     assert torch.autograd.gradcheck(put_out, (hidden, weights, factor))
+
+
+def test_peft_trains_and_saves_the_same(backbone, tmp_path):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    import vllm_pedro.peft  # noqa: F401
+
+    config = {"r": 2, "input_norm": "rms", "target_modules": ["v_proj", EXPERTS_UP]}
+    with plain_classes():
+        model = peft.get_peft_model(copy.deepcopy(backbone), PedroConfig(**config))
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "vector_generator" in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.3)
+        batch = rows(9, 6)
+        labels = batch["input_ids"].masked_fill(torch.arange(9) < 4, -100)
+        labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
+        trained = model(**batch, labels=labels)
+        trained.loss.backward()
+        of_experts = {
+            name: parameter.grad.abs().sum() > 0
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and "up_proj" in name
+        }
+        assert of_experts
+        assert all(of_experts.values())
+        model.save_pretrained(tmp_path)
+        again = PedroModel.from_pretrained(copy.deepcopy(backbone), tmp_path).eval()
+        with torch.no_grad():
+            found = again(**batch, prompt_lengths=[4, 4]).logits
+    torch.testing.assert_close(found, trained.logits.detach(), atol=1e-5, rtol=1e-5)

@@ -55,6 +55,9 @@ vllm.lora.request:LoRARequest
 vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts
     apply babf24f200ec
     process_weights_after_loading 7233c2501b8a
+vllm.model_executor.layers.fused_moe.experts.triton_moe:TritonExperts
+    activation 7a8794d03f69
+    apply 148cb752a4a4
 vllm.v1.core.block_pool:BlockPool
     _build_block_stored_event 724a892fa09d
 vllm.v1.core.block_pool

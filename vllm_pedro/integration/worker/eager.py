@@ -77,9 +77,9 @@ class ForwardSwitch:
 
         self._scaling.append((module, "forward", forward))
 
-    def add_experts(self, kernel: Any, apply: Callable[..., Any]) -> None:
-        """Compute routed experts by another `apply`."""
-        self._scaling.append((kernel, "apply", apply))
+    def add_experts(self, kernel: Any, name: str, method: Callable[..., Any]) -> None:
+        """Compute routed experts by another method of theirs."""
+        self._scaling.append((kernel, name, method))
 
     def __call__(self, generates: bool, scales: bool) -> None:
         """Get ready for a step.

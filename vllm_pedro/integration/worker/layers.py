@@ -16,7 +16,7 @@ from ...serving.store import VectorStore
 from ..options import GENERATORS
 from .compiled import Generation, activation_hook, scale_hook, scale_input_hook, value_hook
 from .eager import ForwardSwitch
-from .experts import kernel_of, scaling_apply
+from .experts import scaling
 from .inputs import input_of_layer, input_of_norm
 from .places import LayerPlaces
 
@@ -150,12 +150,11 @@ def _hook_layer(
         projection = layer.get_submodule(place.path)
         width = place.columns.stop - place.columns.start
         if place.is_experts:
-            kernel = kernel_of(projection)
-            apply = scaling_apply(kernel, state, place.columns)
+            replacement = scaling(projection, state, place.columns)
             if switch is not None:
-                switch.add_experts(kernel, apply)
+                switch.add_experts(*replacement)
             else:
-                kernel.apply = apply
+                setattr(*replacement)
             continue
         if switch is not None:
             add = switch.add_scaling_before if place.is_input else switch.add_scaling

@@ -39,6 +39,10 @@ def rows(*lengths):
     return {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
 
 
+def close(found, expected):
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def experts_of(model):
     layers = model.model.layers
     return {i: e for i, layer in enumerate(layers) if (e := getattr(layer.mlp, "experts", None))}
@@ -57,7 +61,12 @@ def test_one_vector_scales_up_of_all_experts(backbone):
             module.gate_up_proj[:, len(vector) :] *= vector[:, None]
         found, plain = model(**rows(9, 9)).logits, backbone(**rows(9, 9)).logits
         assert (found - plain).abs().max() > 0.05
-        torch.testing.assert_close(found, merged(**rows(9, 9)).logits, atol=1e-5, rtol=1e-5)
+        twin = copy.deepcopy(model)
+        unloaded = model.unload()
+        close(unloaded(**rows(9, 9)).logits, plain)
+        experts_of(unloaded)[0].down_proj.zero_()
+        for other in (merged, twin):
+            close(other(**rows(9, 9)).logits, found)
 
 
 def test_each_sequence_has_its_own(backbone):
@@ -119,4 +128,4 @@ def test_peft_trains_and_saves_the_same(backbone, tmp_path):
         again = PedroModel.from_pretrained(copy.deepcopy(backbone), tmp_path).eval()
         with torch.no_grad():
             found = again(**batch, prompt_lengths=[4, 4]).logits
-    torch.testing.assert_close(found, trained.logits.detach(), atol=1e-5, rtol=1e-5)
+    close(found, trained.logits.detach())

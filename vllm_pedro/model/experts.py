@@ -25,20 +25,20 @@ class ScaledExperts:
 
     def __init__(self, module: nn.Module, factor: Callable[[Tensor], Factor | None]) -> None:
         self._module = module
+        self._factor = factor
         self._had = module.__dict__.get("forward")
-        original = module.forward
+        self._original = module.forward
+        module.forward = self._forward  # bound, so that a copy of the model has its own
 
-        def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Any:
-            found = factor(hidden_states)
-            if found is None:
-                return original(hidden_states, top_k_index, top_k_weights)
-            vectors, sequences = found
-            assert sequences is not None
-            return scaled_experts(
-                module, hidden_states, top_k_index, top_k_weights, vectors, sequences
-            )
-
-        module.forward = forward
+    def _forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Any:
+        found = self._factor(hidden_states)
+        if found is None:
+            return self._original(hidden_states, top_k_index, top_k_weights)
+        factor, sequences = found
+        assert sequences is not None
+        return scaled_experts(
+            self._module, hidden_states, top_k_index, top_k_weights, factor, sequences
+        )
 
     def remove(self) -> None:
         """Have it compute them as before."""

@@ -246,6 +246,9 @@ def run_until(deadline: float, command: list[str], output: Any) -> str:
         status = process.wait(max(0.1, deadline - time.monotonic()))
         return f"exit status {status}" if status else ""
     except subprocess.TimeoutExpired:
+        process.terminate()  # so that it ends its servers, which are no part of its group
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
         return "stopped: no time left"
     finally:
         with contextlib.suppress(ProcessLookupError):

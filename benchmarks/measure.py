@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -665,6 +666,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = make_parser().parse_args()
+    # Ends through the blocks that end servers and engines.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args.model = args.model or str(fetch_model(progress=False))
     with tempfile.TemporaryDirectory(prefix="vllm-pedro-") as folder:
         return args.run(args, Path(folder)) or 0

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gpu_check
@@ -77,9 +78,13 @@ def test_commands_of_a_part_are_commands_of_the_project(part, small, tmp_path):
 
 
 def test_time_that_is_up_ends_a_command(tmp_path):
+    """Kindly: what it has started in sessions of their own is for it to end."""
+    code = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit('ended'))\n"
     with open(tmp_path / "log", "w") as log:
-        why = gpu_check.run_until(0.0, ["-c", "import time; time.sleep(60)"], log)
+        command = ["-c", code + "time.sleep(60)"]
+        why = gpu_check.run_until(time.monotonic() + 5, command, log)
     assert why == "stopped: no time left"
+    assert (tmp_path / "log").read_text() == "ended\n"
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,26 @@ def test_others_start_and_decode_while_an_adapter_is_read(
     assert queue.first["slow"] == queue.first["slow too"]
 
 
+def test_what_is_read_on_its_way_to_the_scheduler_takes_no_step_more(
+    scheduling, tiny_engine, tiny_oracle, tiny_adapters, monkeypatch
+):
+    monkeypatch.setattr("vllm_pedro.integration.scheduler.SETTLE_SECONDS", 10.0)
+    with tiny_engine(max_pedros=None, max_num_seqs=8, **scheduling) as llm:
+        queue = busy_queue(llm, tiny_oracle, tiny_adapters)
+        came = queue.step_number
+        queue.add("cold", tokens(20, 6), tiny_adapters["mean"])
+        core = llm.llm_engine.engine_core.engine_core
+        core.scheduler.pedro_bank.loader.settle(10)
+        queue.add("base", tokens(20, 4))
+        queue.finish()
+        assert queue.first["cold"] - came == queue.first["base"] - came <= 2
+        # Nothing runs: the step waits for them, and none begins alone.
+        for name in ("last", "max"):
+            queue.add(f"{name}, idle", tokens(20, 7), tiny_adapters[name])
+        queue.finish()
+        assert queue.first["last, idle"] == queue.first["max, idle"]
+
+
 def test_a_read_that_hangs_ends_its_requests_only(
     scheduling, tiny_engine, tiny_oracle, tiny_adapters, slow, monkeypatch
 ):

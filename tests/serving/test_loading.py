@@ -1,5 +1,6 @@
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,42 @@ def test_what_was_asked_for_is_read_once_and_reported_once(tmp_path, disk):
         for one, other in zip(*records, strict=True):
             same = one.equal(other) if isinstance(one, torch.Tensor) else one == other
             assert same
+
+
+def test_hints_are_followed_while_little_is_read(tmp_path, disk):
+    written = (write(tmp_path / str(i), seed=i) for i in range(AdapterLoader.MAX_HINTS + 2))
+    specs = [replace(spec, nbytes=LIMITS.largest_blob) for spec in written]
+    bank = AdapterBank(4 * LIMITS.largest_blob, disk.reader, CPU)
+    disk.hang(specs[0])
+    for spec in [*specs[:3], *specs[:3]]:  # half of the arena
+        bank.hint(spec)
+    until(lambda: bank.is_at_hand(specs[1]))
+    assert sorted(disk.reads) == [spec.path for spec in specs[:2]]
+    assert not bank.is_at_hand(specs[0])
+    assert bank.collect(()) == {specs[1].digest: True}
+    assert bank.is_at_hand(specs[1])  # on the device
+    bank.hint(specs[1])
+    assert len(disk.reads) == 2
+    disk.let_go()
+    loader = AdapterLoader(disk.reader)
+    for spec in specs[1:]:
+        loader.hint(spec, 1 << 40)
+    until(lambda: not loader.is_busy)
+    assert [loader.has(spec) for spec in specs[1:]] == [True] * loader.MAX_HINTS + [False]
+
+
+def test_a_step_settles_for_reads_that_have_just_begun(tmp_path, disk):
+    specs = [write(tmp_path / str(i), seed=i) for i in range(3)]
+    for spec in specs[:2]:
+        disk.loader.ask(spec)
+    disk.loader.settle(10)
+    assert all(disk.loader.has(spec) for spec in specs[:2])
+    disk.hang(specs[2])
+    disk.loader.ask(specs[2])
+    start = time.monotonic()
+    disk.loader.settle(0.1)
+    disk.loader.settle(0.1)  # it began longer ago
+    assert 0.05 < time.monotonic() - start < 0.19
 
 
 def test_a_wait_ends_with_an_outcome(tmp_path, disk):

@@ -13,6 +13,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from ..serving.adapters import AdapterBank
 from ..serving.admission import Admission, Turn
 from ..serving.blobs import ALIGNMENT
 from ..serving.loading import Prefetches
@@ -25,6 +26,10 @@ from .options import draft_places, options_of
 
 WAITING = (RequestStatus.WAITING, RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR)
 """Of a request that was never scheduled."""
+
+SETTLE_SECONDS = 0.005
+"""Where nothing runs, a step waits so long for adapters that are about to be there: their prompts
+would else take a step of their own."""
 
 
 class PedroSchedulerMixin:
@@ -54,6 +59,8 @@ class PedroSchedulerMixin:
             self._pedro_memory // 2, max(1, min(32, options.max_cpu_pedros or 32) // 2)
         )
         self._pedro_offloading = Offloading(self.connector)  # type: ignore[attr-defined]
+        # The worker's, once it has had a request, if it is in this process.
+        self.pedro_bank: AdapterBank | None = None
         # Counts that wait for the next statistics.
         self._pedro_stats: dict[str, Any] = {}
 
@@ -110,6 +117,8 @@ class PedroSchedulerMixin:
         self._pedro_entering.clear()
         self._pedro_step_adapters.clear()
         self._pedro_step_folders.clear()
+        if self.pedro_bank is not None and not self.running:  # type: ignore[attr-defined]
+            self.pedro_bank.loader.settle(SETTLE_SECONDS)
         self._pedro_admission.begin_step(self._pedro_turns())
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         entering = [
@@ -236,13 +245,19 @@ class PedroSchedulerMixin:
             return True
         if self._pedro_rows.has(spec.vector_key):
             return False
-        if not self._pedro_prefetches.is_due(request_id, spec):
+        if not self._pedro_is_due(request_id, spec):
             return True
         fits = num_computed_tokens + admission.left >= spec.pooled_end
         if fits and self._pedro_has_room_for(spec):
             return False
         admission.pass_over(request_id)
         return True
+
+    def _pedro_is_due(self, request_id: str, spec: RequestSpec, is_urgent: bool = False) -> bool:
+        """See `Prefetches.is_due`; what is in this process is seen before it is reported."""
+        if self.pedro_bank is not None and self.pedro_bank.is_at_hand(spec):
+            return True
+        return self._pedro_prefetches.is_due(request_id, spec, is_urgent)
 
     def _pedro_hangs_on_another_folder(self, spec: RequestSpec) -> bool:
         """Whether its vectors are being generated with the same content from another folder.
@@ -308,7 +323,7 @@ class PedroSchedulerMixin:
             cached = self._pedro_rows.has(spec.vector_key)
             if not cached:
                 is_running = request.status == RequestStatus.RUNNING
-                is_due = self._pedro_prefetches.is_due(request_id, spec, is_urgent=is_running)
+                is_due = self._pedro_is_due(request_id, spec, is_urgent=is_running)
                 if not is_due or not self._pedro_has_room_for(spec):
                     return max(0, spec.first_scaled - computed)
                 self._pedro_step_adapters[spec.digest] = spec.nbytes

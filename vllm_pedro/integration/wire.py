@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from ..serving.adapters import AdapterBank
 from ..serving.rows import Assignment
 from ..serving.spec import RequestSpec
 
@@ -259,14 +260,31 @@ def preprocess_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
 
     Else it counts towards `max_loras`, the LoRA manager tries to load it, and its name and path
     enter the block hashes. From here on a request's adapter is its spec alone.
+
+    In a server this runs beside the steps, in the thread that takes requests in: where the worker
+    is in this process, the adapter is read before the request reaches the scheduler.
     """
 
     def wrapped(self: Any, request: Any) -> Any:
-        if spec_of(request.sampling_params) is not None:
+        spec = spec_of(request.sampling_params)
+        if spec is not None:
             request.lora_request = None
+            bank = bank_here(self)
+            if bank is not None:
+                bank.hint(spec)
         return original(self, request)
 
     return wrapped
+
+
+def bank_here(core: Any) -> AdapterBank | None:
+    """The adapters of an engine core's worker, if that is the only one and in this process."""
+    worker = getattr(getattr(core.model_executor, "driver_worker", None), "worker", None)
+    if worker is None or core.vllm_config.parallel_config.world_size > 1:
+        return None
+    bank: AdapterBank = worker.model_runner.pedro.bank
+    core.scheduler.pedro_bank = bank
+    return bank
 
 
 def add_core_methods(engine_core: type) -> None:

@@ -337,6 +337,15 @@ class AdapterBank:
             return False
         return True
 
+    def hint(self, spec: RequestSpec) -> None:
+        """A request is on its way to the scheduler: have its adapter read; from any thread."""
+        if self.state_of(spec.digest) == "disk":
+            self.loader.hint(spec, self.nbytes // 2)
+
+    def is_at_hand(self, spec: RequestSpec) -> bool:
+        """Whether `make_resident` need not wait for a disk."""
+        return self.state_of(spec.digest) != "disk" or self.loader.has(spec)
+
     def collect(self, keep: Collection[str]) -> dict[str, bool]:
         """Take what was read since it was last asked; onto the device, where there is room.
 

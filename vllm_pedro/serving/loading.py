@@ -97,6 +97,9 @@ class AdapterLoader:
     MAX_THREADS = 64
     """Slow reads and all; where all of them are overdue, further loads fail at once."""
 
+    MAX_HINTS = 8
+    """Loads under way or not taken, up to which a hint is followed."""
+
     MAX_OUTCOMES = 32
     """Outcomes that are kept while nobody takes them: their requests were aborted."""
 
@@ -122,6 +125,25 @@ class AdapterLoader:
             load = self._loads.get(_key(spec))
             if load is None or isinstance(load.outcome, PedroError):
                 self._start(spec)
+
+    def hint(self, spec: RequestSpec, max_bytes: int) -> None:
+        """Have an adapter read that will be asked for; unless much is read already.
+
+        Args:
+            spec: The request for it.
+            max_bytes: Bytes of adapters that may be under way or not taken then.
+        """
+        with self._changed:
+            nbytes = spec.nbytes + sum(load.spec.nbytes for load in self._loads.values())
+            is_much = len(self._loads) >= self.MAX_HINTS or nbytes > max_bytes
+            if _key(spec) not in self._loads and not is_much:
+                self._start(spec)
+
+    def has(self, spec: RequestSpec) -> bool:
+        """Whether an adapter was read and not taken."""
+        with self._changed:
+            load = self._loads.get(_key(spec))
+            return load is not None and isinstance(load.outcome, Blob)
 
     def take(self, spec: RequestSpec) -> Blob:
         """An adapter that was asked for, or is now; waits for it.
@@ -170,7 +192,20 @@ class AdapterLoader:
             if self.is_busy and not any(load.outcome and load.is_new for load in loads):
                 self._changed.wait(seconds)
 
+    def settle(self, seconds: float) -> None:
+        """Wait for the reads that began less than so long ago, and at most so long."""
+        now = time.monotonic()
+        end = now + seconds
+        with self._changed:
+            while now < end and any(now - began < seconds for began in self._reading()):
+                self._changed.wait(end - now)
+                now = time.monotonic()
+
     # Inside, with the lock held.
+
+    def _reading(self) -> list[float]:
+        """When the reads that are under way began."""
+        return [load.began for load in self._loads.values() if load.began and not load.outcome]
 
     def _start(self, spec: RequestSpec) -> _Load:
         load = self._loads[_key(spec)] = _Load(spec)
@@ -182,7 +217,7 @@ class AdapterLoader:
         if not self._queue:
             return
         now = time.monotonic()
-        reading = [w.began for w in self._loads.values() if w.began and w.outcome is None]
+        reading = self._reading()
         busy = sum(now - began < self.SLOW for began in reading)
         while self._queue and busy < self.THREADS and self._threads < self.MAX_THREADS:
             load = self._queue.popleft()

@@ -4,18 +4,18 @@
 #   benchmarks/full_run.sh FOLDER [GROUP ...]
 #
 # FOLDER gets one folder a group with its results.jsonl, and results.jsonl, report.md and plots of all
-# groups that are there. With GROUPs only these are measured: lengths, tenants, beam, many, longer, 10000,
-# serving. PYTHON chooses the interpreter, TRACE a trace file (the first requests of it are
+# groups that are there. With GROUPs only these are measured: lengths, tenants, beam, many, lora, longer,
+# 10000, serving, compiled. PYTHON chooses the interpreter, TRACE a trace file (the first requests of it are
 # replayed by the servers), BENCH further options of every group, such as "--model FOLDER". Where LoRA
 # is in a group, MODE says how all engines of it run: eager, or compiled, which takes a GPU.
-# About 90 minutes on two cores with SmolLM2-135M; nothing else should run.
+# About 110 minutes on two cores with SmolLM2-135M; nothing else should run.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 folder=${1:?"usage: benchmarks/full_run.sh FOLDER [GROUP ...]"}
 shift
 groups=("$@")
-((${#groups[@]})) || groups=(lengths tenants beam many longer 10000 serving)
+((${#groups[@]})) || groups=(lengths tenants beam many lora longer 10000 serving compiled)
 if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3
     [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
@@ -50,6 +50,10 @@ for group in "${groups[@]}"; do
     many)
         bench "$group" offline --rows 8 --engines "${compiled[@]}" --workloads tenants --tenants 1000
         ;;
+    lora)
+        bench "$group" offline --rows 8 --engines "lora-$mode" --repeats 1 \
+            --workloads tenants --tenants 1000
+        ;;
     longer)
         bench "$group" offline --rows 8 --engines pedro-compiled --repeats 1 \
             --workloads tenants --tenants 1000 --tenant-tokens 64 32
@@ -65,6 +69,9 @@ for group in "${groups[@]}"; do
         fi
         bench "$group" serving "${options[@]}"
         ;;
+    compiled)
+        bench "$group" serving --servers "${compiled[@]}" --tenants 8 --requests 24 --concurrency 8 --rate 1
+        ;;
     *)
         echo "unknown group $group" >&2
         false
@@ -73,7 +80,7 @@ for group in "${groups[@]}"; do
 done
 
 # All groups that are there, in this order whatever order they were measured in.
-for group in lengths beam serving tenants many longer 10000; do
+for group in lengths beam serving compiled tenants many lora longer 10000; do
     [[ -f "$folder/$group/results.jsonl" ]] && cat "$folder/$group/results.jsonl"
 done >"$folder/results.jsonl"
 if [[ -s "$folder/results.jsonl" ]]; then

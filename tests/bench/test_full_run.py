@@ -46,7 +46,7 @@ def test_all_groups(recorder: tuple[Path, Path], tmp_path: Path) -> None:
         assert args.model == "M"
         folders.append(args.output)
         workloads |= set(getattr(args, "workloads", {"trace"} if args.trace else ()))
-    assert len(set(folders)) == len(folders) == 7
+    assert len(set(folders)) == len(folders) == 9
     assert workloads == {
         "decode",
         "prefill",

@@ -40,7 +40,8 @@ from .workloads import (
 )
 
 EAGER_TENANTS: Final = 128
-"""With more tenants only compiled engines are measured, as eager ones take too long."""
+"""With more tenants only compiled engines are measured, as eager ones take too long; and LoRA's, which
+on the CPU are all eager."""
 
 LOADS: Final = 8
 """Adapters whose loading is timed."""
@@ -186,7 +187,7 @@ def _tenants(args: Namespace) -> list[Comparison]:
         workload = fixed_lengths(max(4 * rows, count), prompt, output, name)
         cases = _cases(args, sorted({1, count}))
         if count > EAGER_TENANTS:
-            cases = tuple(case for case in cases if case.mode == "compiled")
+            cases = tuple(case for case in cases if case.mode == "compiled" or case.kind == "lora")
         result.append(Comparison(closed_loop(workload, rows), cases, float(count), "uniform"))
     return result
 

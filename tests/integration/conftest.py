@@ -75,6 +75,14 @@ def tiny_adapters(tiny: Path, write_adapter: Callable[..., Path]) -> dict[str, P
     }
 
 
+@pytest.fixture
+def late_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines whose worker is, as it were, in another process: it reads an adapter once a step asks
+    for it, and not while its request comes in.
+    """
+    monkeypatch.setattr("vllm_pedro.integration.wire.bank_here", lambda core: None)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`scheduling`: engine settings. V2 can schedule asynchronously on the CPU, V1 cannot."""
     if "scheduling" in metafunc.fixturenames:

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
 
 def test_abort_in_the_step_that_fails_leaves_nothing_behind(
-    tiny, tiny_engine, tiny_oracle, write_adapter
+    tiny, tiny_engine, tiny_oracle, write_adapter, late_reads
 ):
     """A prompt whose adapter could not be had, aborted before its step's output is processed.
 
@@ -64,7 +64,7 @@ def test_blocks_of_a_step_that_never_ran_are_not_found(tmp_path, monkeypatch):
 
 
 def test_the_same_content_in_a_folder_that_is_gone_ends_its_own_requests_alone(
-    tiny, tiny_engine, tiny_oracle, write_adapter, tmp_path
+    tiny, tiny_engine, tiny_oracle, write_adapter, tmp_path, late_reads
 ):
     """Two tenants with equal adapters send one prompt, and the first one's folder is away."""
     from vllm import SamplingParams

@@ -8,7 +8,11 @@ from offloading import offloading
 from vllm_pedro import PedroRequest
 from vllm_pedro.integration.offloading import Offloading
 
-pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.both_runners,
+    pytest.mark.usefixtures("late_reads"),
+]
 
 BLOCK = 32
 

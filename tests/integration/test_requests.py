@@ -248,7 +248,7 @@ def test_other_extra_args_and_the_callers_params_are_left_alone(llm, adapter, ex
 
 
 def test_an_adapter_that_vanishes_after_admission_ends_its_request_only(
-    llm, tiny, write_adapter, tmp_path, tiny_oracle, adapter
+    llm, tiny, write_adapter, tmp_path, tiny_oracle, adapter, late_reads
 ):
     """The folder is valid when the request comes in and gone when its prompt is prefilled."""
     folder = tmp_path / "vanishing"

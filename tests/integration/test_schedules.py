@@ -131,7 +131,7 @@ def without_adapter_limit_per_step(patch):
 
     patch.setattr(PedroSchedulerMixin, "_pedro_has_room_for", lambda self, spec: True)
     # Adapters are asked for one after another here, and so come into different steps.
-    patch.setattr(Prefetches, "is_due", lambda self, request_id, spec: True)
+    patch.setattr(Prefetches, "is_due", lambda *_: True)
 
 
 def without_adapters_of_preempted_requests(patch):

@@ -40,8 +40,8 @@ from .workloads import (
 )
 
 EAGER_TENANTS: Final = 128
-"""With more tenants only compiled engines are measured, as eager ones take too long; and LoRA's, which
-on the CPU are all eager."""
+"""With more tenants only compiled engines are measured, as eager ones take too long, and LoRA's,
+which on the CPU are all eager."""
 
 LOADS: Final = 8
 """Adapters whose loading is timed."""

@@ -22,7 +22,7 @@ from ..config import CONFIG_NAME, PEFT_TYPE
 from ..errors import PedroError, first_line
 from ..files import open_regular, parse_json_object, shorten
 from ..model import PedroModel
-from ..training.run import load_backbone, quiet, say
+from ..training.run import load_model, quiet, say
 
 _ENDS: Final = 1 << 16  # of each file so many first and last bytes are looked at
 
@@ -186,10 +186,7 @@ def loaded_teacher(
 
     A backbone of its own is loaded for it: what PEFT puts in may change the backbone's weights.
     """
-    if teacher.kind == "model":
-        loaded, _ = load_backbone(teacher.folder, dtype, bits)
-    else:
-        loaded, _ = load_backbone(model, dtype, bits)
+    loaded = load_model(teacher.folder if teacher.kind == "model" else model, dtype, bits)
     if torch.cuda.is_available() and bits is None:
         loaded = loaded.to("cuda")
     if teacher.kind == "peft":

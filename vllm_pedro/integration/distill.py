@@ -170,6 +170,8 @@ def start_teachers(
             "max_lora_rank": _rank(loras),
         }
     if any(teacher.kind == "model" for teacher in teachers):
+        # It may have no tokenizer of its own.
+        settings = {"tokenizer": model}
         (model,) = [teacher.folder for teacher in teachers]
     with start_llm(
         model,

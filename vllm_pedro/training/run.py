@@ -142,6 +142,12 @@ def load_backbone(folder: str, dtype: torch.dtype, bits: int | None = None) -> t
         PedroError: the folder is not there, or holds no causal language model and tokenizer.
     """
     tokenizer = load_tokenizer(folder)
+    return load_model(folder, dtype, bits), tokenizer
+
+
+def load_model(folder: str, dtype: torch.dtype, bits: int | None = None) -> Any:
+    """`load_backbone`'s model alone, of a folder that may have no tokenizer."""
+    check_model_folder(folder)
     how: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
     if bits is not None:
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -153,8 +159,7 @@ def load_backbone(folder: str, dtype: torch.dtype, bits: int | None = None) -> t
             bnb_4bit_compute_dtype=dtype,
         )
     with _naming(folder, "model"), quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, **how)
-    return model, tokenizer
+        return AutoModelForCausalLM.from_pretrained(folder, **how)
 
 
 def load_tokenizer(folder: str) -> Any:

@@ -151,7 +151,7 @@ def load_model(folder: str, dtype: torch.dtype, bits: int | None = None) -> Any:
     how: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
     if bits is not None:
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise PedroError(f"{bits} bits need bitsandbytes: pip install bitsandbytes")
+            raise PedroError(f"{bits} bits need bitsandbytes: pip install 'vllm-pedro[quantized]'")
         how["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=bits == 4,
             load_in_8bit=bits == 8,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -61,6 +62,25 @@ class NameLocks:
         if lock is None:
             lock = self._locks[name] = asyncio.Lock()
         return lock
+
+
+_under_way: set[asyncio.Task[Any]] = set()
+
+
+def to_its_end(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: what was begun is done, even if whoever asked for it goes away meanwhile.
+
+    Given up half-way, the table of names would be ahead of the engines.
+    """
+
+    @functools.wraps(method)
+    async def wrapped(*args: Any, **kwargs: Any) -> Any:
+        task = asyncio.ensure_future(method(*args, **kwargs))
+        _under_way.add(task)
+        task.add_done_callback(_under_way.discard)
+        return await asyncio.shield(task)
+
+    return wrapped
 
 
 class PedroServingModelsMixin:
@@ -157,6 +177,7 @@ class PedroServingModelsMixin:
                 card.root = card.id
         return models
 
+    @to_its_end
     async def load_lora_adapter(self, request: Any, base_model_name: str | None = None) -> Any:
         """Load or replace an adapter; a LoRA folder is handed on to vLLM.
 
@@ -200,6 +221,7 @@ class PedroServingModelsMixin:
             await self._pedro_register(entry)
         return f"Success: LoRA adapter '{name}' added successfully.", entry
 
+    @to_its_end
     async def pedro_load_bytes(self, name: str, data: bytes | bytearray, load_inplace: bool) -> Any:
         """Load or replace an adapter that was sent as `adapter.memory.to_bytes` writes it."""
         from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
@@ -279,6 +301,7 @@ class PedroServingModelsMixin:
             return self.pedro_root is not None and not self._pedro_starting
         return await asyncio.to_thread(peft_type_of, folder) in (PEFT_TYPE, None)
 
+    @to_its_end
     async def unload_lora_adapter(self, request: Any) -> Any:
         """Unload an adapter: its memory is free once no running request needs it."""
         name = request.lora_name
@@ -307,6 +330,7 @@ class PedroServingModelsMixin:
             return _error(f"The model `{lora_name[:200]}` does not exist.", HTTPStatus.NOT_FOUND)
         return found
 
+    @to_its_end
     async def _pedro_find(self, name: str) -> Any:
         if self.pedro_root is None:
             return None
@@ -377,6 +401,7 @@ class PedroServingModelsMixin:
         entry = self.lora_requests.get(request.lora_name)
         return entry if isinstance(entry, ServedPedroRequest) else request
 
+    @to_its_end
     async def pedro_renew(self, old: ServedPedroRequest) -> ServedPedroRequest:
         """What a name stands for now, after its former content failed to load.
 
@@ -516,6 +541,20 @@ def check_model(original: Callable[..., Any]) -> Callable[..., Any]:
         refused = await original(self, request)
         if refused is None and isinstance(self.models, PedroServingModelsMixin):
             refused = await self.models.pedro_ready(request)
+        return refused
+
+    return _check_model
+
+
+def check_pooling_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Patch of `PoolingBaseServing`, which has a check of its own and ignores what it returns."""
+
+    async def _check_model(self: Any, request: Any) -> Any:
+        refused = await original(self, request)
+        if refused is None and isinstance(self.models, PedroServingModelsMixin):
+            refused = await self.models.pedro_ready(request)
+            if refused is not None:
+                raise RefusedRequestError(refused.error.message, parameter=refused.error.param)
         return refused
 
     return _check_model

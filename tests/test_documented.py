@@ -155,3 +155,11 @@ def test_the_readmes_batch_is_served(tmp_path):
     answers = run.stdout.strip().splitlines()
     assert '{"answer": "The capital of France is Paris."}' in answers
     assert "Paris." in answers
+
+
+def test_the_tests_that_pages_name_are_there():
+    """In the form `test_file.py::test_name`."""
+    found = [m for text in TEXTS.values() for m in re.findall(r"`(test_\w+\.py)::(\w+)`", text)]
+    assert len(found) > 5
+    sources = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert not [(file, name) for file, name in found if f"def {name}(" not in sources[file]]

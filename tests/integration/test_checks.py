@@ -14,9 +14,10 @@ import vllm_pedro  # noqa: F401  (teaches EngineArgs its keywords)
 # isort: split
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
-from vllm_pedro.integration.checks import check_engine
+from vllm_pedro.integration.checks import SPECULATION, UNTRIED, check_engine
 from vllm_pedro.integration.frontend import engine_config, keywords
 from vllm_pedro.integration.frontend.processor import longest_prompt
+from vllm_pedro.integration.offloading import CONNECTORS, REFUSED, reasons_against
 from vllm_pedro.integration.options import PedroOptions, options_of
 
 pytestmark = pytest.mark.both_runners
@@ -125,7 +126,7 @@ def test_longest_prompt_names_the_option_that_limits_it(tiny):
         ({"enable_prompt_embeds": True}, "enable_prompt_embeds"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-            "KV connector ExampleConnector .*use OffloadingConnector, or unset kv_transfer_config",
+            "KV connector ExampleConnector finds blocks by their tokens alone.*unset kv_transfer",
         ),
         (
             {
@@ -136,6 +137,10 @@ def test_longest_prompt_names_the_option_that_limits_it(tiny):
                 }
             },
             "kv_load_failure_policy: fail",
+        ),
+        (
+            {"runner": "pooling", "convert": "embed", "hf_overrides": {"is_causal": False}},
+            "attention that looks ahead",
         ),
         (
             {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
@@ -150,6 +155,38 @@ def test_what_cannot_be_exact_is_refused(tiny, settings, message):
         settings = {"kv_transfer_config": KVTransferConfig(**settings["kv_transfer_config"])}
     with pytest.raises(ValueError, match=message):
         config(tiny, **settings)
+
+
+def test_every_connector_of_vllm_is_served_or_refused_by_name():
+    """A new one, in the next vLLM: see what keys its blocks, then put it where it belongs."""
+    from vllm.config.kv_transfer import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    assert {*CONNECTORS, *REFUSED} == set(KVConnectorFactory._registry)
+    for name in KVConnectorFactory._registry:
+        found = list(reasons_against(KVTransferConfig(kv_connector=name, kv_role="kv_both")))
+        assert found == [] if name in CONNECTORS else REFUSED[name] in found[0], name
+
+
+def test_the_connectors_within_another_are_looked_at():
+    children = [
+        {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"},
+        {"kv_connector": "NixlConnector", "kv_role": "kv_both"},
+        {"kv_connector": "OffloadingConnector", "kv_connector_module_path": "mine"},
+        {"kv_connector": "OffloadingConnector", "kv_load_failure_policy": "recompute"},
+    ]
+    given = {
+        "kv_connector": "MultiConnector",
+        "kv_connector_extra_config": {"connectors": children},
+    }
+    found = list(reasons_against(given))
+    assert [reason.split(" (")[0] for reason in found] == [
+        "KV connector NixlConnector hands a prompt's blocks from engine to engine, which was not "
+        "run",
+        "KV connector OffloadingConnector is of a module of its own, which is not known to be "
+        "exact",
+        "blocks that failed to load must end a request",
+    ]
 
 
 def other_model(name, folder):
@@ -216,7 +253,8 @@ def fake_config(**changes):
             "runner_type": "generate", "is_encoder_decoder": False,
             "is_hybrid": False, "is_attention_free": False,
             "is_multimodal_model": False, "architecture": "LlamaForCausalLM",
-            "enable_prompt_embeds": False,
+            "enable_prompt_embeds": False, "attn_type": "decoder",
+            "hf_text_config": SimpleNamespace(model_type="llama"),
         },
         "parallel_config": {
             "tensor_parallel_size": 1, "pipeline_parallel_size": 1,
@@ -246,7 +284,11 @@ def test_the_fake_configuration_passes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_config__runner_type": "pooling"}, "runner='generate'"),
+        ({"model_config__runner_type": "draft"}, "use 'generate' or 'pooling'"),
+        (
+            {"model_config__runner_type": "pooling", "model_config__attn_type": "encoder_only"},
+            "attention that looks ahead",
+        ),
         ({"model_config__is_encoder_decoder": True}, "encoder-decoder models"),
         (
             {"model_config__is_hybrid": True, "cache_config__mamba_cache_mode": "align"},
@@ -259,13 +301,30 @@ def test_the_fake_configuration_passes():
         ({"parallel_config__use_ubatching": True}, "turn enable_dbo off"),
         ({"cache_config__kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
         ({"ec_transfer_config": SimpleNamespace()}, "unset ec_transfer_config"),
-        ({"speculative_config": SimpleNamespace(method="mtp")}, "'mtp' is not supported yet"),
+        ({"speculative_config": SimpleNamespace(method="new")}, "'new' is not supported yet"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
 )
 def test_each_obstacle_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         check_engine(fake_config(**changes))
+
+
+def test_every_method_of_speculation_is_served_or_refused_by_name():
+    from typing import get_args
+
+    from vllm.config.speculative import MTPModelTypes, SpeculativeMethod
+
+    def flat(literal):
+        return [m for a in get_args(literal) for m in ([a] if isinstance(a, str) else flat(a))]
+
+    # Those of single models are turned into "mtp" before.
+    methods = {*flat(SpeculativeMethod)} - {*flat(MTPModelTypes)} | {"mtp"}
+    assert methods == {*SPECULATION, *UNTRIED}
+    for method in UNTRIED:
+        found = fake_config(speculative_config=SimpleNamespace(method=method))
+        with pytest.raises(ValueError, match=f"{method!r} {UNTRIED[method]}"):
+            check_engine(found)
 
 
 def test_all_obstacles_are_named_at_once():

@@ -92,6 +92,15 @@ DEVELOPMENT = {
 OTHER_MODELS = {"/v1/audio/transcriptions", "/v1/audio/translations", "/v1/realtime"}
 """Of models that an engine with PEDRO refuses: see `integration/checks.py`."""
 
+SCORES = {"/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"}
+
+POOLING = {
+    "embed": {"/pooling", "/v1/embeddings", "/v2/embed", *SCORES},
+    "classify": {"/pooling", "/classify", *SCORES},
+}
+"""Of pooling engines; `test_pooling.py` asks them, except for what has one function with another:
+scores by other names, and Cohere's form of embeddings."""
+
 NEEDS_THE_COHERE_SDK = {"/cohere/v2/chat", "/cohere/v2/chat/render"}
 
 LAZY = 60
@@ -107,8 +116,8 @@ def paths(routes):
             yield route.path
 
 
-@pytest.mark.parametrize("task", ["generate", "embed", "transcription"])
-def test_no_route_is_unknown(task, monkeypatch):
+@pytest.mark.parametrize("task", ["generate", "embed", "classify", "transcription"])
+def test_no_route_is_unknown(task, model, monkeypatch):
     """A new one, in the next vLLM: put it where it belongs above, and try it."""
     from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -119,11 +128,18 @@ def test_no_route_is_unknown(task, monkeypatch):
     arguments = ["--model", "none", "--enable-scale-out"]
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
     tasks = ("generate", "transcription", "realtime") if task == "transcription" else (task,)
-    found = set(paths(build_app(args, tasks).routes))
+    config = None
+    if task in POOLING:
+        from vllm.engine.arg_utils import EngineArgs
+
+        one = {"num_labels": 1}
+        engine = EngineArgs(str(model), runner="pooling", convert=task, hf_overrides=one)
+        config = engine.create_model_config()
+    found = set(paths(build_app(args, tasks, config).routes))
     known = {*MODEL_ROUTES, *WITHOUT_MODEL, *DEVELOPMENT}
-    if task == "embed":
-        # Its runner is "pooling", with which PEDRO refuses to start; so does each of these.
+    if task in POOLING:
         assert not found & GENERATING - {"/invocations"}
+        assert found - known == POOLING[task]
         return
     assert found - known == (OTHER_MODELS if task == "transcription" else set())
     assert known - found <= NEEDS_THE_COHERE_SDK

@@ -1,4 +1,4 @@
-"""Draft models and EAGLE: they propose, and the target verifies under each row's own vectors."""
+"""Draft models and heads: they propose, and the target verifies under each row's own vectors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from architectures import make
+from engines import Oracle
+from runners import current_runner
+from safetensors.torch import load_file, save_file
 
 from vllm_pedro import PedroRequest
 
@@ -16,43 +19,125 @@ pytestmark = pytest.mark.engine
 LOOP = [5, 17, 40, 8, 99, 61] * 8
 
 
-@pytest.fixture(scope="module")
-def eagle(tiny, tmp_path_factory):
-    """A random EAGLE head of one layer for the tiny model."""
-    folder = tmp_path_factory.mktemp("eagle")
-    config = json.loads((tiny / "config.json").read_text())
-    config |= {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1}
-    (folder / "config.json").write_text(json.dumps(config))
-    d, f, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    kv = config["num_key_value_heads"] * head
-    shapes = {
-        "fc.weight": (d, 2 * d),
-        "layers.0.self_attn.q_proj.weight": (config["num_attention_heads"] * head, d),
-        "layers.0.self_attn.k_proj.weight": (kv, d),
-        "layers.0.self_attn.v_proj.weight": (kv, d),
-        "layers.0.self_attn.o_proj.weight": (d, config["num_attention_heads"] * head),
-        "layers.0.mlp.gate_proj.weight": (f, d),
-        "layers.0.mlp.up_proj.weight": (f, d),
-        "layers.0.mlp.down_proj.weight": (d, f),
-    }
+def random(shapes):
     draw = torch.Generator().manual_seed(0)
-    weights = {name: 0.2 * torch.randn(shape, generator=draw) for name, shape in shapes.items()}
-    weights["layers.0.post_attention_layernorm.weight"] = torch.ones(d)
-    save_file(weights, folder / "model.safetensors")
+    return {
+        name: torch.ones(shape) if len(shape) == 1 else 0.2 * torch.randn(shape, generator=draw)
+        for name, shape in shapes.items()
+    }
+
+
+def block(prefix, config, width=1):
+    """Shapes of a Llama block whose attention reads so many times the hidden size."""
+    d, f, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    return {
+        f"{prefix}self_attn.q_proj.weight": (q, width * d),
+        f"{prefix}self_attn.k_proj.weight": (kv, width * d),
+        f"{prefix}self_attn.v_proj.weight": (kv, width * d),
+        f"{prefix}self_attn.o_proj.weight": (d, q),
+        f"{prefix}mlp.gate_proj.weight": (f, d),
+        f"{prefix}mlp.up_proj.weight": (f, d),
+        f"{prefix}mlp.down_proj.weight": (d, f),
+        f"{prefix}post_attention_layernorm.weight": (d,),
+    }
+
+
+def draft_model(model, folder):
+    return shutil.copytree(model, folder / "draft")
+
+
+def head(model, folder, shapes, **changes):
+    """A random head for a model."""
+    folder.mkdir(exist_ok=True)
+    config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 1} | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(random(shapes(config)), folder / "model.safetensors")
     return folder
 
 
-@pytest.mark.parametrize("method", ["draft_model", "eagle"])
+def eagle(model, folder):
+    def shapes(config):
+        d = config["hidden_size"]
+        return {"fc.weight": (d, 2 * d), **block("layers.0.", config)}
+
+    return head(model, folder / "eagle", shapes)
+
+
+def eagle3(model, folder):
+    """It reads the residual stream in the midst of the target, scaled as it is."""
+
+    def shapes(config):
+        d, vocabulary = config["hidden_size"], config["vocab_size"]
+        norms = {f"midlayer.{name}.weight": (d,) for name in ("input_layernorm", "hidden_norm")}
+        return {
+            "fc.weight": (d, 3 * d),
+            "norm.weight": (d,),
+            "lm_head.weight": (vocabulary, d),
+            **norms,
+            **block("midlayer.", config, 2),
+        }
+
+    return head(model, folder / "eagle3", shapes, architectures=["LlamaForCausalLMEagle3"])
+
+
+def medusa(model, folder):
+    def shapes(config):
+        d, vocabulary = config["hidden_size"], config["vocab_size"]
+        blocks = {f"blocks.{i}.layers.0.weight": (d, d) for i in range(3)}
+        return blocks | {f"lm_heads.{i}.weight": (vocabulary, d) for i in range(3)}
+
+    config = json.loads((model / "config.json").read_text())
+    made = head(model, folder / "medusa", shapes)
+    own = {"architectures": ["MedusaModel"], "model_type": "medusa", "num_heads": 3}
+    own |= {"num_hidden_layers": 1, **{k: config[k] for k in ("hidden_size", "vocab_size")}}
+    (made / "config.json").write_text(json.dumps(own))
+    return made
+
+
+def with_predictor(folder):
+    """A model whose checkpoint has a block for multi-token prediction."""
+    model = make("Ernie4_5_MoeForCausalLM", folder / "ernie")
+    config = json.loads((model / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (model / "config.json").write_text(json.dumps(config))
+    d = config["hidden_size"]
+    more = random(
+        {
+            "model.mtp_emb_norm.0.weight": (d,),
+            "model.mtp_hidden_norm.0.weight": (d,),
+            "model.mtp_linear_proj.0.weight": (d, 2 * d),
+            "model.mtp_block.0.input_layernorm.weight": (d,),
+            **block("model.mtp_block.0.", config),
+        }
+    )
+    weights = load_file(model / "model.safetensors")
+    save_file(weights | more, model / "model.safetensors", {"format": "pt"})
+    return model
+
+
+DRAFTS = {"draft_model": draft_model, "eagle": eagle, "eagle3": eagle3, "medusa": medusa}
+V1_ONLY = {"medusa"}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, marks=() if method in V1_ONLY else pytest.mark.both_runners)
+        for method in (*DRAFTS, "mtp")
+    ],
+)
 def test_drafts_are_verified_under_the_rows_own_vectors(
-    method, tiny, eagle, tiny_engine, tiny_oracle, write_adapter, tmp_path
+    method, tiny, engine, write_adapter, tmp_path
 ):
     from vllm import SamplingParams
 
-    draft = eagle if method == "eagle" else shutil.copytree(tiny, tmp_path / "draft")
+    model = with_predictor(tmp_path) if method == "mtp" else tiny
+    drafts = {} if method == "mtp" else {"model": str(DRAFTS[method](tiny, tmp_path))}
+    oracle = Oracle(model, keep=5)
     adapters = [
         None,
         *(
-            write_adapter(tiny, seed=seed, scale=scale, down_scale=15.0, **config)
+            write_adapter(model, seed=seed, scale=scale, down_scale=15.0, **config)
             for seed, scale, config in (
                 (1, 0.2, {}), (2, 0.2, {"pooling": "mean"}), (3, 0.2, {"scope": "answer"}),
                 (4, 0.01, {}),
@@ -60,11 +145,14 @@ def test_drafts_are_verified_under_the_rows_own_vectors(
         ),
     ]  # fmt: skip
     params = SamplingParams(
-        temperature=0.0, max_tokens=20, ignore_eos=True, detokenize=False, prompt_logprobs=0
-    )
-    with tiny_engine(
-        speculative_config={"method": method, "model": str(draft), "num_speculative_tokens": 3},
-        enable_prefix_caching=True, disable_log_stats=False, max_num_seqs=4,
+        temperature=0.0, max_tokens=20 if current_runner() == "v1" else 10, ignore_eos=True,
+        detokenize=False, prompt_logprobs=0,
+    )  # fmt: skip
+    count = 1 if method == "mtp" else 3
+    with engine(
+        model, skip_tokenizer_init=True, block_size=32, enable_prefix_caching=True,
+        speculative_config={"method": method, **drafts, "num_speculative_tokens": count},
+        disable_log_stats=False, max_num_seqs=4,
     ) as llm:  # fmt: skip
         for turn in range(2):  # the second finds the first's blocks
             asked = [
@@ -76,8 +164,8 @@ def test_drafts_are_verified_under_the_rows_own_vectors(
                 params, lora_request=[request for _, _, request in asked], use_tqdm=False,
             )  # fmt: skip
             for output, (_, path, _) in zip(outputs, asked, strict=True):
-                tiny_oracle.check(output, path)
+                oracle.check(output, path)
         counts = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
     assert counts["vllm:spec_decode_num_draft_tokens"] > 0
     if method == "draft_model":  # a random head is right by chance alone
-        assert counts["vllm:spec_decode_num_accepted_tokens"] > 20
+        assert counts["vllm:spec_decode_num_accepted_tokens"] > 10

@@ -120,14 +120,26 @@ def test_counts_are_taken_out_of_a_field_that_others_use():
 
 
 def test_a_failure_is_told_from_other_errors():
-    def completion(finish_reason, stop_reason):
-        return SimpleNamespace(finish_reason=finish_reason, stop_reason=stop_reason)
+    def output(completion):
+        return SimpleNamespace(outputs=[completion])
 
-    failed = completion("error", None)
-    assert wire.failure_of(failed) == ""
+    failed = SimpleNamespace(finish_reason="error", stop_reason=None)
+    assert wire.failure_of(output(failed)) == ""
     wire.put_failure(failed, "the files changed")
-    assert wire.failure_of(failed) == "the files changed"
-    assert wire.failure_of(completion("stop", failed.stop_reason)) == ""
+    assert wire.failure_of(output(failed)) == "the files changed"
+    stopped = SimpleNamespace(finish_reason="stop", stop_reason=failed.stop_reason)
+    assert wire.failure_of(output(stopped)) == ""
+
+
+def test_a_failed_pooling_request_is_told_by_its_code():
+    from vllm.outputs import PoolingOutput, PoolingRequestOutput, RequestError
+
+    def output(error):
+        return PoolingRequestOutput("0", PoolingOutput(torch.empty(0)), [], 0, True, error=error)
+
+    assert wire.failure_of(output(None)) == ""
+    assert wire.failure_of(output(RequestError("multimodal_cache_miss", "gone"))) == ""
+    assert wire.failure_of(output(RequestError(wire.KEY, "changed"))) == "changed"
 
 
 @pytest.mark.engine

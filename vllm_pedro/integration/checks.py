@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..architectures import ARCHITECTURES, EXPERTS_UP
-from .offloading import CONNECTORS
+from ..architectures import ARCHITECTURES, EXPERTS_UP, architecture_of
+from .offloading import reasons_against
 from .options import options_of
 
-SPECULATION = ("ngram", "ngram_gpu", "draft_model", "eagle")
+SPECULATION = ("ngram", "ngram_gpu", "draft_model", "eagle", "eagle3", "medusa", "mtp")
 """Methods that were run. What proposes has no adapter; it changes how many drafts are accepted."""
+
+UNTRIED = {
+    "suffix": "needs arctic-inference, with which it was not run",
+    "mlp_speculator": "is in neither of vLLM's runners",
+    "custom_class": "is code of its own, which is not known to be exact",
+    "extract_hidden_states": "writes hidden states, which was not run",
+    "dflash": "drafts in parallel, which was not run",
+    "dspark": "drafts in parallel, which was not run",
+}
+"""vLLM 0.32's others, and why they are refused."""
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -28,8 +38,11 @@ def check_engine(vllm_config: Any) -> None:
 
 def _reasons(config: Any) -> list[str]:
     model, parallel, found = config.model_config, config.parallel_config, []
-    if model.runner_type != "generate":
-        found.append(f"runner {model.runner_type!r} does not generate text (use runner='generate')")
+    is_pooling = model.runner_type == "pooling"
+    if model.runner_type not in ("generate", "pooling"):
+        found.append(f"runner {model.runner_type!r} has no prompts (use 'generate' or 'pooling')")
+    if is_pooling and model.attn_type == "encoder_only":
+        found.append("attention that looks ahead is not supported yet (is_causal, CLS pooling)")
     kinds = {
         "encoder-decoder": model.is_encoder_decoder,
         "attention-free": model.is_attention_free,
@@ -39,7 +52,10 @@ def _reasons(config: Any) -> list[str]:
         if is_kind:
             found.append(f"{kind} models are not supported")
     architecture = model.architecture
-    if architecture not in ARCHITECTURES:
+    is_known = architecture in ARCHITECTURES
+    if is_pooling:  # its class may be called after its head
+        is_known = architecture_of(model.hf_text_config) is not None
+    if not is_known:
         found.append(
             f"architecture {architecture} is not among those whose projections are known "
             f"({', '.join(ARCHITECTURES)})"
@@ -67,15 +83,10 @@ def _reasons(config: Any) -> list[str]:
     if model.enable_prompt_embeds:
         found.append("prompt embeddings have no token ids to key the cache (enable_prompt_embeds)")
     transfer = config.kv_transfer_config
-    if transfer is not None and transfer.kv_connector not in CONNECTORS:
+    if transfer is not None:
         offloads = config.cache_config.kv_offloading_size is not None
-        found.append(
-            f"KV connector {transfer.kv_connector} may load blocks of another adapter, or past the "
-            f"pooled token (use {' or '.join(CONNECTORS)}, or unset "
-            f"{'kv_offloading_size' if offloads else 'kv_transfer_config'})"
-        )
-    elif transfer is not None and transfer.kv_load_failure_policy != "fail":
-        found.append("blocks that failed to load must end a request (kv_load_failure_policy: fail)")
+        option = "kv_offloading_size" if offloads else "kv_transfer_config"
+        found += reasons_against(transfer, option)
     if config.ec_transfer_config is not None:
         found.append("encoder caches are for multimodal models (unset ec_transfer_config)")
     if getattr(config.compilation_config.pass_config, "enable_sp", False):
@@ -84,8 +95,9 @@ def _reasons(config: Any) -> list[str]:
         found.append("kv_sharing_fast_prefill skips prompt tokens in some layers")
     speculative = config.speculative_config
     if speculative is not None and speculative.method not in SPECULATION:
+        why = UNTRIED.get(speculative.method, "is not supported yet")
         found.append(
-            f"speculative decoding by {speculative.method!r} is not supported yet (use one of "
+            f"speculative decoding by {speculative.method!r} {why} (use one of "
             f"{', '.join(SPECULATION)})"
         )
     return found

@@ -133,6 +133,20 @@ PATCHES = (
         until="requests can fail with a client's error, and be put back into the queue",
     ),
     Patch(
+        "vllm.v1.engine.async_llm:AsyncLLM.encode",
+        "frontend.readmission:generate",
+        why="as above, for pooling requests",
+        upstream=f"{VLLM}/pull/37148",
+        until="requests can fail with a client's error, and be put back into the queue",
+    ),
+    Patch(
+        "vllm.v1.engine.output_processor:RequestState.make_request_output",
+        "wire:make_request_output",
+        why="a pooling request that ends without a result stops the front end for all",
+        upstream=f"{VLLM}/pull/37148",
+        until="the engine core can say why a pooling request failed",
+    ),
+    Patch(
         "vllm.entrypoints.openai.models.serving:OpenAIServingModels.__init__",
         "frontend.models:init",
         why="the class is created by name; resolvers must give a LoRA that is loaded at once",
@@ -145,6 +159,13 @@ PATCHES = (
         why="an adapter must be read before a stream's status is sent",
         upstream=f"{VLLM}/pull/10546",
         until="adapters are checked before a stream begins",
+    ),
+    Patch(
+        "vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model",
+        "frontend.models:check_pooling_model",
+        why="as above; pooling routes have a check of their own",
+        upstream=f"{VLLM}/pull/10546",
+        until="adapters are checked before a request is processed",
     ),
     Patch(
         "vllm.entrypoints.serve:register_vllm_dev_api_routers",

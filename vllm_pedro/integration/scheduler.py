@@ -61,6 +61,8 @@ class PedroSchedulerMixin:
         self._pedro_offloading = Offloading(self.connector)  # type: ignore[attr-defined]
         # The worker's, once it has had a request, if it is in this process.
         self.pedro_bank: AdapterBank | None = None
+        self._pedro_pools = vllm_config.model_config.runner_type == "pooling"
+        self._pedro_chunks = bool(vllm_config.scheduler_config.enable_chunked_prefill)
         # Counts that wait for the next statistics.
         self._pedro_stats: dict[str, Any] = {}
 
@@ -107,7 +109,7 @@ class PedroSchedulerMixin:
                 continue  # it was admitted for content that needs no whole prompt
             request.pedro = new
             self._pedro_prefetches.want(request.request_id, new)
-            wire.put_spec(request.sampling_params, new)
+            wire.put_spec(wire.params_of(request), new)
             request.block_hashes.clear()
             request.update_block_hashes()
             count += 1
@@ -144,8 +146,12 @@ class PedroSchedulerMixin:
         for request_id in self._pedro_admission.candidates():
             request = self.requests[request_id]  # type: ignore[attr-defined]
             spec: RequestSpec = request.pedro
-            tokens = max(1, spec.pooled_end - spec.first_scaled)
+            tokens = max(1, spec.pooled_end - self._pedro_first_whole(spec))
             yield Turn(request_id, tokens, request.priority)
+
+    def _pedro_first_whole(self, spec: RequestSpec) -> int:
+        """From which token on a prompt has to come in one step; some heads take no chunks."""
+        return spec.first_scaled if self._pedro_chunks else 0
 
     def _pedro_is_entered(self, request_id: str) -> bool:
         """Whether the step computes a token that the request's adapter scales."""
@@ -172,8 +178,9 @@ class PedroSchedulerMixin:
         self._pedro_free(request)
         self._pedro_admission.forget(request.request_id)
         self._pedro_prefetches.forget(request.request_id)
+        result = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
         self._pedro_offloading.forget(request.request_id)
-        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        return result
 
     def _pedro_free(self, request: Any) -> None:
         request_id = request.request_id
@@ -239,7 +246,7 @@ class PedroSchedulerMixin:
         if admission.is_before_turn(request_id, request.priority):
             return True
         spec: RequestSpec | None = request.pedro
-        if spec is None or num_computed_tokens < spec.first_scaled:
+        if spec is None or num_computed_tokens < self._pedro_first_whole(spec):
             return False  # tokens before the pooled one are the backbone's
         if self._pedro_hangs_on_another_folder(spec):
             return True
@@ -319,13 +326,13 @@ class PedroSchedulerMixin:
         is_past = computed + tokens > spec.first_scaled
         if tokens and is_past and not self._pedro_rows.is_read_by(request_id):
             if self._pedro_hangs_on_another_folder(spec):
-                return max(0, spec.first_scaled - computed)
+                return max(0, self._pedro_first_whole(spec) - computed)
             cached = self._pedro_rows.has(spec.vector_key)
             if not cached:
                 is_running = request.status == RequestStatus.RUNNING
                 is_due = self._pedro_is_due(request_id, spec, is_urgent=is_running)
                 if not is_due or not self._pedro_has_room_for(spec):
-                    return max(0, spec.first_scaled - computed)
+                    return max(0, self._pedro_first_whole(spec) - computed)
                 self._pedro_step_adapters[spec.digest] = spec.nbytes
                 self._pedro_step_folders[spec.vector_key] = spec.path
             self._pedro_entering[request_id] = cached
@@ -354,7 +361,7 @@ class PedroSchedulerMixin:
             for client in outputs.values():
                 for output in client.outputs:
                     if output.request_id in dropped and output.finish_reason is not None:
-                        wire.put_failure(output, dropped[output.request_id])
+                        wire.put_failure(output, dropped[output.request_id], self._pedro_pools)
         return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
@@ -368,6 +375,8 @@ class PedroSchedulerMixin:
         index = model_runner_output.req_id_to_index.get(request_id)
         if index is not None and model_runner_output.sampled_token_ids:
             model_runner_output.sampled_token_ids[index] = []
+        if index is not None and model_runner_output.pooler_output:
+            model_runner_output.pooler_output[index] = None
         model_runner_output.prompt_logprobs_dict.pop(request_id, None)
         # Computed without vectors, but keyed as if with them.
         self._pedro_evict(request_id, self.requests[request_id].pedro.first_scaled)  # type: ignore[attr-defined]

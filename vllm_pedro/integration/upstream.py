@@ -25,6 +25,9 @@ vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler:OffloadingConn
     get_num_new_matched_tokens 35f88263c324
 vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector:OffloadingConnector
     _max_loadable_tokens 8625ed2fb371
+vllm.distributed.kv_transfer.kv_connector.v1.multi_connector:MultiConnector
+    get_num_new_matched_tokens e3177bfe78c5
+    update_state_after_alloc c71dc673f85c
 vllm.engine.arg_utils:EngineArgs
     _set_default_max_num_seqs_and_batched_tokens_args 058d17be96fe
     add_cli_args 0b7444570415
@@ -36,6 +39,8 @@ vllm.entrypoints.generate.beam_search.utils:BeamSearchInstance
     __init__ a5587f260df0
 vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat
     render_chat_request 642ed68ae31d
+vllm.entrypoints.pooling.base.serving:PoolingBaseServing
+    _check_model 5ae1f2c98001
 vllm.entrypoints.openai.models.serving:OpenAIServingModels
     __init__ 0218cc457c0b
     _check_load_lora_adapter_request e610e5af04aa
@@ -80,6 +85,7 @@ vllm.v1.core.sched.scheduler:Scheduler
 vllm.v1.cudagraph_dispatcher:CudagraphDispatcher
     dispatch 56eabe7548de
 vllm.v1.engine.async_llm:AsyncLLM
+    encode d11895748016
     generate 5bd0ee90459b
 vllm.v1.engine.core:EngineCore
     collective_rpc f0d85bf03430
@@ -93,6 +99,8 @@ vllm.v1.engine.input_processor:InputProcessor
 vllm.v1.engine.output_processor:OutputProcessor
     add_request 8e0315ddb4d6
     process_outputs 9e116796002e
+vllm.v1.engine.output_processor:RequestState
+    make_request_output 353cb96c5dea
 vllm.v1.metrics.loggers:PrometheusStatLogger
     record a506cbde7928
 vllm.v1.metrics.loggers:StatLoggerManager
@@ -102,6 +110,12 @@ vllm.v1.metrics.stats:LoRARequestStates
     update_scheduler_stats 09c74cedb96f
 vllm.v1.request:Request
     update_block_hashes fbb2f6a93ec8
+vllm.v1.simple_kv_offload.manager:SimpleCPUOffloadScheduler
+    _prepare_lazy_store_specs b4e8394597a4
+    _queue_finished_eager_store b14a21afa195
+    _select_eager_blocks_to_store 06219e33b06a
+    get_num_new_matched_tokens 60c7e743a759
+    update_state_after_alloc f7543190de8e
 vllm.v1.worker.cpu_model_runner:CPUModelRunner
     load_model 270bdfc6670d
 vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager
@@ -115,6 +129,7 @@ vllm.v1.worker.gpu.model_runner:GPUModelRunner
     gather_batch_req_state 18da780f3c3f
     initialize_kv_cache 6869df8fbc3d
     load_model 53fc8c4d88ef
+    pool 77e4b07f468c
     sample_tokens de7f3c7b008b
 vllm.v1.worker.gpu.model_states.default:DefaultModelState
     add_request 289c2c00c244
@@ -125,6 +140,7 @@ vllm.v1.worker.gpu.model_states
 vllm.v1.worker.gpu_model_runner:GPUModelRunner
     _determine_batch_execution_and_padding 8a0228128517
     _dummy_run 47b96b71fc65
+    _pool f9bd05c26def
     _prepare_inputs c31a77c123a0
     _update_states 326599f31b27
     execute_model e058bf791a29
@@ -153,9 +169,14 @@ vllm.v1.core.sched.scheduler:Scheduler
     schedule fa34c8a13c0a
     update_from_output 8067d98a98b6
 vllm.v1.engine.async_llm:AsyncLLM
+    encode 8ebc0778654f
     generate f8205b7b520c
 vllm.v1.engine.output_processor:OutputProcessor
     process_outputs 06811284749d
+vllm.v1.engine.output_processor:RequestState
+    make_request_output 9c555c51b1a2
+vllm.v1.simple_kv_offload.manager:SimpleCPUOffloadScheduler
+    get_num_new_matched_tokens 7918397805c1
 vllm.v1.worker.gpu.dp_utils
     dispatch_cg_and_sync_dp d8a28dfab9d8
 vllm.v1.worker.gpu.model_runner:GPUModelRunner

@@ -2,7 +2,7 @@
 
 | crossing | rides on | is put by | is taken by |
 | --- | --- | --- | --- |
-| `RequestSpec` | `SamplingParams.extra_args` | input processor | scheduler, runner |
+| `RequestSpec` | an open dictionary of its parameters | input processor | scheduler, runner |
 | assignments | an attribute of `SchedulerOutput` | scheduler | runner, scheduler |
 | prefetches | another one | scheduler | runner |
 | `StepReport` | an attribute of `ModelRunnerOutput` | runner | scheduler |
@@ -30,7 +30,7 @@ from ..serving.rows import Assignment
 from ..serving.spec import RequestSpec
 
 KEY = "vllm_pedro"
-"""PEDRO's key in vLLM's open dictionaries: `extra_args` and `ec_connector_stats`."""
+"""PEDRO's key in vLLM's open dictionaries: `extra_args`, `extra_kwargs`, `ec_connector_stats`."""
 
 _ASSIGNMENTS = "pedro_assignments"
 _PREFETCHES = "pedro_prefetches"
@@ -43,23 +43,34 @@ class WireError(RuntimeError):
     """Something that has to travel with one of vLLM's objects was lost on the way."""
 
 
-# Front end -> scheduler and worker: `extra_args` is vLLM's own channel for a plugin's data of a
-# request. It reaches all processes, and both runners hand it on with a new request.
+# Front end -> scheduler and worker: both kinds of parameters have a channel for a plugin's data of
+# a request. It reaches all processes, and both runners hand it on with a new request.
+
+
+def params_of(request: Any) -> Any:
+    """A request's sampling parameters or, in a pooling engine, its pooling parameters."""
+    return request.pooling_params if request.sampling_params is None else request.sampling_params
+
+
+def channel_of(params: Any) -> str:
+    """The attribute of a request's parameters that is open to plugins."""
+    return "extra_args" if hasattr(params, "extra_args") else "extra_kwargs"
 
 
 def carries_spec(params: Any) -> bool:
     """Whether something lies where a request's spec belongs; users may not put it there."""
-    return (getattr(params, "extra_args", None) or {}).get(KEY) is not None
+    return (getattr(params, channel_of(params), None) or {}).get(KEY) is not None
 
 
 def put_spec(params: Any, spec: RequestSpec) -> None:
-    """Have a request's spec travel with its sampling parameters."""
-    params.extra_args = {**(params.extra_args or {}), KEY: spec.to_wire()}
+    """Have a request's spec travel with its parameters."""
+    channel = channel_of(params)
+    setattr(params, channel, {**(getattr(params, channel) or {}), KEY: spec.to_wire()})
 
 
 def spec_of(params: Any) -> RequestSpec | None:
-    """The spec that travels with sampling parameters; None for a request without an adapter."""
-    extra = getattr(params, "extra_args", None)
+    """The spec that travels with parameters; None for a request without an adapter."""
+    extra = getattr(params, channel_of(params), None)
     wire = extra.get(KEY) if extra else None
     return None if wire is None else RequestSpec.from_wire(wire)
 
@@ -69,7 +80,7 @@ def spec_of_request(request: Any) -> RequestSpec | None:
     one.
     """
     if not hasattr(request, "pedro"):
-        request.pedro = spec_of(request.sampling_params)
+        request.pedro = spec_of(params_of(request))
     spec: RequestSpec | None = request.pedro
     return spec
 
@@ -201,17 +212,60 @@ def take_stats(scheduler_stats: Any) -> dict[str, Any] | None:
     return stats
 
 
-def put_failure(output: Any, reason: str) -> None:
+def put_failure(output: Any, reason: str, is_pooling: bool = False) -> None:
     """Have a request's last output say that its adapter could not be loaded, and why."""
     output.stop_reason = _FAILURE + reason
+    if is_pooling:
+        # Without one, vLLM's front end takes the output for that of a request that generates.
+        output.pooling_output = torch.empty(0)
 
 
-def failure_of(completion: Any) -> str:
-    """Why a request ended for want of its adapter; the empty string if it did not."""
-    reason = completion.stop_reason
-    if completion.finish_reason == "error" and str(reason).startswith(_FAILURE):
-        return str(reason).removeprefix(_FAILURE)
-    return ""
+def failure_of(output: Any) -> str:
+    """Why a request ended for want of its adapter; the empty string if it did not.
+
+    Args:
+        output: vLLM's `RequestOutput` or `PoolingRequestOutput`.
+    """
+    error = getattr(output, "error", None)
+    if error is not None:
+        return str(error.message) if error.code == KEY else ""
+    completions = output.outputs if isinstance(output.outputs, list) else ()
+    return next(filter(None, map(_failure_of_completion, completions)), "")
+
+
+def _failure_of_completion(completion: Any) -> str:
+    if completion.finish_reason != "error":
+        return ""
+    return _reason(completion.stop_reason)
+
+
+def _reason(stop_reason: Any) -> str:
+    text = str(stop_reason)
+    return text.removeprefix(_FAILURE) if text.startswith(_FAILURE) else ""
+
+
+def make_request_output(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Patch of `RequestState`: a pooling request whose adapter failed has vLLM's kind of error."""
+
+    def wrapped(
+        self: Any,
+        new_token_ids: Any,
+        pooling_output: Any,
+        finish_reason: Any,
+        stop_reason: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        reason = "" if pooling_output is None else _reason(stop_reason)
+        if reason:
+            from vllm.outputs import RequestError
+
+            kwargs["error"] = RequestError(KEY, reason)
+        return original(
+            self, new_token_ids, pooling_output, finish_reason, stop_reason, *args, **kwargs
+        )
+
+    return wrapped
 
 
 # Front end -> engine core and workers: vLLM calls methods by name. `plugin.py` adds them.
@@ -266,7 +320,7 @@ def preprocess_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def wrapped(self: Any, request: Any) -> Any:
-        spec = spec_of(request.sampling_params)
+        spec = spec_of(params_of(request))
         if spec is not None:
             request.lora_request = None
             bank = bank_here(self)

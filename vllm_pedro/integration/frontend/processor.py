@@ -8,7 +8,6 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vllm.sampling_params import SamplingParams
 from vllm.utils.async_utils import make_async
 
 from ...config import PEFT_TYPE, peft_type_of
@@ -93,15 +92,15 @@ class PedroInputProcessorMixin:
     ) -> Any:
         if wire.carries_spec(params):
             raise RefusedRequestError(
-                f"extra_args[{wire.KEY!r}] is reserved: ask for a PEDRO adapter with "
-                "lora_request=PedroRequest(...), or by its model name",
-                parameter="extra_args",
+                f"{wire.channel_of(params)}[{wire.KEY!r}] is reserved: ask for a PEDRO adapter "
+                "with lora_request=PedroRequest(...), or by its model name",
+                parameter=wire.channel_of(params),
             )
         known, length = None, None
         pedro_request = pedro_request_of(lora_request)
         if pedro_request is not None:
             length = given_prompt_length(params)
-            self._refuse_what_cannot_be_exact(params, kwargs)
+            self._refuse_what_cannot_be_exact(kwargs)
             path, known = self._find_adapter(pedro_request)
             lora_request = pedro_request
         else:
@@ -122,11 +121,11 @@ class PedroInputProcessorMixin:
         )
         if known is not None:
             length = lora_request.prompt_length or length
-            text = (params.extra_args or {}).get(TEXT_KEY)
+            text = (getattr(params, "extra_args", None) or {}).get(TEXT_KEY)
             if text is not None and length is None and request.prompt_token_ids is not None:
                 tokenizer = self.renderer.get_tokenizer()
                 length = length_of_text(text, request.prompt_token_ids, tokenizer)
-            if params.prompt_logprobs is not None and length is None:
+            if getattr(params, "prompt_logprobs", None) is not None and length is None:
                 warn_of_scored_text()
             self._attach(request, lora_request, path, known, length)
         return request
@@ -148,11 +147,7 @@ class PedroInputProcessorMixin:
                 f"adapter {lora_request.lora_name!r}: {error}", parameter="lora_request"
             ) from error
 
-    def _refuse_what_cannot_be_exact(self, params: Any, kwargs: dict[str, Any]) -> None:
-        if not isinstance(params, SamplingParams):
-            raise RefusedRequestError(
-                "PEDRO adapters serve text generation, not pooling requests", parameter="model"
-            )
+    def _refuse_what_cannot_be_exact(self, kwargs: dict[str, Any]) -> None:
         if kwargs.get("resumable"):
             raise RefusedRequestError(
                 "a streaming-input session changes its prompt under way, so a PEDRO adapter's "
@@ -201,7 +196,7 @@ class PedroInputProcessorMixin:
             known.nbytes,
             known.scope,
         )
-        wire.put_spec(request.sampling_params, spec)
+        wire.put_spec(request.params, spec)
 
 
 def init(original: Callable[..., None]) -> Callable[..., None]:

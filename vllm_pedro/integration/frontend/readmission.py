@@ -7,6 +7,7 @@ again. (When a name is given other content, the scheduler hands that to the requ
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -22,17 +23,20 @@ ATTEMPTS = 4
 
 
 def generate(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Patch of `AsyncLLM`: admit a request again whose adapter changed before its prefill."""
+    """Patch of `AsyncLLM.generate` and `encode`: admit a request again whose adapter changed before
+    its prefill.
+    """
 
-    def wrapped(
-        self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
-    ) -> AsyncGenerator[Any, None]:
-        lora_request = kwargs.pop("lora_request", None)
+    signature = inspect.signature(original)
+
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        call = signature.bind(self, *args, **kwargs)
+        lora_request = call.arguments.get("lora_request")
 
         def start(adapter: Any) -> AsyncGenerator[Any, None]:
-            return original(
-                self, prompt, sampling_params, request_id, lora_request=adapter, **kwargs
-            )
+            call.arguments["lora_request"] = adapter
+            generator: AsyncGenerator[Any, None] = original(*call.args, **call.kwargs)
+            return generator
 
         if not isinstance(lora_request, PedroRequest):
             return start(lora_request)
@@ -65,7 +69,7 @@ async def _generate(
         outputs, begun = start(adapter), False
         try:
             async for output in outputs:
-                reason = next(filter(None, map(failure_of, output.outputs)), "")
+                reason = failure_of(output)
                 if reason:
                     break
                 begun = True

@@ -156,6 +156,10 @@ def execute(runtime: PedroRuntime, original: Any, scheduler_output: Any, *args: 
         if failed:
             wire.hand_on_failures(output, failed)
         return output
-    if not scheduler_output.total_num_scheduled_tokens and output is not None:
+    if output is None:  # tokens are sampled, or V2 pools, in a call of their own
+        return None
+    if not scheduler_output.total_num_scheduled_tokens:
         return wire.with_report(output, report_of_step(runtime, is_idle=True))
+    if reports():  # V1 has pooled
+        wire.put_report(output, report_of_step(runtime))
     return output

@@ -43,7 +43,7 @@ class PedroRunnerV1Mixin:
     def _update_states(self, scheduler_output: Any) -> Any:
         self.pedro.finish(scheduler_output.finished_req_ids)
         for request in scheduler_output.scheduled_new_reqs:
-            spec = wire.spec_of(request.sampling_params)
+            spec = wire.spec_of(wire.params_of(request))
             if spec is not None:
                 self.pedro.admit(request.req_id, spec)
         if self.pedro.has_requests:

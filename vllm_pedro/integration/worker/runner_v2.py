@@ -41,7 +41,7 @@ class PedroModelStateMixin:
         """A request enters, for the first time or after preemption."""
         super().add_request(req_index, new_req_data)  # type: ignore[misc]
         self.preempted -= {new_req_data.req_id}
-        spec = wire.spec_of(new_req_data.sampling_params)
+        spec = wire.spec_of(wire.params_of(new_req_data))
         if spec is not None:
             self.pedro.admit(new_req_data.req_id, spec)
 
@@ -164,7 +164,13 @@ class PedroRunnerV2Mixin:
         return execute(self.pedro, original, scheduler_output, *args)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
+        return self._with_report(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
+
+    def pool(self) -> Any:
+        """What a pooling model does in place of sampling."""
+        return self._with_report(super().pool())  # type: ignore[misc]
+
+    def _with_report(self, output: Any) -> Any:
         if not reports():
             report_of_step(self.pedro)
         elif output is not None:

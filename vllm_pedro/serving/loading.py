@@ -134,8 +134,9 @@ class AdapterLoader:
             max_bytes: Bytes of adapters that may be under way or not taken then.
         """
         with self._changed:
-            nbytes = spec.nbytes + sum(load.spec.nbytes for load in self._loads.values())
-            is_much = len(self._loads) >= self.MAX_HINTS or nbytes > max_bytes
+            loads = [w for w in self._loads.values() if not isinstance(w.outcome, PedroError)]
+            nbytes = spec.nbytes + sum(load.spec.nbytes for load in loads)
+            is_much = len(loads) >= self.MAX_HINTS or nbytes > max_bytes
             if _key(spec) not in self._loads and not is_much:
                 self._start(spec)
 

@@ -16,6 +16,8 @@ from vllm_pedro import PedroConfig, PedroModel
 from vllm_pedro.adapter import load_adapter
 from vllm_pedro.errors import PedroError
 from vllm_pedro.model.prompts import Prompts
+from vllm_pedro.training.data import Example, Row, encode
+from vllm_pedro.training.evaluate import TransformersEngine
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
@@ -71,6 +73,7 @@ def settings(folder: Path, **more: Any) -> dict[str, Any]:
         "output_dir": str(folder),
         "max_steps": 2,
         "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 16,  # all rows in one
         "learning_rate": 1e-2,
         "logging_steps": 1,
         "report_to": "none",
@@ -101,6 +104,20 @@ def prompts_of(rows: list[Any]) -> set[tuple[int, ...]]:
     return found
 
 
+def as_served(base: str, folder: Path, examples: list[Example]) -> list[list[float]]:
+    """Log probabilities of completions' tokens with a saved adapter, as `eval` scores them."""
+    model = PedroModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    return TransformersEngine(model, TOKENIZER.pad_token_id or 0).completion_logprobs(examples)
+
+
+def mean_of_sums(base: str, trainer: Any, folder: Path, rows: list[dict[str, str]]) -> float:
+    """What trainers of preferences log, of these completions, as served."""
+    trainer.save_model(folder)
+    examples = [encode(TOKENIZER, Row("", row["prompt"], row["completion"])) for row in rows]
+    values = as_served(base, folder, examples)
+    return sum(map(sum, values)) / len(values)
+
+
 @pytest.mark.parametrize("name", ["text", "chats", "checkpointing"])
 def test_sft(name: str, base: str, tmp_path: Path, pooled: list[tuple[int, ...]]) -> None:
     """With `peft_config`; what it saves is an adapter, and scores as it was trained."""
@@ -123,6 +140,13 @@ def test_sft(name: str, base: str, tmp_path: Path, pooled: list[tuple[int, ...]]
     reference = PedroModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), saved)
     with torch.no_grad():
         assert torch.equal(trainer.model.eval()(input_ids=ids).logits, reference(ids).logits)
+    examples = []
+    for row in trainer.train_dataset:
+        at = row["labels"].count(-100)
+        examples.append(Example(row["input_ids"][:at], row["input_ids"][at:]))
+    values = [x for line in as_served(base, saved, examples) for x in line]
+    loss = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    assert loss == pytest.approx(-sum(values) / len(values), abs=1e-5)
 
 
 def test_sft_on_all_tokens_of_a_chat_is_refused(base: str, tmp_path: Path) -> None:
@@ -170,6 +194,11 @@ def test_dpo_begins_at_its_reference(
     assert before
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
     assert set(pooled) <= prompts_of(PAIRS)
+    found = trainer.evaluate(trainer.train_dataset)
+    for answer in ("chosen", "rejected"):
+        rows = [{"prompt": row["prompt"], "completion": row[answer]} for row in PAIRS]
+        served = mean_of_sums(base, trainer, tmp_path / "last", rows)
+        assert found[f"eval_logps/{answer}"] == pytest.approx(served, abs=1e-4)
 
 
 def test_kto_and_grpo(base: str, tmp_path: Path, pooled: list[tuple[int, ...]]) -> None:
@@ -180,6 +209,11 @@ def test_kto_and_grpo(base: str, tmp_path: Path, pooled: list[tuple[int, ...]]) 
         processing_class=TOKENIZER,
     )
     trainer.train()
+    found = trainer.evaluate(trainer.train_dataset)
+    for answer, label in (("chosen", True), ("rejected", False)):
+        rows = [row for row in JUDGED if row["label"] == label]
+        served = mean_of_sums(base, trainer, tmp_path / "last", rows)
+        assert found[f"eval_logps/{answer}"] == pytest.approx(served, abs=1e-4)
     trainer = trl.GRPOTrainer(
         model=trained(base, tmp_path / "grpo"),
         reward_funcs=lambda completions, **how: [float(len(text)) for text in completions],

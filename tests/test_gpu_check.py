@@ -33,6 +33,7 @@ def check(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(1200)
 def test_parts_run_on_a_cpu_and_are_gone_on_with(tmp_path):
     """What failed is run again, what is done is not."""
     parts = ["--small", "--out", tmp_path, "--parts", "operators", "profile"]

@@ -43,7 +43,7 @@ def test_two_thousand_tenants_on_a_slow_disk(tmp_path, smol):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     figures = json.loads((tmp_path / "soak.json").read_text())
-    assert figures["counts"]["equal"] > 500
+    assert figures["counts"]["equal"] > 200
 
 
 def test_tenants_on_a_slow_disk_in_short(tmp_path, smol):

@@ -204,8 +204,12 @@ def test_adapters_come_and_go(base: str, adapter: str, want: Tensor) -> None:
         other.get_base_model().model.layers[0].vector_generator["default"].up_proj.shift += 1.0
     assert torch.equal(logits(model), want)
     assert not torch.equal(logits(other), want)
-    with pytest.raises(PedroError, match="cannot be merged"):
-        model.merge_and_unload()
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(PedroError, match="cannot be merged"):
+            merge()
+    for call in (model, model.generate):
+        with pytest.raises(PedroError, match="one adapter acts on all rows"):
+            call(IDS, adapter_names=["__base__"] * len(IDS))
     bare = model.unload()
     assert torch.equal(logits(bare), plain)
     assert set(bare.state_dict()) == set(backbone(base).state_dict())

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import peft
@@ -173,12 +173,21 @@ class PedroTuner(BaseTuner):
         with self.model._pedro_wiring.generating(kwargs):
             return self.model.generate(*args, **kwargs)
 
+    def _check_merge_allowed(self) -> None:
+        raise PedroError(
+            "a PEDRO adapter cannot be merged: its vectors are made from each prompt; unload() "
+            "takes it out"
+        )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:  # PEFT would pass over it
+            raise PedroError("adapter_names: one adapter acts on all rows; set_adapter() chooses")
+        yield
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
-            raise PedroError(
-                "a PEDRO adapter cannot be merged: its vectors are made from each prompt; unload() "
-                "takes it out"
-            )
+            self._check_merge_allowed()
         self.model._pedro_wiring.remove()
         del self.model.peft_config
         for layer in decoder_layers(self.model):

@@ -43,8 +43,8 @@ CONNECTORS = {
 }
 
 
-ON_V2 = {"offloading", "simple"}
-"""The others are the same code of the scheduler's."""
+OFTEN = {"offloading", "simple"}
+"""The others are of the same code; they are run with `-m slow`, on V1."""
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def adapter_that_was_away(start, oracle, adapters, connector="offloading"):
 @pytest.mark.parametrize(
     "connector",
     [
-        pytest.param(name, marks=pytest.mark.both_runners if name in ON_V2 else ())
+        pytest.param(name, marks=pytest.mark.both_runners if name in OFTEN else pytest.mark.slow)
         for name in CONNECTORS
     ],
 )

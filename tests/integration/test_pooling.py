@@ -302,6 +302,7 @@ def test_the_servers_routes_for_embeddings(model, adapters, hidden, tmp_path):
             assert status == 404, text
 
 
+@pytest.mark.slow
 def test_the_servers_routes_for_classes(classifier, adapters, hidden, tmp_path):
     folder, weight = classifier(1)
     one = make_tokenizer().encode(TEXTS[0])

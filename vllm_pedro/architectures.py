@@ -174,7 +174,20 @@ ARCHITECTURES: Final = {
 `tests/integration/test_architectures.py`."""
 
 
+MULTIMODAL: Final = {
+    "Mistral3ForConditionalGeneration": "mistral",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl_text",
+}
+"""Models that see, with the language model that they ran with; others of the table fit, too. Its
+layers are scaled, the tower's are not. Each is compared with plain transformers in
+`tests/integration/multimodal.py`."""
+
+_TEXT_PARTS: Final = (_even("qwen2_5_vl_text"),)
+"""Language models that there are within models that see alone."""
+
+
 def architecture_of(config: Any) -> Architecture | None:
     """The table's entry for a config of transformers'."""
     model_type = getattr(config, "model_type", None)
-    return next((a for a in ARCHITECTURES.values() if a.model_type == model_type), None)
+    known = (*ARCHITECTURES.values(), *_TEXT_PARTS)
+    return next((a for a in known if a.model_type == model_type), None)

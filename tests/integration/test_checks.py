@@ -274,7 +274,8 @@ def fake_config(**changes):
             tree[group] = value
     spaces = {k: SimpleNamespace(**v) if isinstance(v, dict) else v for k, v in tree.items()}
     passes = SimpleNamespace(enable_sp=False)
-    return SimpleNamespace(**spaces, compilation_config=SimpleNamespace(pass_config=passes))
+    compilation = SimpleNamespace(pass_config=passes, mode=3)
+    return SimpleNamespace(**spaces, compilation_config=compilation, use_v2_model_runner=True)
 
 
 def test_the_fake_configuration_passes():
@@ -295,13 +296,27 @@ def test_the_fake_configuration_passes():
             "turn enable_prefix_caching off",
         ),
         ({"model_config__is_attention_free": True}, "attention-free models"),
-        ({"model_config__is_multimodal_model": True}, "multimodal models"),
+        ({"model_config__architecture": "WhisperModel"}, "WhisperModel is not among those"),
+        (
+            {
+                "model_config__architecture": "Mistral3ForConditionalGeneration",
+                "model_config__hf_text_config": SimpleNamespace(model_type="newest"),
+            },
+            "the language model in Mistral3ForConditionalGeneration is a newest",
+        ),
         ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size=2"),
         ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size=2"),
         ({"parallel_config__use_ubatching": True}, "turn enable_dbo off"),
         ({"cache_config__kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
         ({"ec_transfer_config": SimpleNamespace()}, "unset ec_transfer_config"),
         ({"speculative_config": SimpleNamespace(method="new")}, "'new' is not supported yet"),
+        (
+            {
+                "model_config__is_multimodal_model": True,
+                "speculative_config": SimpleNamespace(method="ngram"),
+            },
+            "not run on vLLM's V2 .*; .* in a compiled model .*; .* with speculative decoding",
+        ),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
 )
@@ -329,9 +344,9 @@ def test_every_method_of_speculation_is_served_or_refused_by_name():
 
 def test_all_obstacles_are_named_at_once():
     found = fake_config(
-        model_config__is_multimodal_model=True, parallel_config__decode_context_parallel_size=4
+        model_config__is_encoder_decoder=True, parallel_config__decode_context_parallel_size=4
     )
-    with pytest.raises(ValueError, match=r"multimodal.*; decode_context_parallel_size=4"):
+    with pytest.raises(ValueError, match=r"encoder-decoder.*; decode_context_parallel_size=4"):
         check_engine(found)
 
 

@@ -213,18 +213,14 @@ def test_streaming_input_sessions_are_refused(llm, adapter, expected):
     still_serving(llm, adapter, expected)
 
 
-@pytest.mark.parametrize("kind", ["embeds", "multimodal"])
-def test_prompts_without_plain_token_ids_are_refused(llm, adapter, expected, kind, monkeypatch):
+def test_prompts_without_token_ids_are_refused(llm, adapter, expected, monkeypatch):
     from vllm.v1.engine.input_processor import InputProcessor
 
     original = InputProcessor.process_inputs
 
     def altered(self, *args, **kwargs):
         request = original(self, *args, **kwargs)
-        if kind == "embeds":
-            request.prompt_embeds = torch.zeros(12, 64)
-        else:
-            request.mm_features = [object()]
+        request.prompt_embeds = torch.zeros(12, 64)
         return request
 
     with monkeypatch.context() as patch:

@@ -154,8 +154,9 @@ class Mismatch(AssertionError):
 class Oracle:
     """The reference model with any adapter, loaded when first asked for."""
 
-    def __init__(self, model: Path, keep: int = 1) -> None:
+    def __init__(self, model: Path, keep: int = 1, auto: str = "AutoModelForCausalLM") -> None:
         self._path = model
+        self._auto = auto
         self._keep = keep
         self._backbone: Any = None
         self._model_with_adapters: PedroModel | None = None
@@ -171,11 +172,11 @@ class Oracle:
         return blob_bytes(stored.config, stored.dtype, shape)
 
     def _model(self, adapter: Path | None) -> Any:
-        from transformers import AutoModelForCausalLM
+        import transformers
 
         if self._backbone is None:
             # Not SDPA, which leaves out Gemma 2's soft-capping of attention logits.
-            self._backbone = AutoModelForCausalLM.from_pretrained(
+            self._backbone = getattr(transformers, self._auto).from_pretrained(
                 self._path, dtype=torch.float32, attn_implementation="eager"
             )
         if adapter is None:
@@ -202,9 +203,10 @@ class Oracle:
         tokens: list[int],
         adapter: Path | None,
         prompt_length: int | None = None,
+        images: dict[str, torch.Tensor] | None = None,
     ) -> Reference:
         """The reference's view of a prompt and what an engine continued it with."""
-        return reference_score(self._model(adapter), prompt, tokens, prompt_length)
+        return reference_score(self._model(adapter), prompt, tokens, prompt_length, images)
 
     def check_sampled(
         self, output: Any, adapter: Path | None, completion: int, tolerance: float = 5e-4
@@ -229,6 +231,7 @@ class Oracle:
         prompt_length: int | None = None,
         completion: int = 0,
         logprob_tolerance: float = 5e-4,
+        images: dict[str, torch.Tensor] | None = None,
     ) -> bool:
         """A greedy `RequestOutput` has the reference's tokens and prompt log probabilities.
 
@@ -244,7 +247,7 @@ class Oracle:
             raise Mismatch("nothing was generated")
         if getattr(output.outputs[completion], "finish_reason", None) == "error":
             raise Mismatch(f"ended with an error after {len(tokens)} tokens")
-        reference = self.score(prompt, tokens, adapter, prompt_length)
+        reference = self.score(prompt, tokens, adapter, prompt_length, images)
         if output.prompt_logprobs is not None:
             got = [
                 entry[token].logprob

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..architectures import ARCHITECTURES, EXPERTS_UP, architecture_of
+from ..architectures import ARCHITECTURES, EXPERTS_UP, MULTIMODAL, architecture_of
 from .offloading import reasons_against
 from .options import options_of
 
@@ -46,19 +46,23 @@ def _reasons(config: Any) -> list[str]:
     kinds = {
         "encoder-decoder": model.is_encoder_decoder,
         "attention-free": model.is_attention_free,
-        "multimodal": model.is_multimodal_model,
     }
     for kind, is_kind in kinds.items():
         if is_kind:
             found.append(f"{kind} models are not supported")
     architecture = model.architecture
-    is_known = architecture in ARCHITECTURES
+    is_known = architecture in (*ARCHITECTURES, *MULTIMODAL)
     if is_pooling:  # its class may be called after its head
         is_known = architecture_of(model.hf_text_config) is not None
     if not is_known:
         found.append(
             f"architecture {architecture} is not among those whose projections are known "
-            f"({', '.join(ARCHITECTURES)})"
+            f"({', '.join((*ARCHITECTURES, *MULTIMODAL))})"
+        )
+    elif architecture in MULTIMODAL and architecture_of(model.hf_text_config) is None:
+        found.append(
+            f"the language model in {architecture} is a {model.hf_text_config.model_type}, which "
+            "is not among those whose projections are known"
         )
     options = options_of(config)
     scales_experts = options is not None and EXPERTS_UP in options.pedro_target_modules
@@ -88,7 +92,7 @@ def _reasons(config: Any) -> list[str]:
         option = "kv_offloading_size" if offloads else "kv_transfer_config"
         found += reasons_against(transfer, option)
     if config.ec_transfer_config is not None:
-        found.append("encoder caches are for multimodal models (unset ec_transfer_config)")
+        found.append("images encoded elsewhere are not supported (unset ec_transfer_config)")
     if getattr(config.compilation_config.pass_config, "enable_sp", False):
         found.append("sequence parallelism splits the residual stream (pass_config.enable_sp)")
     if config.cache_config.kv_sharing_fast_prefill:
@@ -100,4 +104,20 @@ def _reasons(config: Any) -> list[str]:
             f"speculative decoding by {speculative.method!r} {why} (use one of "
             f"{', '.join(SPECULATION)})"
         )
+    if model.is_multimodal_model:
+        found += _not_run_with_images(config)
+    return found
+
+
+def _not_run_with_images(config: Any) -> list[str]:
+    """What a model that sees has not run with."""
+    found = []
+    if config.model_config.runner_type != "generate":
+        found.append("images have not run in pooling models (use runner='generate')")
+    if config.use_v2_model_runner:
+        found.append("images have not run on vLLM's V2 runner (VLLM_USE_V2_MODEL_RUNNER=0)")
+    if config.compilation_config.mode:
+        found.append("images have not run in a compiled model (enforce_eager)")
+    if config.speculative_config is not None:
+        found.append("images have not run with speculative decoding (unset speculative_config)")
     return found

@@ -63,6 +63,8 @@ class PedroSchedulerMixin:
         self.pedro_bank: AdapterBank | None = None
         self._pedro_pools = vllm_config.model_config.runner_type == "pooling"
         self._pedro_chunks = bool(vllm_config.scheduler_config.enable_chunked_prefill)
+        # What this step's encoder may compute for the requests that were not asked yet.
+        self._pedro_encoder_left = 0
         # Counts that wait for the next statistics.
         self._pedro_stats: dict[str, Any] = {}
 
@@ -121,6 +123,7 @@ class PedroSchedulerMixin:
         self._pedro_step_folders.clear()
         if self.pedro_bank is not None and not self.running:  # type: ignore[attr-defined]
             self.pedro_bank.loader.settle(SETTLE_SECONDS)
+        self._pedro_encoder_left = self.max_num_encoder_input_tokens  # type: ignore[attr-defined]
         self._pedro_admission.begin_step(self._pedro_turns())
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         entering = [
@@ -255,6 +258,7 @@ class PedroSchedulerMixin:
         if not self._pedro_is_due(request_id, spec):
             return True
         fits = num_computed_tokens + admission.left >= spec.pooled_end
+        fits = fits and self._pedro_encodes(request, num_computed_tokens, spec.pooled_end)
         if fits and self._pedro_has_room_for(spec):
             return False
         admission.pass_over(request_id)
@@ -274,6 +278,26 @@ class PedroSchedulerMixin:
         key = spec.vector_key
         folder = self._pedro_rows.folder_of(key) or self._pedro_step_folders.get(key)
         return folder not in (None, spec.path)
+
+    def _pedro_encodes(self, request: Any, start: int, end: int) -> bool:
+        """Whether this step can encode what is in these tokens of a prompt, all of it."""
+        if not request.has_encoder_inputs:
+            return True
+        manager = self.encoder_cache_manager  # type: ignore[attr-defined]
+        wanted, room = {}, manager.num_freeable_slots
+        for image in request.mm_features:
+            place = image.mm_position
+            if place.offset < end and start < place.offset + place.length:
+                wanted[image.identifier] = place.get_num_embeds()
+        room -= sum(manager.freeable.get(identifier, 0) for identifier in wanted)
+        needed = sum(n for identifier, n in wanted.items() if identifier not in manager.cached)
+        return needed <= min(room, self._pedro_encoder_left)
+
+    def _try_schedule_encoder_inputs(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """Note what is left of the encoder's budget."""
+        found = super()._try_schedule_encoder_inputs(request, *args, **kwargs)  # type: ignore[misc]
+        self._pedro_encoder_left = found[2]
+        return found
 
     def _pedro_has_room_for(self, spec: RequestSpec) -> bool:
         """One step's prompts read their generators from the device's memory for adapters."""
@@ -309,14 +333,25 @@ class PedroSchedulerMixin:
                 is_whole = num_computed_tokens + num_new_tokens >= spec.pooled_end
                 if not is_whole or not self._pedro_has_room_for(spec):
                     admission.pass_over(request_id)
+                    self._pedro_unpin(request)
                     return 0
                 self._pedro_step_adapters[spec.digest] = spec.nbytes
                 self._pedro_step_folders[spec.vector_key] = spec.path
             if num_new_tokens:
                 self._pedro_entering[request_id] = cached
                 admission.started(request_id)
+        if not num_new_tokens:
+            self._pedro_unpin(request)
         admission.take(num_new_tokens)
         return num_new_tokens
+
+    def _pedro_unpin(self, request: Any) -> None:
+        """A prompt that goes on waiting does not hold the images that are cached.
+
+        Upstream it does, which is harmless where no other prompt may start before it.
+        """
+        if request.has_encoder_inputs and request.status != RequestStatus.RUNNING:
+            self.encoder_cache_manager.free(request)  # type: ignore[attr-defined]
 
     def _pedro_portion(self, request: Any, spec: RequestSpec, computed: int, tokens: int) -> int:
         """How many of these tokens a request of scope "answer" may take: up to the pooled one, if

@@ -67,6 +67,12 @@ vllm.v1.core.block_pool:BlockPool
     _build_block_stored_event 724a892fa09d
 vllm.v1.core.block_pool
     generate_block_hash_extra_keys fabb6e4b928a
+vllm.v1.core.encoder_cache_manager:EncoderCacheManager
+    can_allocate 384e5996b7c2
+    check_and_update_cache c4b356d622b6
+    free f3d7c766c940
+vllm.v1.core.encoder_cache_manager
+    compute_mm_encoder_budget 9a5999cff80c
 vllm.v1.core.kv_cache_utils
     generate_block_hash_extra_keys fabb6e4b928a
 vllm.v1.core.sched.output:NewRequestData
@@ -77,6 +83,7 @@ vllm.v1.core.sched.scheduler:Scheduler
     _get_local_prefix_cache_hit 3495ddb7de46
     _preempt_request 4113f5de8a84
     _reserve_prefill_lookahead c214e49d7610
+    _try_schedule_encoder_inputs 5b35ef24b51e
     add_request fa2b51cd04a9
     make_stats 8963d2ab6518
     reset_prefix_cache 8e03dcc540a2
@@ -94,6 +101,7 @@ vllm.v1.engine.core_client:AsyncMPClient
     call_utility_all_async 477aad87bf49
 vllm.v1.engine.input_processor:InputProcessor
     __init__ 5137c92ffb92
+    _get_mm_identifier 7760d3e998f7
     _validate_lora 14d8474923a7
     process_inputs e22b5f772979
 vllm.v1.engine.output_processor:OutputProcessor

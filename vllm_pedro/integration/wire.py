@@ -195,8 +195,8 @@ def take_failures(intermediate_tensors: Any) -> list[str]:
 def put_stats(scheduler_stats: Any, stats: dict[str, Any]) -> None:
     """Send counts with the scheduler's statistics.
 
-    In the one field that may hold any values. It is for connectors of multimodal encoders, which an
-    engine with PEDRO does not have.
+    In the one field that may hold any values. It is for connectors of multimodal encoders, which
+    are refused.
     """
     payload = dict(scheduler_stats.ec_connector_stats or {})
     scheduler_stats.ec_connector_stats = {**payload, KEY: stats}

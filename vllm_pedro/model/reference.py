@@ -6,7 +6,7 @@ neither a cache, nor batching, nor padding can hide a mistake.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,10 @@ class Reference:
 
 @torch.no_grad()
 def reference_logits(
-    model: nn.Module, token_ids: Sequence[int], prompt_length: int | None = None
+    model: nn.Module,
+    token_ids: Sequence[int],
+    prompt_length: int | None = None,
+    images: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Logits after every token of one sequence.
 
@@ -55,6 +58,7 @@ def reference_logits(
         model: a `PedroModel`, or a bare backbone for rows without an adapter; float32.
         token_ids: the sequence, T tokens.
         prompt_length: pooled length P; None for all T tokens. A bare backbone ignores it.
+        images: what the model's processor made of the sequence's images, by name.
 
     Returns:
         `[T, vocabulary]`, float32.
@@ -66,7 +70,7 @@ def reference_logits(
     if dtypes != {torch.float32}:
         raise PedroError(f"the reference is computed in float32, but the model has {dtypes}")
     device = next(model.parameters()).device
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = dict(images or {})
     if isinstance(model, PedroModel) and prompt_length is not None:
         extra["prompt_lengths"] = [prompt_length]
     was_training = model.training
@@ -84,6 +88,7 @@ def reference_score(
     token_ids: Sequence[int],
     continuation: Sequence[int],
     prompt_length: int | None = None,
+    images: Mapping[str, Tensor] | None = None,
 ) -> Reference:
     """Score a given continuation, in one forward pass.
 
@@ -92,6 +97,7 @@ def reference_score(
         token_ids: the prompt.
         continuation: the tokens after it.
         prompt_length: pooled length P; None for all of `token_ids`.
+        images: see `reference_logits`.
 
     Returns:
         The continuation with its log probabilities; `margins` tells where greedy decoding hangs
@@ -99,7 +105,7 @@ def reference_score(
     """
     pooled = len(token_ids) if prompt_length is None else prompt_length
     sequence = [*token_ids, *continuation]
-    logits = reference_logits(model, sequence, pooled)
+    logits = reference_logits(model, sequence, pooled, images)
     scored = _logprobs(logits[:-1], sequence[1:])
     start = len(token_ids) - 1
     return Reference(

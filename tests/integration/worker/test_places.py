@@ -124,6 +124,16 @@ def test_layers_of_other_stages_are_left_out() -> None:
     assert [layer.index for layer in found] == [1]
 
 
+def test_a_tower_of_as_many_layers_is_passed_over() -> None:
+    whole: Any = nn.Module()
+    whole.tower, whole.decoder = (
+        model({"mlp.up_proj": Projection(output_size=6)}) for _ in range(2)
+    )
+    whole.get_language_model = lambda: whole.decoder
+    (found,) = find_places(whole, CONFIG, shape(up_proj=6), ("up_proj",))
+    assert found.layer is whole.decoder.layers[0]
+
+
 def test_widths_that_do_not_fit_are_refused_with_both() -> None:
     with pytest.raises(ValueError, match=r"layer 0 .*'up_proj': 6.*expected .*'up_proj': 7"):
         find_places(

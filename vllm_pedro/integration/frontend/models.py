@@ -564,7 +564,7 @@ def default_loras(original: Callable[..., Any]) -> Callable[..., Any]:
     """Patch of `BaseServing`: an adapter's name is not a kind of message content.
 
     Upstream answers a chat for the base model with the adapter that has the name of one, "text" or
-    "image". It is meant for modalities of multimodal models, which PEDRO does not serve.
+    "image". It is meant for a LoRA that a model needs to see.
     """
 
     def _get_active_default_mm_loras(self: Any, request: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,6 +34,25 @@ from .registry import AdapterRegistry, KnownAdapter, pedro_request_of
 def digest_tokens(tokens: Sequence[int]) -> str:
     """A digest of token ids."""
     return hashlib.sha256(array("q", tokens).tobytes()).hexdigest()
+
+
+def digest_prompt(tokens: Sequence[int], images: Sequence[Any]) -> str:
+    """A digest of a prompt's first tokens.
+
+    Args:
+        tokens: Those tokens.
+        images: vLLM's features of what else is in the prompt, by its content and place: images of
+            one size all have the same tokens.
+    """
+    digest = digest_tokens(tokens)
+    places = sorted(
+        (image.mm_position.offset, image.mm_position.length, image.modality, image.identifier)
+        for image in images
+        if image.mm_position.offset < len(tokens)
+    )
+    if not places:
+        return digest
+    return hashlib.sha256(repr((digest, places)).encode()).hexdigest()
 
 
 def longest_prompt(vllm_config: Any) -> tuple[int, str]:
@@ -79,7 +99,23 @@ class PedroInputProcessorMixin:
         if not isinstance(lora_request, PedroRequest):
             super()._validate_lora(lora_request)  # type: ignore[misc]
 
-    def process_inputs(
+    def _get_mm_identifier(self, mm_hash: str, lora_request: Any) -> str:
+        if isinstance(lora_request, PedroRequest):
+            lora_request = None  # what a tower computes does not depend on it
+        return str(super()._get_mm_identifier(mm_hash, lora_request))  # type: ignore[misc]
+
+    def process_inputs(self, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._process_inputs(request_id, prompt, *args, **kwargs)
+        except RefusedRequestError:
+            # The engine never sees its images: whoever has the same ones has to send them.
+            cache = self.renderer.mm_processor_cache
+            if cache is not None and isinstance(prompt, dict):
+                for mm_hash in itertools.chain(*prompt.get("mm_hashes", {}).values()):
+                    cache.invalidate(mm_hash)
+            raise
+
+    def _process_inputs(
         self,
         request_id: str,
         prompt: Any,
@@ -166,9 +202,7 @@ class PedroInputProcessorMixin:
             raise RefusedRequestError(
                 "PEDRO adapters take prompts of token ids, not prompt embeddings"
             )
-        if request.mm_features:
-            raise RefusedRequestError("PEDRO adapters take text prompts only")
-        tokens = request.prompt_token_ids
+        tokens, images = request.prompt_token_ids, request.mm_features or ()
         length = prompt_length or len(tokens)
         if length > len(tokens):
             raise RefusedRequestError(
@@ -176,6 +210,14 @@ class PedroInputProcessorMixin:
                 parameter="prompt_length",
                 value=length,
             )
+        for place in (image.mm_position for image in images):
+            if place.offset < length < place.offset + place.length:
+                raise RefusedRequestError(
+                    f"prompt_length is {length}, which is within the image (or the like) in tokens "
+                    f"{place.offset} to {place.offset + place.length}: it must end before or after",
+                    parameter="prompt_length",
+                    value=length,
+                )
         limit, option = longest_prompt(self.vllm_config)
         if length > limit and known.scope == "sequence" and known.pools != "none":
             raise RefusedRequestError(
@@ -190,7 +232,7 @@ class PedroInputProcessorMixin:
             path,
             known.digest,
             length,
-            digest_tokens(tokens[:length]),
+            digest_prompt(tokens[:length], images),
             known.pools,
             lora_request.is_pinned,
             known.nbytes,

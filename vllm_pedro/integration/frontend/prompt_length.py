@@ -185,7 +185,8 @@ async def _first_turn(serving: Any, request: Any, tokens: list[int]) -> int | No
         }
     )
     try:
-        result = await serving.online_renderer.render_chat(first)
+        # Past the cache of images that is kept in step with the engine's: nothing is sent to it.
+        result = await serving.online_renderer.render_chat(first, skip_mm_cache=True)
     except Exception:  # a template may raise anything; the whole conversation has been rendered
         return None
     if not isinstance(result, tuple):

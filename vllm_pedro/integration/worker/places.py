@@ -93,7 +93,11 @@ def find_places(
             not of the shape that the configuration promised.
     """
     found = {}
-    for layers in layer_lists(model):
+    # A tower may have a list of as many layers.
+    part: Any = model
+    if hasattr(model, "get_language_model"):
+        part = part.get_language_model()
+    for layers in layer_lists(part):
         found = {
             index: (layer, _projections(layer, config))
             for index, layer in enumerate(layers)

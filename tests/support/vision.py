@@ -1,0 +1,164 @@
+"""Small random models that see: with tokenizer, processor and chat template."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_task import make_tokenizer
+
+TORCHVISION = "torchvision==0.28.0"
+"""That of the torch that vLLM's CPU build takes."""
+
+TEXT: dict[str, Any] = {
+    "vocab_size": 272,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,  # as many as the language model has, which could be mistaken
+    "num_attention_heads": 2,
+    "patch_size": 8,
+    "initializer_range": 0.15,
+}
+CHAT_TEMPLATE = (
+    "{{% for m in messages %}}<|{{{{ m['role'] }}}}|>{{% if m['content'] is string %}}"
+    "{{{{ m['content'] }}}}{{% else %}}{{% for part in m['content'] %}}"
+    "{{% if part['type'] == 'text' %}}{{{{ part['text'] }}}}{{% else %}}{image}{{% endif %}}"
+    "{{% endfor %}}{{% endif %}}<eos>\n{{% endfor %}}"
+    "{{% if add_generation_prompt %}}<|assistant|>{{% endif %}}"
+)
+
+
+def _tokenizer(placeholder: str, **special: str) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=make_tokenizer().backend_tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        extra_special_tokens=special,
+        chat_template=CHAT_TEMPLATE.format(image=placeholder),
+    )
+
+
+def _save(model_class: Any, config: Any, processor: Any, folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = model_class(config).float()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                parameter.normal_(0.0, 0.3)
+            elif "norm" in key:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        # What stands for images is never generated: transformers would look for theirs.
+        model.get_output_embeddings().weight[len(make_tokenizer()) :] = 0.0
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def make_mistral3(folder: Path) -> Path:
+    """Pixtral's tower, a patch merger, Mistral. An image of 32 x 32 pixels takes 6 tokens."""
+    import transformers
+
+    tokenizer = _tokenizer(
+        "[IMG]", image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]"
+    )
+    config = transformers.Mistral3Config(
+        vision_config=transformers.PixtralVisionConfig(**VISION, image_size=64, head_dim=32),
+        text_config=transformers.MistralConfig(**TEXT, sliding_window=None),
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+    )
+    processor = transformers.PixtralProcessor(
+        transformers.PixtralImageProcessor(size={"longest_edge": 64}, patch_size=8),
+        tokenizer,
+        patch_size=8,
+        spatial_merge_size=2,
+        chat_template=tokenizer.chat_template,
+    )
+    return _save(transformers.Mistral3ForConditionalGeneration, config, processor, folder)
+
+
+def make_qwen2_5_vl(folder: Path) -> Path:
+    """Positions in three dimensions. An image of 32 x 32 pixels takes 4 tokens."""
+    import transformers
+
+    tokens = {
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "vision_bos_token": "<|vision_start|>",
+        "vision_eos_token": "<|vision_end|>",
+    }
+    tokenizer = _tokenizer("<|vision_start|><|image_pad|><|vision_end|>", **tokens)
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    tower = {"hidden_size": 64, "num_heads": 2, "depth": 3, "intermediate_size": 64}
+    tower |= {"patch_size": 8, "window_size": 32, "fullatt_block_indexes": [1]}
+    config = transformers.Qwen2_5_VLConfig(
+        vision_config=tower | {"out_hidden_size": 128, "initializer_range": 0.15},
+        text_config=TEXT | {"rope_parameters": rope, "hidden_size": 128},
+        image_token_id=ids["image_token"],
+        video_token_id=ids["video_token"],
+        vision_start_token_id=ids["vision_bos_token"],
+        vision_end_token_id=ids["vision_eos_token"],
+    )
+    sizes = {"patch_size": 8, "size": {"shortest_edge": 256, "longest_edge": 64 * 64}}
+    processor = transformers.Qwen2_5_VLProcessor(
+        transformers.Qwen2VLImageProcessor(**sizes),
+        tokenizer,
+        transformers.Qwen2VLVideoProcessor(**sizes),
+        chat_template=tokenizer.chat_template,
+    )
+    return _save(transformers.Qwen2_5_VLForConditionalGeneration, config, processor, folder)
+
+
+def make_image(seed: int = 0, width: int = 32, height: int = 32) -> Any:
+    """Noise. Images of one size have the same tokens."""
+    from PIL import Image
+
+    noise = torch.Generator().manual_seed(seed)
+    return Image.fromarray(
+        torch.randint(0, 256, (height, width, 3), generator=noise, dtype=torch.uint8).numpy()
+    )
+
+
+def install_torchvision(folder: Path) -> str:
+    """Where torchvision is, for PYTHONPATH; the empty string where it is installed.
+
+    vLLM's models that see import it. Package indexes have a build for CUDA, whose operators do not
+    load beside a CPU build of torch; nothing here runs one, but two have to be declared.
+    """
+    if importlib.util.find_spec("torchvision") is not None:
+        return ""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+    done = subprocess.run([*pip, TORCHVISION], capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = (done.stderr.strip() or "?").splitlines()[-1]
+        pytest.skip(f"pip cannot install {TORCHVISION}: {why}")
+    with (folder / "torchvision" / "extension.py").open("a") as extension:
+        extension.write(
+            '\nfor name in ("nms", "qnms"):\n'
+            '    torch.library.define(f"torchvision::{name}",\n'
+            '        "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")\n'
+        )
+    return str(folder)

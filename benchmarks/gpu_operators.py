@@ -112,8 +112,8 @@ def scale_cases(
     """Name, call and bytes that have to be moved, each of `tokens` rows with its own tenant."""
     d, kv, f = plan.widths
     place: dict[str, Any] = {"device": plan.device, "dtype": torch.bfloat16}
-    # Ones, because the calls scale the same values again and again: nothing may become denormal.
-    vectors = torch.ones(tokens + 1, d + 2 * kv + 2 * f, **place)
+    # Zeros, because the calls scale the same values again and again: nothing may become denormal.
+    vectors = torch.zeros(tokens + 1, d + 2 * kv + 2 * f, **place)
     slots = torch.arange(1, tokens + 1, device=plan.device)
     step = torch.tensor([0, tokens, 0], dtype=torch.int32)
     qkv, gate_up = torch.randn(tokens, d + 2 * kv, **place), torch.randn(tokens, 2 * f, **place)
@@ -158,7 +158,7 @@ def compiled_cases(plan: Plan, tokens: int, layers: int = 8) -> Iterator[tuple[s
         (
             torch.randn(tokens, packed, **place),
             torch.randn(tokens, 2 * f, **place),
-            torch.rand(tokens + 1, width, **place).add(0.5),
+            torch.rand(tokens + 1, width, **place).sub(0.5),
         )
         for _ in range(layers)
     ]

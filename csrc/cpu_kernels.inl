@@ -38,7 +38,7 @@ constexpr int64_t kLanes = 64;
 
 template <typename T>
 void scale_row(T* __restrict x, const T* __restrict by, int64_t width) {
-  for (int64_t j = 0; j < width; ++j) store(x + j, load(x[j]) * load(by[j]));
+  for (int64_t j = 0; j < width; ++j) store(x + j, load(x[j]) * (1.0f + load(by[j])));
 }
 
 template <typename Get>
@@ -170,11 +170,11 @@ void generate_latent(
 }
 
 template <typename T>
-void fill_ones(T* row, int64_t begin, int64_t end) {
-  for (int64_t j = begin; j < end; ++j) store(row + j, 1.0f);
+void fill_zeros(T* row, int64_t begin, int64_t end) {
+  for (int64_t j = begin; j < end; ++j) store(row + j, 0.0f);
 }
 
-// `width` columns of latent @ W_up + b_up, whose rows are `stride` apart.
+// `width` columns of latent @ W_up + (b_up - 1), whose rows are `stride` apart.
 template <typename T, typename W>
 void write_block(
     T* __restrict out,
@@ -190,16 +190,16 @@ void write_block(
     if (count == kLanes) {
       for (int64_t k = 0; k < rank; ++k)
         for (int64_t j = 0; j < kLanes; ++j) sums[j] += latent[k] * load(up[k * stride + first + j]);
-      for (int64_t j = 0; j < kLanes; ++j) store(out + first + j, sums[j] + load(bias[first + j]));
+      for (int64_t j = 0; j < kLanes; ++j) store(out + first + j, sums[j] + (load(bias[first + j]) - 1.0f));
     } else {
       for (int64_t k = 0; k < rank; ++k)
         for (int64_t j = 0; j < count; ++j) sums[j] += latent[k] * load(up[k * stride + first + j]);
-      for (int64_t j = 0; j < count; ++j) store(out + first + j, sums[j] + load(bias[first + j]));
+      for (int64_t j = 0; j < count; ++j) store(out + first + j, sums[j] + (load(bias[first + j]) - 1.0f));
     }
   }
 }
 
-// Columns [begin, end) of the store's row: latent @ W_up + b_up, and ones where the adapter has none.
+// Columns [begin, end) of the store's row: latent @ W_up + (b_up - 1), and 0 where the adapter has none.
 template <typename T>
 void write_columns(T* row, const float* latent, const Record& record, int64_t begin, int64_t end) {
   const int32_t* pair = record.ranges();
@@ -209,7 +209,7 @@ void write_columns(T* row, const float* latent, const Record& record, int64_t be
     const int64_t first = column > begin ? column : begin;
     const int64_t last = column + width < end ? column + width : end;
     if (first < last) {
-      fill_ones(row, done, first);
+      fill_zeros(row, done, first);
       by_dtype(record[kDtype], [&](auto type) {
         using W = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
         const int64_t at = source + first - column;
@@ -221,7 +221,7 @@ void write_columns(T* row, const float* latent, const Record& record, int64_t be
     }
     source += width;
   }
-  fill_ones(row, done, end);
+  fill_zeros(row, done, end);
 }
 
 template <typename T>

@@ -204,7 +204,7 @@ static void scale_columns_(
 static std::string instruction_set() { return cpu_instruction_set(); }
 
 // Raised with every change of a schema or of layout.h; vllm_pedro/ops/library.py expects this one.
-static int64_t interface_version() { return 4; }
+static int64_t interface_version() { return 5; }
 
 }  // namespace vllm_pedro
 

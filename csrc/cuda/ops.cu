@@ -85,7 +85,7 @@ __global__ void scale_kernel(
   const P by = *reinterpret_cast<const P*>(vectors + row * vectors_stride + by_column);
 #pragma unroll
   for (int i = 0; i < N; ++i)
-    value.values[i] = from_float<T>(to_float(value.values[i]) * to_float(by.values[i]));
+    value.values[i] = from_float<T>(to_float(value.values[i]) * (1.0f + to_float(by.values[i])));
   *at = value;
 }
 
@@ -234,7 +234,7 @@ __global__ void latent_kernel(
   latent[prompt * gridDim.y + k] = y;
 }
 
-// (latent @ W_up + b_up)[j].
+// (latent @ W_up + (b_up - 1))[j].
 template <typename W>
 __device__ __forceinline__ float column(
     const Record& record, const float* __restrict__ latent, int64_t j) {
@@ -242,10 +242,10 @@ __device__ __forceinline__ float column(
   const int64_t rank = record.rank(), columns = record[kColumns];
   float sum = 0.0f;
   for (int64_t k = 0; k < rank; ++k) sum += latent[k] * to_float(up[k * columns]);
-  return sum + to_float(record.part<W>(kBias)[j]);
+  return sum + (to_float(record.part<W>(kBias)[j]) - 1.0f);
 }
 
-// One prompt's vectors, into its row of the store: ones where the adapter has no columns.
+// One prompt's vectors less 1, into its row of the store: 0 where the adapter has no columns.
 template <typename T>
 __global__ void columns_kernel(
     T* __restrict__ vectors,
@@ -266,7 +266,7 @@ __global__ void columns_kernel(
     if (j >= first && j < first + size) source = before + j - first;
     before += size;
   }
-  float value = 1.0f;
+  float value = 0.0f;
   const float* own = latent + prompt * max_rank;
   if (source >= 0) {
     switch (record[kDtype]) {

@@ -27,8 +27,9 @@ def test_the_reference_scales_by_definition():
     reference.scale_columns_(got, s.vectors, s.token_rows, s.ranges["q, v"], s.counts)
     for t in range(len(got)):
         for j in range(got.shape[1]):
-            by = 1.0 if q <= j < q + k else s.vectors[s.token_rows[t], j]
-            assert got[t, j] == s.x[t, j] * by
+            by = 0.0 if q <= j < q + k else float(s.vectors[s.token_rows[t], j])
+            want = torch.tensor(float(s.x[t, j]) * (1.0 + by)).bfloat16()  # exact, rounded once
+            assert got[t, j] == want
 
 
 def test_the_reference_makes_vectors_by_definition():
@@ -37,7 +38,7 @@ def test_the_reference_makes_vectors_by_definition():
     without, kinds, biased = [], set(), 0
     for start, length, row, place in g.prefills[:7].tolist():
         record = read_record(g.arena, place, samples.LAYER)
-        want = torch.ones_like(g.vectors[row])
+        want = torch.zeros_like(g.vectors[row])
         if record is None:
             without.append(row)
         else:
@@ -59,7 +60,7 @@ def test_the_reference_makes_vectors_by_definition():
             )
             at = 0
             for column, width in record.ranges:
-                want[column : column + width] = made[at : at + width]
+                want[column : column + width] = made[at : at + width] - 1
                 at += width
         torch.testing.assert_close(g.vectors[row], want)
     assert len(without) == 1
@@ -67,8 +68,8 @@ def test_the_reference_makes_vectors_by_definition():
     assert biased == 2
 
 
-def test_each_vector_of_a_static_adapter_is_its_bias_exactly():
-    """Widened from the adapter's dtype, and ones where the adapter has no columns."""
+def test_each_vector_of_a_static_adapter_is_its_bias_less_one():
+    """Widened from the adapter's dtype, and 0 where the adapter has no columns."""
     g = samples.generate_sample(samples.SIZES[0], torch.float32)
     ops.generate_vectors(*g.args())
     static = 0
@@ -77,9 +78,9 @@ def test_each_vector_of_a_static_adapter_is_its_bias_exactly():
         if record is None or len(record.down):
             continue
         static += 1
-        want, at = torch.ones_like(g.vectors[row]), 0
+        want, at = torch.zeros_like(g.vectors[row]), 0
         for column, width in record.ranges:
-            want[column : column + width] = record.bias[at : at + width].float()
+            want[column : column + width] = record.bias[at : at + width].float() - 1
             at += width
         assert torch.equal(g.vectors[row], want)
     assert static == 2
@@ -105,8 +106,8 @@ def test_scaling_rounds_as_torch_does(dtype):
     special = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-7, 6e4, -3e38, 1e-39, 2.5]
     x = torch.tensor(special, dtype=torch.float32).to(dtype)
     a, b = (m.reshape(1, -1) for m in torch.meshgrid(x, x, indexing="ij"))
-    a, want = a.clone(), a * b
-    vectors = torch.cat((torch.ones_like(b), b))
+    a, want = a.clone(), (a.float() * (1 + b.float())).to(dtype)
+    vectors = torch.cat((torch.zeros_like(b), b))
     step = torch.tensor([0, 1, 0], dtype=torch.int32)
     ops.scale_columns_(a, vectors, torch.tensor([1]), (0, 0, a.shape[1]), step)
     assert torch.equal(a.isnan(), want.isnan())

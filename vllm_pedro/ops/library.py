@@ -20,7 +20,7 @@ from . import reference
 
 logger = logging.getLogger(__name__)
 
-INTERFACE_VERSION = 4
+INTERFACE_VERSION = 5
 """Schemas and layout this package was written for; `csrc/ops.cpp` has the same number."""
 
 NATIVE_LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"

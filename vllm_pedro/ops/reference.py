@@ -31,7 +31,7 @@ def generate_vectors(
     for place, group in groupby(prefills[:count].tolist(), key=lambda prompt: prompt[3]):
         prompts = list(group)
         rows = [row for _, _, row, _ in prompts]
-        vectors[rows] = 1.0
+        vectors[rows] = 0.0
         record = read_record(arena, place, int(layer))
         if record is None:
             continue
@@ -44,7 +44,7 @@ def generate_vectors(
             torch.stack(states),
             record.down if has_input else None,
             record.up.t() if has_input else None,
-            record.bias,
+            record.bias.float() - 1.0,
             record.activation,
             record.numerator,
             record.denominator,
@@ -64,4 +64,5 @@ def scale_columns_(
     rows = token_rows[: len(x)]
     for column, vector_column, width in zip(ranges[::3], ranges[1::3], ranges[2::3], strict=True):
         by = vectors[:, vector_column : vector_column + width].index_select(0, rows)
-        x[:, column : column + width].mul_(by)
+        part = x[:, column : column + width]
+        part.copy_(part.float() * (1.0 + by.float()))

@@ -54,7 +54,7 @@ def _scale_kernel(
         at = x_ptr + token * x_stride + columns
         x = tl.load(at, mask=inside).to(tl.float32)
         by = tl.load(vectors_ptr + row * vectors_stride + by_columns, mask=inside).to(tl.float32)
-        tl.store(at, (x * by).to(x_ptr.dtype.element_ty), mask=inside)
+        tl.store(at, (x * (1.0 + by)).to(x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -176,13 +176,13 @@ def _latent_kernel(
 def _columns_kernel(
     vectors_ptr, latent_ptr, arena_ptr, prefills_ptr, width, layer, max_rank, BLOCK: tl.constexpr
 ):
-    """A block of one prompt's vectors, into its row of the store."""
+    """A block of one prompt's vectors less 1, into its row of the store."""
     prompt = tl.program_id(0)
     target = tl.load(prefills_ptr + prompt * 4 + 2).to(tl.int64)
     record, rank = _record(arena_ptr, prefills_ptr, prompt, layer)
     words = record.to(tl.pointer_type(tl.int32))
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.full((BLOCK,), 1.0, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
     if rank >= 0:
         source = tl.full((BLOCK,), -1, tl.int32)
         before = 0
@@ -199,8 +199,8 @@ def _columns_kernel(
         for k in range(rank):
             w = _weights(up, dtype, k * columns.to(tl.int64) + source, named)
             made += tl.load(latent_ptr + prompt * max_rank + k) * w
-        made += _weights(_part(record, words, 11), dtype, source, named)
-        total = tl.where(named, made, 1.0)
+        made += _weights(_part(record, words, 11), dtype, source, named) - 1.0
+        total = tl.where(named, made, 0.0)
     at = vectors_ptr + target * width + j
     tl.store(at, total.to(vectors_ptr.dtype.element_ty), mask=j < width)
 

@@ -12,7 +12,7 @@ class PedroLayer(nn.Module):
     """One decoder layer's tensors, as buffers so that a compiled graph takes them as inputs.
 
     Args:
-        vectors: `[rows, D]`, the layer's part of the vector store.
+        vectors: `[rows, D]`, the layer's part of the vector store, l - 1.
         layer: The layer's number.
         arena: uint8, the adapters; shared by all layers.
         token_rows: `[max_tokens]` int64, the row that each token reads; shared by all layers.

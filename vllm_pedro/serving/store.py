@@ -15,12 +15,13 @@ from .plan import IDENTITY_ROW, StepPlan
 class VectorStore:
     """Adjustment vectors of all running sequences, one tensor per layer.
 
-    Row 0 is all ones and never written: rows without an adapter, padding and dummy rows read it.
+    They are held as l - 1, so that 16 bits keep what differs between prompts. Row 0 is all zeros,
+    the identity, and never written: rows without an adapter, padding and dummy rows read it.
     Allocated once, before vLLM profiles its memory, and filled in place, so addresses stay fixed.
 
     Attributes:
         columns: Which entry of an adapter's vectors each column holds.
-        vectors: Per layer `[num_sequences + 1, D]` in the model's dtype.
+        vectors: Per layer `[num_sequences + 1, D]` in the model's dtype, l - 1.
         token_rows: `[max_tokens]` int64, the row that each token of the step reads.
         prefills: `[num_sequences, 4]` int32, see `vllm_pedro.ops.generate_vectors`.
         counts: `[3]` int32 on the CPU: how many prompts generate vectors in this step, how many
@@ -43,7 +44,7 @@ class VectorStore:
         # One tensor a layer, not views of one: the compiled graph mutates it in place, and
         # functionalisation copies aliased inputs.
         self.vectors = [
-            torch.ones(num_sequences + 1, width, dtype=dtype, device=device)
+            torch.zeros(num_sequences + 1, width, dtype=dtype, device=device)
             for width in columns.widths()
         ]
         self.token_rows = torch.full((max_tokens,), IDENTITY_ROW, dtype=torch.int64, device=device)

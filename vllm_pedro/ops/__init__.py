@@ -5,8 +5,8 @@ of its rows have an adapter, and the highest rank of the adapters that generate.
 host, so that a step with nothing to do launches nothing and waits for nothing; the kernels
 themselves skip rows that read the identity row.
 
-The store holds l - 1, which 16 bits round 20-fold less than l near 1 (docs/kernels.md), and 1 is
-added in float32 where something is multiplied.
+The store holds l - 1, which 16 bits round ten times less than l (docs/kernels.md), and 1 is added
+in float32 where something is multiplied.
 """
 
 from __future__ import annotations

@@ -57,13 +57,15 @@ def scale_experts_(
     rows = token_rows[: len(hidden)]
     tokens = rows.nonzero().flatten()
     inner = w2.shape[2]
-    factor = functional.pad(vectors[rows[tokens], column : column + width], (0, inner - width))
+    shift = functional.pad(vectors[rows[tokens], column : column + width], (0, inner - width))
+    factor = 1.0 + shift.float()
     hidden, weights, experts = hidden[tokens], weights[tokens], experts[tokens]
     total = torch.zeros(hidden.shape, dtype=torch.float32)
     for expert in experts.unique().tolist():
         at, choice = (experts == expert).nonzero(as_tuple=True)
         gate, up = _linear(hidden[at], w13[expert]).split(inner, dim=-1)
-        product = _linear(ACTIVATIONS[activation](gate) * up * factor[at], w2[expert])
+        scaled = (ACTIVATIONS[activation](gate) * up * factor[at]).to(hidden.dtype)
+        product = _linear(scaled, w2[expert])
         total.index_add_(0, at, product.float() * weights[at, choice, None])
     output[tokens] = total.to(output.dtype)
 

@@ -68,7 +68,7 @@ def test_up_is_scaled_for_tokens_with_an_adapter_alone(dtype, weighs_input):
     if weighs_input:
         weights, experts = weights[:, :1].contiguous(), experts[:, :1].contiguous()
     vectors = torch.randn(3, 80, dtype=dtype)
-    vectors[0] = 1
+    vectors[0] = 0
     rows = torch.tensor([0, 1, 2, 0, 1, 1, 0, 2])  # one more than there are tokens
     state = SimpleNamespace(
         vectors=vectors, token_rows=rows, counts=torch.tensor([0, 2, 0], dtype=torch.int32)
@@ -91,7 +91,7 @@ def test_up_is_scaled_for_tokens_with_an_adapter_alone(dtype, weighs_input):
     owner, name, apply = scaling(module(kernel), state, COLUMNS)
     assert (owner, name) == (kernel, "apply")
     apply(output=found, **arguments)
-    factors = vectors[rows[:TOKENS], COLUMNS]
+    factors = 1 + vectors[rows[:TOKENS], COLUMNS]
     given = torch.ones_like(weights) if weighs_input else weights
     expected = put_out_by_hand(w13, w2, hidden, given, experts, factors)
     base = rows[:TOKENS] == 0
@@ -119,7 +119,7 @@ def test_up_is_scaled_between_the_products_of_triton(monkeypatch):
     many = 4 * TOKENS * CHOICES
     w13, w2, hidden, weights, experts = mixture(torch.float32, many)
     vectors = torch.randn(3, 80)
-    vectors[0] = 1
+    vectors[0] = 0
     rows = torch.tensor([0, 1, 2, 0, 1, 1, 0, 2])
     state = SimpleNamespace(vectors=vectors, token_rows=rows)
     kernel = object.__new__(triton_moe.TritonExperts)
@@ -152,7 +152,7 @@ def test_up_is_scaled_between_the_products_of_triton(monkeypatch):
     plain = put_out()
     kernel.activation = activation
     found = put_out()
-    factors = vectors[rows[:TOKENS], COLUMNS]
+    factors = 1 + vectors[rows[:TOKENS], COLUMNS]
     expected = put_out_by_hand(w13, w2, hidden, weights, experts, factors)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     base = rows[:TOKENS] == 0

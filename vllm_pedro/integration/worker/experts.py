@@ -78,7 +78,7 @@ def _scaling_activation(
     ) -> None:
         original(activation, output, input, **others)
         rows = output.view(-1, choices, output.shape[-1])
-        rows *= state.vectors[state.token_rows[: len(rows)], None, columns]
+        rows *= 1.0 + state.vectors[state.token_rows[: len(rows)], None, columns].float()
 
     return activation
 

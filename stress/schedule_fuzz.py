@@ -945,7 +945,7 @@ def held_by_worker(worker: Any) -> dict[str, int]:
         "requests in the runtime": len(runtime._specs) + len(runtime._rows),
         "failed requests": len(runtime.failed),
         "bytes over the budget": max(0, runtime.bank.used_bytes - runtime.bank.nbytes),
-        "changed identity rows": sum(bool((v[0] != 1).any()) for v in runtime.store.vectors),
+        "changed identity rows": sum(bool(v[0].any()) for v in runtime.store.vectors),
     }
 
 

@@ -176,6 +176,7 @@ ARCHITECTURES: Final = {
 
 MULTIMODAL: Final = {
     "Mistral3ForConditionalGeneration": "mistral",
+    "Gemma3ForConditionalGeneration": "gemma3_text",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl_text",
 }
 """Models that see, with the language model that they ran with; others of the table fit, too. Its

@@ -11,7 +11,7 @@ import pytest
 from runners import current_runner
 from vision import install_torchvision
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
 
 def test_models_that_see(tmp_path):

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_task import make_tokenizer
 
 TORCHVISION = "torchvision==0.28.0"
 """That of the torch that vLLM's CPU build takes."""
 
+META = {"format": "pt"}
 TEXT: dict[str, Any] = {
     "vocab_size": 272,
     "hidden_size": 64,
@@ -64,7 +66,7 @@ def _save(model_class: Any, config: Any, processor: Any, folder: Path) -> Path:
     model = model_class(config).float()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if key.endswith("bias"):
+            if key.endswith("bias") or "mm_input_projection" in key:  # they begin as zero
                 parameter.normal_(0.0, 0.3)
             elif "norm" in key:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -97,6 +99,42 @@ def make_mistral3(folder: Path) -> Path:
         chat_template=tokenizer.chat_template,
     )
     return _save(transformers.Mistral3ForConditionalGeneration, config, processor, folder)
+
+
+def make_gemma3(folder: Path) -> Path:
+    """SigLIP's tower, Gemma 3. An image takes 4 tokens, and 4 around them."""
+    import transformers
+
+    tokens = {
+        "image_token": "<image_soft_token>",
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+    }
+    tokenizer = _tokenizer(tokens["boi_token"], **tokens)
+    tokenizer.add_tokens(["\n" * number for number in range(1, 5)])  # vLLM looks for them
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+    config = transformers.Gemma3Config(
+        vision_config=transformers.SiglipVisionConfig(**VISION, image_size=32),
+        text_config=transformers.Gemma3TextConfig(
+            **TEXT, sliding_window=64, query_pre_attn_scalar=32
+        ),
+        mm_tokens_per_image=4,
+        boi_token_index=ids["boi_token"],
+        eoi_token_index=ids["eoi_token"],
+        image_token_index=ids["image_token"],
+    )
+    processor = transformers.Gemma3Processor(
+        transformers.Gemma3ImageProcessor(size={"height": 32, "width": 32}),
+        tokenizer,
+        image_seq_length=4,
+        chat_template=tokenizer.chat_template,
+    )
+    _save(transformers.Gemma3ForConditionalGeneration, config, processor, folder)
+    # As the published ones name them; vLLM does not read what transformers 5 saves.
+    weights = load_file(folder / "model.safetensors")
+    names = {name: name.replace("vision_tower.", "vision_tower.vision_model.") for name in weights}
+    save_file({names[n]: t for n, t in weights.items()}, folder / "model.safetensors", META)
+    return folder
 
 
 def make_qwen2_5_vl(folder: Path) -> Path:
@@ -133,13 +171,12 @@ def make_qwen2_5_vl(folder: Path) -> Path:
 
 
 def make_image(seed: int = 0, width: int = 32, height: int = 32) -> Any:
-    """Noise. Images of one size have the same tokens."""
+    """Four random colours. Images of one size have the same tokens."""
     from PIL import Image
 
-    noise = torch.Generator().manual_seed(seed)
-    return Image.fromarray(
-        torch.randint(0, 256, (height, width, 3), generator=noise, dtype=torch.uint8).numpy()
-    )
+    random = torch.Generator().manual_seed(seed)
+    colours = torch.randint(0, 256, (2, 2, 3), generator=random, dtype=torch.uint8)
+    return Image.fromarray(colours.numpy()).resize((width, height), Image.Resampling.NEAREST)
 
 
 def install_torchvision(folder: Path) -> str:

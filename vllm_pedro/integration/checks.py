@@ -105,19 +105,11 @@ def _reasons(config: Any) -> list[str]:
             f"{', '.join(SPECULATION)})"
         )
     if model.is_multimodal_model:
-        found += _not_run_with_images(config)
-    return found
-
-
-def _not_run_with_images(config: Any) -> list[str]:
-    """What a model that sees has not run with."""
-    found = []
-    if config.model_config.runner_type != "generate":
-        found.append("images have not run in pooling models (use runner='generate')")
-    if config.use_v2_model_runner:
-        found.append("images have not run on vLLM's V2 runner (VLLM_USE_V2_MODEL_RUNNER=0)")
-    if config.compilation_config.mode:
-        found.append("images have not run in a compiled model (enforce_eager)")
-    if config.speculative_config is not None:
-        found.append("images have not run with speculative decoding (unset speculative_config)")
+        if is_pooling:
+            found.append("images have not run in pooling models (use runner='generate')")
+        if speculative is not None and "ngram" not in speculative.method:
+            found.append(
+                f"speculative decoding by {speculative.method!r} has not run with images (use "
+                "ngram)"
+            )
     return found

@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from commands import Run
 from engines import write_random_adapter
-from tiny_fixtures import folder, one_thread
+from tiny_fixtures import folder, one_thread, run
 from tiny_task import make_prompts, write_rows
 
-from vllm_pedro import cli
 from vllm_pedro.backbone import BackboneShape
 from vllm_pedro.bench.adapters import write_lora
 
-__all__ = ["folder", "one_thread"]
+__all__ = ["folder", "one_thread", "run"]
 
 
 @pytest.fixture(scope="session")
@@ -32,15 +30,3 @@ def pedro_teacher(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def lora_teacher(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = BackboneShape.from_pretrained(folder)
     return write_lora(tmp_path_factory.mktemp("teachers") / "lora", shape, 0, 0.15, 4)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command; its exit status, what it printed and what it complained of."""
-
-    def call(*argv: object) -> tuple[int, str, str]:
-        status = cli.main([str(part) for part in argv])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call

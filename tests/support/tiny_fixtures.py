@@ -1,4 +1,4 @@
-"""Fixtures of the tests that train: a tiny model and its data."""
+"""Fixtures of the tests that train: a tiny model, its data, and the command line."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import Run
 from tiny_task import make_folder, make_rows, write_rows
 
+from vllm_pedro import cli
 from vllm_pedro.adapter import init_adapter, save_adapter
 from vllm_pedro.backbone import BackboneShape
 from vllm_pedro.config import PedroConfig
@@ -46,3 +48,15 @@ def tiny_adapter(folder: Path, tmp_path: Path) -> Path:
     made = init_adapter(config, shape, seed=2, scale=0.2)
     save_adapter(tmp_path / "made", config, made.tensors)
     return tmp_path / "made"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command; its exit status, what it printed and what it complained of."""
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        status = cli.main([str(part) for part in argv])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import COMMON
 from safetensors.torch import load_file, save_file
 from tiny_task import make_tokenizer
 
@@ -17,20 +18,7 @@ TORCHVISION = "torchvision==0.28.0"
 """That of the torch that vLLM's CPU build takes."""
 
 META = {"format": "pt"}
-TEXT: dict[str, Any] = {
-    "vocab_size": 272,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.15,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+TEXT = COMMON | {"vocab_size": 272, "max_position_embeddings": 512}
 VISION: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 64,

@@ -70,24 +70,6 @@ def scale_experts_(
     output[tokens] = total.to(output.dtype)
 
 
-@scale_experts_.register_fake
-def _(
-    output: Tensor,
-    hidden: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    activation: str,
-    vectors: Tensor,
-    token_rows: Tensor,
-    column: int,
-    width: int,
-    counts: Tensor,
-) -> None:
-    return None
-
-
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     """`[tokens, outputs]` of `[tokens, inputs]` and packed `[outputs, inputs]`."""
     outputs, inputs = weight.shape
